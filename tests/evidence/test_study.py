@@ -277,3 +277,20 @@ def test_recorded_rates_are_taken_without_choosing_again(tmp_path):
     run_to_end(STUDY.against("a", "b")(run))
     rates = {(call["part"], call["seed"]): call["recipe"].lr for call in CALLS}
     assert rates == {("a", 4): 0.01, ("b", 4): 0.03}
+
+
+def test_the_dummy_baseline_is_asked_for_as_many_examples_as_a_training_sees(tmp_path):
+    asked = []
+
+    class Counting(type(STUDY.of_task)):
+        def seen(self, data, examples, seed):
+            asked.append((examples, seed))
+            return data
+
+    study = replace(STUDY, task=Counting(), recipe=replace(STUDY.recipe, batch_size=4, accumulate=2, max_steps=5))
+    run_to_end(study.dummy_baseline(run_in(tmp_path)))
+    assert asked == [(40, seed) for seed in run_in(tmp_path).seeds]
+    asked.clear()
+    run_to_end(replace(study, recipe=replace(study.recipe, max_steps=None)).dummy_baseline(run_in(tmp_path)))
+    train = len(study.data(0, False).train)
+    assert asked[0][0] == study.recipe.epochs * max(1, train // 8) * 8

@@ -83,7 +83,7 @@ def test_a_value_that_differs_withdraws_the_verdict():
     from provenn.evidence.record import Finding
 
     record = record_of(COUNT, Measurement.exact(4))
-    assert Finding("eca_net", COUNT, record).verdict is Verdict.REPRODUCED
+    assert Finding("eca_net", COUNT, record).verdict is Verdict.VERIFIED
     facts = {"code": "c", "date": datetime.now(UTC), "device": "cpu", "repeated": "5 now, 4 in the record"}
     for outcome in Repeated:
         verified = record.model_copy(update={"verified": Verification(outcome=outcome, **facts)})

@@ -57,7 +57,9 @@ def test_exact_experiments_hold_but_those_that_are_known_not_to(slug: str, tmp_p
     ]
     if exact:
         found = provenn.reproduce(slug, experiments=exact, budget="small", out=tmp_path, device="cpu")
-        wrong = {each.experiment.id: each.reason for each in found if str(each.verdict) not in ("verified", "reproduced")}
+        wrong = {
+            each.experiment.id: each.reason for each in found if str(each.verdict) not in ("verified", "reproduced")
+        }
         assert set(wrong) == FALSE.get(slug, set()), wrong
 
 

@@ -18,6 +18,7 @@ from provenn.evidence.measurement import Measurement, Picture, Series, Skill, Ta
 from provenn.evidence.record import PICTURES
 from provenn.evidence.run import Run
 from provenn.tasks import Task, TaskData, get_task
+from provenn.tasks.base import count_examples
 from provenn.training import Diverged, Fit, Hardware, Recipe, fit
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ class Study:
             task, drawing = type(self.of_task), self.drawing
             code: list[Any] = [self.data]
             if variant is None:
-                code.append(task.dummy_baseline)
+                code += [task.dummy_baseline, task.seen]
             else:
                 code += [self.build, self.variants[variant][1], self.probes, self.trained, task.loss, task.evaluate]
                 code += [drawing.draw] if drawing is not None and drawing.variant == variant else []
@@ -263,9 +264,17 @@ class Study:
         task = self.of_task
 
         def one(seed: int) -> float:
-            return float(task.dummy_baseline(self.data_for(run, seed)))
+            data = self.data_for(run, seed)
+            return float(task.dummy_baseline(task.seen(data, self._examples(run, data), seed)))
 
         return await run.trials(f"{self.name}, dummy baseline", one, **self.trial_setting(run))
+
+    def _examples(self, run: Run, data: TaskData) -> int:
+        """How many examples a training sees, as often as it sees them."""
+        recipe = self.recipe_for(run)
+        batch = recipe.batch_size * recipe.accumulate
+        steps = recipe.max_steps or recipe.epochs * max(1, count_examples(data.train) // batch)
+        return steps * batch
 
     def _fit(self, run: Run, variant: str, data: TaskData, lr: float, seed: int) -> Fit:
         label, part = self.variants[variant]

@@ -65,5 +65,8 @@ class Distillation(Task):
     def dummy_baseline(self, data: TaskData) -> float:
         return self.of.dummy_baseline(data)
 
+    def seen(self, data: TaskData, examples: int, seed: int) -> TaskData:
+        return self.of.seen(data, examples, seed)
+
     def predict(self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Path], output: Path | None) -> str:
         return self.of.predict(model, meta, inputs, output)
