@@ -26,12 +26,9 @@ def test_sentences_are_short(script, kind):
         assert not too_long, f"{name}: {too_long}"
 
 
-LONG_DOCSTRINGS = 4  # lower it when one goes
-
-
 def test_docstrings_are_short(script):
     too_long = [f"{name}: {long}" for name, text in script.docstrings().items() for long in script.count(text)[2]]
-    assert len(too_long) <= LONG_DOCSTRINGS, "\n".join(too_long)
+    assert not too_long, "\n".join(too_long)
 
 
 def test_arguments_and_list_items_of_a_docstring_are_read_one_by_one(script, tmp_path, monkeypatch):

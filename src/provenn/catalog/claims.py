@@ -72,20 +72,26 @@ class Roles(Facts):
 class AtPaper(Facts):
     """How an experiment is measured on the paper's own data, at the budget paper.
 
-    The preset's authors' weights are evaluated on `data`, or the preset is trained on it by its recipe, or by `recipe`
-    (one of the paper's by name, or a table with `base`), with `overrides` to how the data are read and the system is
-    built. Or the pretrained model `host` is converted, tuned on `data` and tested, with `overrides` to how
+    The preset's authors' weights are evaluated on `data`, or the preset is trained on it by its recipe or by `recipe`.
+    That is one of the paper's by name, or a table with `base`. `overrides` change how the data are read and the system
+    is built. Or the pretrained model `host` is converted, tuned on `data` and tested, with `overrides` to how
     (`provenn.huggingface.recover`); on sentences it is fine-tuned first. The metric `kept` is the share of what it
-    could do before. Of a system that is trained, `host` is the frozen encoder whose layers it decodes; its task's
-    `load` takes the folder as `encoder`. With `against`, changes that make the paper's baseline, both are trained and
-    the effect is their difference. `data` are names of `provenn data`, or of their files (`ett/ETTh1.csv`); of several
-    the metric's mean is taken. `tested_on` names other sets for the test; `split`: where the figure is of validation
-    data.
-    `departs`: what is not as in the paper, so that the published figure cannot be reproduced, only the direction be
-    seen. `gpu`: without one it would take weeks. `start`: the preset whose authors' weights the training starts from,
-    all of the system where it is the same preset, else its backbone; with `fixed` the backbone's batch norms and what
-    its map of stride 4 is made of stay as they came.
-    `file`: what the authors' weights are called where these are not the preset's only ones.
+    could do before.
+
+    Args:
+        host: the pretrained model that is converted. Of a system that is trained, the frozen encoder whose layers it
+            decodes; its task's `load` takes the folder as `encoder`.
+        against: changes that make the paper's baseline. Both are trained, and the effect is their difference.
+        data: names of `provenn data`, or of their files (`ett/ETTh1.csv`); of several the metric's mean is taken.
+        tested_on: other sets for the test.
+        split: where the figure is of validation data.
+        departs: what is not as in the paper, so that the published figure cannot be reproduced, only the direction be
+            seen.
+        gpu: without one it would take weeks.
+        start: the preset whose authors' weights the training starts from. Where it is the same preset they are all of
+            the system, else its backbone.
+        fixed: the backbone's batch norms, and what its map of stride 4 is made of, stay as they came.
+        file: what the authors' weights are called where these are not the preset's only ones.
     """
 
     preset: str

@@ -132,11 +132,11 @@ class Card(Facts):
                     "at_paper": _spelled_out(f"experiment {_key(experiment, 'id')!r}", how, recipes),
                 }
             scale = _key(experiment, "scale")
-            if scale is not None and scale not in scales:
+            if scale and scale not in scales and scale not in scales.values():
                 raise ValueError(
                     f"experiment {_key(experiment, 'id')!r}: no scale {scale!r}; there are: {listed(scales)}"
                 )
-            experiments.append(experiment if scale is None else {**experiment, "scale": scales[scale]})
+            experiments.append({**experiment, "scale": scales[scale]} if scale in scales else experiment)
         return {**facts, "presets": presets, "experiments": experiments}
 
     @model_validator(mode="after")

@@ -68,12 +68,15 @@ def decide(
 ) -> tuple[Verdict, str]:
     """The verdict and, where there is none, the reason.
 
-    verified: an identity or a count is exactly so. reproduced: the published figure is met within its tolerance at the
-    paper's own setting. supported: at a smaller setting, the interval lies wholly where the experiment asks.
-    contradicted: it lies wholly elsewhere. inconclusive: it crosses the edge. Nothing is decided from an interval of
-    less than 95 %, nor from variants below the dummy baseline. unsupported and out of memory: what device and build
-    cannot do, or hold; they say nothing of the experiment. No published figure is compared with a setting that is not
-    the experiment's own (`changed`).
+    - verified: an identity or a count is exactly so.
+    - reproduced: the published figure is met within its tolerance at the paper's own setting.
+    - supported: at a smaller setting, the interval lies wholly where the experiment asks.
+    - contradicted: it lies wholly elsewhere.
+    - inconclusive: it crosses the edge.
+
+    Nothing is decided from an interval of less than 95 %, nor from variants below the dummy baseline. What device and
+    build cannot do (unsupported), or hold (out of memory), says nothing of the experiment. No published figure is
+    compared with a setting that is not the experiment's own (`changed`).
     """
     if measurement.unsupported:
         return Verdict.UNSUPPORTED, measurement.unsupported

@@ -1,7 +1,7 @@
 """Measures the experiments of several papers, with the trials of all of them side by side where there are workers.
 
 There is one walk. Each measurement is a coroutine that begins once, asks for the trials that it needs, and rests until
-they have ended; it then reads their values, asks for what these make it need, and in the end writes its record. Where
+they have ended. It then reads their values and asks for what these make it need. In the end it writes its record. Where
 there are no workers, a trial that is asked for runs at once, and nothing rests.
 """
 

@@ -82,10 +82,10 @@ def verify(
 ) -> list[Verified]:
     """Whether the code that stands gives the values of the records that ship.
 
-    Of an experiment whose digest is not its record's, one trial is repeated: a count or an identity whole, a training
-    on the first recorded seed at the recorded learning rates, a function that fails on one seed on as many as it takes.
-    Clocks are not repeated. What comes out is compared with the record's raw values, and the outcome, commit and digest
-    go into `out/<slug>/evidence.json`.
+    Of an experiment whose digest is not its record's, one trial is repeated. A count or an identity is repeated whole,
+    a training on the first recorded seed at the recorded learning rates. A function that fails on one seed is repeated
+    on as many as it takes. Clocks are not repeated. What comes out is compared with the record's raw values, and the
+    outcome, commit and digest go into `out/<slug>/evidence.json`.
 
     Args:
         papers: slugs, arXiv numbers or cards; by default all.
