@@ -92,7 +92,7 @@ def test_a_value_that_differs_withdraws_the_verdict():
             assert finding.verdict is Verdict.NOT_MEASURED and "5 now, 4 in the record" in finding.reason
             assert provenance.provenance_of(verified, "c") is Provenance.CHANGED
         else:
-            assert finding.verdict is Verdict.REPRODUCED
+            assert finding.verdict is Verdict.VERIFIED
             assert provenance.provenance_of(verified, "c") is Provenance.VERIFIED
         assert provenance.provenance_of(verified, "d") is Provenance.CHANGED
 
