@@ -38,7 +38,7 @@ from provenn.papers.emov2 import (
     studies,
     ungroup_pixels,
 )
-from provenn.papers.emov2.census import AUTHORS, count_stages, shapes_digest
+from provenn.papers.emov2.census import AUTHORS, CLASSES, count_stages, shapes_digest
 from provenn.papers.emov2.official import convert
 from provenn.testing import seeded_state
 
@@ -843,7 +843,7 @@ def test_names_and_shapes_of_the_census_are_those_of_the_authors():
     with open("tests/papers/emov2/golden.json") as file:
         cases = [case for case in json.load(file)["cases"] if case["preset"] in ("emov2_1m", "emov2_5m")]
     held = {case["preset"][6:]: shapes_digest(convert(shaped(case["shapes"]))[2]) for case in cases}
-    assert held == AUTHORS
+    assert held == AUTHORS and {case["shapes"]["head.bias"][0] for case in cases} == {CLASSES}
     state = convert(shaped(cases[0]["shapes"]))[2]
     assert shapes_digest({**state, "stages.2.1.operator.table": torch.empty(49, 4)}) != AUTHORS["1m"]
 

@@ -10,7 +10,7 @@ from provenn.core.cost import count_parameters
 from provenn.core.narrowing import of_kind
 from provenn.evidence import Measurement, Run, Study, Table, Timing, measures
 from provenn.nn.mobilenet import MobileNetV2
-from provenn.papers.emov2.census import AUTHORS, count_stages, shapes_digest
+from provenn.papers.emov2.census import AUTHORS, CLASSES, count_stages, shapes_digest
 from provenn.papers.emov2.model import SIZES, EMOv2, emov2, emov2_baseline
 from provenn.papers.emov2.studies import (
     Fields,
@@ -191,7 +191,8 @@ def i2rmbs_alone(run: Run) -> Measurement:
     strange, kinds = 0, set[str]()
     for name in SIZES:
         found = count_stages(of_kind(on_meta(emov2, variant=name, num_classes=0), EMOv2, "network"))
-        differs = name in AUTHORS and shapes_digest(on_meta(emov2, variant=name).state_dict()) != AUTHORS[name]
+        shapes = shapes_digest(on_meta(emov2, variant=name, num_classes=CLASSES).state_dict())
+        differs = shapes != AUTHORS.get(name, shapes)
         strange += len(found.strange) + differs
         kinds |= set(found.strange) | ({"names and shapes"} if differs else set())
         authors = "other" if differs else "same" if name in AUTHORS else "not held"

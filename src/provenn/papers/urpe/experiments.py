@@ -318,7 +318,7 @@ def any_target(run: Run) -> Measurement:
     asked = (1e-1, 1e-4, 1e-7, 1e-10)
     rows: list[list[str | float | int | None]] = []
     worst = 0.0
-    for seed in run.seeds:
+    for seed in range(5):
         targets = torch.rand(27, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         errors = []
         with torch.no_grad():
