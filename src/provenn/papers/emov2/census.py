@@ -21,7 +21,7 @@ KINDS = {
     "pad": "padding", "reshape": "regrouping", "permute": "regrouping", "chunk": "regrouping",
     "__getitem__": "regrouping",
 }  # fmt: skip
-# Names and shapes of the authors' parameters with so many classes, as `shapes_digest` has them. Other sizes are not held.
+# Digests of names and shapes of the authors' parameters, with so many classes. Other sizes are not held.
 CLASSES = 100
 AUTHORS = {"1m": "a05780c74bdece8f", "5m": "f1d05c47d3c3d55e"}
 

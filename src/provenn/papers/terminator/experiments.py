@@ -166,7 +166,7 @@ def attention_programs_weights(run: Run, channels: int = 36, heads: int = 1) -> 
     columns = ["channels", "heads", "K", "entries of one head", "its trainable weights", "entries a weight"]
     return Measurement.holds(
         exactly and factor > 100,
-        f"At K = 32 {factor:.0f} entries for each trainable weight of queries and keys.",
+        f"{factor:.0f} entries for each trainable weight of queries and keys at K = 32.",
         tables=[Table(caption="One head of attention over K×K places", columns=columns, rows=rows)],
     )
 
