@@ -14,6 +14,7 @@ import provenn
 from provenn.cli import main
 from provenn.core import cost
 from provenn.nn.fusion import fuse
+from provenn.nn.mobilenet import InvertedResidual
 from provenn.nn.segmentation import HEADS
 from provenn.papers.emov2 import (
     EMO,
@@ -37,6 +38,7 @@ from provenn.papers.emov2 import (
     studies,
     ungroup_pixels,
 )
+from provenn.papers.emov2.census import AUTHORS, CLASSES, count_stages, shapes_digest
 from provenn.papers.emov2.official import convert
 from provenn.testing import seeded_state
 
@@ -789,3 +791,63 @@ def test_padding_is_counted():
         (1 + 36 / 49) / 2
     )  # a whole window; rows 0, 3, … 18, of which 6 are real
     assert share[15, 15].item() == pytest.approx((4 / 49 + 36 / 49) / 2)
+
+
+def broken(how):
+    """A small network with something in its last stage that no i2RMB has."""
+    with torch.device("meta"):
+        network = emov2_small(num_classes=0, in_channels=3)
+        last = network.stages[2][1]
+        if how == "another block":
+            network.stages[2][1] = InvertedResidual(96, 96, stride=1, expansion=3)
+        elif how == "bias table":
+            last.operator.table = nn.Parameter(torch.zeros(49, 4))
+        elif how == "index of a bias table":
+            last.operator.register_buffer("index", torch.zeros(16, 16))
+        elif how == "dense convolution":
+            last.local[0] = nn.Conv2d(192, 192, 3, padding=1, bias=False)
+    if how == "shift":
+        last.operator.register_forward_pre_hook(lambda module, given: (given[0].roll(2, dims=2),))
+    if how == "gate":
+        last.register_forward_hook(lambda module, given, output: output * output)
+    if how == "second branch":
+        last.register_forward_hook(lambda module, given, output: output + given[0])
+    if how == "table over places":
+        last.register_forward_hook(lambda module, given, output: output * torch.ones(output.shape[1:], device="meta"))
+    return network
+
+
+STRANGE = {
+    "nothing": set(),
+    "another block": {"InvertedResidual", "ReLU6"},
+    "bias table": {"table"},
+    "index of a bias table": {"index"},
+    "dense convolution": {"Conv2d"},
+    "shift": {"roll"},
+    "gate": {"mul"},
+    "second branch": {"sum of two maps"},
+    "table over places": {"mul"},
+}
+
+
+@pytest.mark.parametrize("how", STRANGE)
+def test_a_census_finds_what_no_i2rmb_has(how):
+    found = count_stages(broken(how), side=32)
+    assert set(found.strange) >= STRANGE[how] and bool(found.strange) == bool(STRANGE[how])
+    assert found.blocks == (5 if how == "another block" else 6)
+    if how == "nothing":
+        assert found.attentions == 3 and found.operations["attention"] == 6
+
+
+def test_names_and_shapes_of_the_census_are_those_of_the_authors():
+    with open("tests/papers/emov2/golden.json") as file:
+        cases = [case for case in json.load(file)["cases"] if case["preset"] in ("emov2_1m", "emov2_5m")]
+    held = {case["preset"][6:]: shapes_digest(convert(shaped(case["shapes"]))[2]) for case in cases}
+    assert held == AUTHORS and {case["shapes"]["head.bias"][0] for case in cases} == {CLASSES}
+    state = convert(shaped(cases[0]["shapes"]))[2]
+    assert shapes_digest({**state, "stages.2.1.operator.table": torch.empty(49, 4)}) != AUTHORS["1m"]
+
+
+def shaped(shapes):
+    """Tensors of these shapes, without numbers."""
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}

@@ -35,7 +35,14 @@ from provenn.papers.terminator import (
 )
 from provenn.papers.terminator.inspection import inspect
 from provenn.papers.terminator.official import convert
-from provenn.papers.terminator.studies import FreeKernel, WithShortcuts, lost_alone, offset, with_free_kernels
+from provenn.papers.terminator.studies import (
+    FreeKernel,
+    WithShortcuts,
+    lost_alone,
+    offset,
+    programmed_weights,
+    with_free_kernels,
+)
 from provenn.tasks import TaskData
 from provenn.training import Recipe
 
@@ -624,3 +631,22 @@ def test_the_warning_of_a_loss_that_nobody_takes_names_what_it_is():
     with pytest.warns(UserWarning, match="adds the loss of its slow networks .* slow_weight=0 and l2_reg=0") as caught:
         terminator_mini().train()(draw(2, 1, 8, 8, dtype=torch.float32))
     assert "router" not in str(caught[0].message)
+
+
+def test_weights_that_program_attention_are_queries_and_keys_of_one_head():
+    """2·C·d, values and other heads left out."""
+    assert programmed_weights(12, 3, 2) == (16, 2 * 12 * 4)
+    assert programmed_weights(12, 1, 3) == (81, 2 * 12 * 12)
+
+
+def test_weights_that_grow_with_the_map_are_counted(monkeypatch):
+    """A table of biases, one for each pair of places, is weights as well: then nothing is programmed by few."""
+
+    class Tabled(torch.nn.MultiheadAttention):
+        def forward(self, query, key, value, **options):
+            self.table_weight = torch.nn.Parameter(torch.zeros(query.shape[1], query.shape[1], dtype=F64))
+            return super().forward(query, key, value, attn_mask=self.table_weight, **options)
+
+    monkeypatch.setattr(torch.nn, "MultiheadAttention", Tabled)
+    counts = [programmed_weights(12, 1, side) for side in (2, 3)]
+    assert [trainable for _, trainable in counts] == [2 * 12 * 12 + 16, 2 * 12 * 12 + 81]

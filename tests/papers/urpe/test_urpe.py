@@ -51,6 +51,14 @@ from provenn.papers.urpe import (
     urpe_transformer_xl,
     urpe_transformer_xl_tiny,
 )
+from provenn.papers.urpe.construction import (
+    WITHOUT,
+    drawn_features,
+    least_error_of_equals,
+    map_by_hand,
+    sequences,
+    sharpness_for,
+)
 from provenn.papers.urpe.graphs import GraphRegressor
 from provenn.papers.urpe.inspection import inspect
 from provenn.papers.urpe.layers import gather
@@ -315,6 +323,40 @@ def test_the_conditions_by_construction():
     causal = URPEAttention(8, 2, max_length=9)
     torch.testing.assert_close(row_sums(position_aware(causal), 9), (1 / torch.arange(1, 10)).expand(2, -1))
     assert least_error(torch.tensor([[1.0, 0], [3, 0], [2, 7]])) == 3.5
+
+
+@torch.no_grad()
+def test_any_map_of_sequences_is_met_within_the_error_asked_for():
+    """By both modules; not without the multiplier of the one, and not without the scores of the other."""
+    for draw in range(3):
+        targets = torch.rand(27, 3, dtype=torch.float64)
+        for error in (1e-1, 1e-3, 1e-9):
+            reached = map_by_hand(targets, sharpness_for(error))(sequences())[..., -1]
+            assert (reached - targets).abs().max() < error, (draw, error)
+        places, gathering = map_by_hand(targets, 30.0)
+        assert (nn.Sequential(places, gathering)(sequences())[..., -1] - targets).abs().max() < 1e-11
+        blind = map_by_hand(targets, 0.0)
+        assert (blind(sequences())[..., -1] - targets).abs().max() > 0.1
+        places.mixer.rel_scale.fill_(1)
+        assert (nn.Sequential(places, gathering)(sequences())[..., -1] - targets).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_what_one_module_alone_does_not_distinguish():
+    """Relative biases: the places of equal tokens. Sums from a token on: all that comes before it."""
+    classes = {}
+    for without in WITHOUT:
+        features = drawn_features(without, torch.Generator().manual_seed(1))
+        same = torch.cdist(features, features, p=float("inf")) < 1e-9 * features.abs().max()
+        classes[without] = [frozenset(row.nonzero().flatten().tolist()) for row in same]
+    equal = [frozenset(range(3 * s, 3 * s + 3)) for s in (0, 13, 26)]
+    expected = [next((group for group in equal if cell in group), frozenset([cell])) for cell in range(81)]
+    assert classes["position-aware module"] == expected
+    after = [frozenset(3 * s + i for s in range(27) if s % 3 ** (3 - i) == cell // 3 % 3 ** (3 - i))
+             for cell in range(81) for i in [cell % 3]]  # fmt: skip
+    assert classes["attentive module"] == after
+    told_apart = torch.arange(81.0, dtype=torch.float64)[:, None]
+    assert least_error_of_equals(told_apart, torch.rand(27, 3, dtype=torch.float64)) == 0
 
 
 def test_sums_of_one_are_the_reason():

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 
 from provenn.core.cost import count_parameters
+from provenn.core.narrowing import of_kind
 from provenn.evidence import Measurement, Run, Study, Table, Timing, measures
 from provenn.nn.mobilenet import MobileNetV2
-from provenn.papers.emov2.model import SIZES, emov2, emov2_baseline
+from provenn.papers.emov2.census import AUTHORS, CLASSES, count_stages, shapes_digest
+from provenn.papers.emov2.model import SIZES, EMOv2, emov2, emov2_baseline
 from provenn.papers.emov2.studies import (
     Fields,
     SmallMobileNet,
@@ -179,6 +181,37 @@ def one_block(run: Run) -> Measurement:
         tables=[
             Table(caption="Largest difference", columns=["block", "difference"], rows=list(map(list, errors.items())))
         ],
+    )
+
+
+@measures("i2rmbs_alone")
+def i2rmbs_alone(run: Run) -> Measurement:
+    """A census of the stages of all sizes: modules, parameters, operations, and the authors' names and shapes."""
+    rows: list[list[Any]] = []
+    strange, kinds = 0, set[str]()
+    for name in SIZES:
+        found = count_stages(of_kind(on_meta(emov2, variant=name, num_classes=0), EMOv2, "network"))
+        shapes = shapes_digest(on_meta(emov2, variant=name, num_classes=CLASSES).state_dict())
+        differs = shapes != AUTHORS.get(name, shapes)
+        strange += len(found.strange) + differs
+        kinds |= set(found.strange) | ({"names and shapes"} if differs else set())
+        authors = "other" if differs else "same" if name in AUTHORS else "not held"
+        sums = found.operations.get("sum of two maps", 0)
+        rows.append([f"EMOv2-{name.upper()}", found.blocks, found.attentions, sums, len(found.strange), authors])
+    columns = [
+        "network",
+        "i2RMBs",
+        "with attention",
+        "sums of two maps",
+        "of no listed kind",
+        "the authors' names, shapes",
+    ]
+    return Measurement.exact(
+        strange,
+        unit="parts of no listed kind",
+        note=f"Of no listed kind: {', '.join(sorted(kinds)) or 'none'}. "
+        "Stages 1 and 2 and the first block of each stage have no attention.",
+        tables=[Table(caption="Blocks of the four stages", columns=columns, rows=rows)],
     )
 
 

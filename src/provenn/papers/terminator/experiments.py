@@ -21,6 +21,7 @@ from provenn.papers.terminator.studies import (
     lost_alone,
     offset,
     product_of,
+    programmed_weights,
     resnet,
     slow_nets,
     terminator,
@@ -147,6 +148,26 @@ def operator(run: Run) -> Measurement:
     return Measurement.holds(
         error < 1e-12 and same and moves,
         f"largest difference from the definition: {error:.1e}; local kernels follow the batch's mean and no more.",
+    )
+
+
+@measures("programmed_weights")
+def attention_programs_weights(run: Run, channels: int = 36, heads: int = 1) -> Measurement:
+    """Entries of one head's matrix against the trainable weights that program them, counted on torch's layer."""
+    sides, head_dim = (8, 16, 32), channels // heads
+    rows: list[list[str | float | int | None]] = []
+    for width, parts in ((channels, heads), (192, 3), (768, 12)):
+        for side in sides:
+            entries, trainable = programmed_weights(width, parts, side)
+            rows.append([width, parts, side, entries, trainable, entries / trainable])
+    own = rows[: len(sides)]
+    exactly = all(row[3:5] == [side**4, 2 * channels * head_dim] for row, side in zip(own, sides, strict=True))
+    factor = float(own[-1][5] or 0)
+    columns = ["channels", "heads", "K", "entries of one head", "its trainable weights", "entries a weight"]
+    return Measurement.holds(
+        exactly and factor > 100,
+        f"{factor:.0f} entries for each trainable weight of queries and keys at K = 32.",
+        tables=[Table(caption="One head of attention over K×K places", columns=columns, rows=rows)],
     )
 
 

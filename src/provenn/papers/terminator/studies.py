@@ -170,6 +170,24 @@ def weights_of_block(positions: int, device: str) -> Callable[[], int]:
     return lambda: block.kernel().numel()  # type: ignore[operator]  # an SFNEBlock's
 
 
+def programmed_weights(channels: int, heads: int, side: int) -> tuple[int, int]:
+    """Of one head over a square map: entries of its matrix, and trainable weights that the entries depend on.
+
+    The second are those of torch's layer through which a weighted sum of the entries has a gradient, biases left out.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        attention = nn.MultiheadAttention(channels, heads, batch_first=True).double()
+        x = torch.randn(1, side**2, channels, dtype=torch.float64)
+        _, matrices = attention(x, x, x, average_attn_weights=False)
+        entries = matrices[0, 0]
+        weighted = (entries * torch.randn_like(entries)).sum()
+    names, parameters = zip(*attention.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(weighted, parameters, allow_unused=True)
+    read = [g for name, g in zip(names, gradients, strict=True) if g is not None and name.endswith("weight")]
+    return entries.numel(), sum(int(gradient.count_nonzero()) for gradient in read)
+
+
 def weights_of_attention(positions: int, device: str) -> Callable[[], int]:
     """Numbers in the weights of one head, counted on the weights themselves."""
     q = torch.empty(positions, 1, device="meta")
