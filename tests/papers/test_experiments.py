@@ -116,7 +116,7 @@ SHARED = {
 # Data that wait for an encoder's pre-training. They are drawn short; its paper's own test has all that it reads.
 ENCODED = {"layers, patches", "layers, vowels", "layers, texts"}
 SPLITS = ("train", "val", "test")
-KINDS = ("variants", "splits", "probes")
+KINDS = ("variants", "splits", "probes", "read")
 
 
 def data_of(study: Study, seed: int) -> TaskData:
@@ -209,7 +209,9 @@ def held_variants(study: Study) -> dict[str, list[float]]:
 
 
 def held_splits(study: Study) -> dict[str, list[float]]:
-    """Of two seeds the sizes of the splits, and of all numbers of the test a checksum, a mean size and a turning mean.
+    """Of two seeds the sizes of the splits, and of some numbers a checksum, a mean size and a turning mean.
+
+    They are all numbers of the test, and those of the first examples of training and validation.
 
     The checksum is of the integers, of which pixels are none. The turning mean is another where examples are, or their
     order is.
@@ -218,8 +220,9 @@ def held_splits(study: Study) -> dict[str, list[float]]:
     for seed in (0, 1):
         data = data_of(study, seed)
         sizes, checksum, total, turning, count = [len(getattr(data, split)) for split in SPLITS], 0, 0.0, 0.0, 0
-        for i in range(sizes[-1]):
-            for leaf in leaves(data.test[i]):
+        first = (unmoved(split)[0] for split in (data.train, data.val) if len(split))
+        for example in (*first, *(data.test[i] for i in range(sizes[-1]))):
+            for leaf in leaves(example):
                 numbers, places = leaf.ravel(), np.arange(count, count + leaf.size)
                 if np.issubdtype(leaf.dtype, np.integer) and leaf.dtype != np.uint8:
                     checksum += int(numbers.astype(np.int64) @ (places % 997 + 1))
@@ -254,10 +257,21 @@ def held_probes(study: Study) -> dict[str, dict[str, float]]:
     return values
 
 
-def held(study: Study) -> dict[str, Any]:
-    read = library() if study.data(0, True).name in ("stdlib", "docstrings") else ""
+def held_readings(card: Card, study: Study) -> dict[str, list[Any]]:
+    """What each experiment reads off a study: which variants, by which metric, as a ratio or not."""
+    functions = measuring_functions(card.resolve_module("experiments")).items()
+    contrasts = {name: f for name, f in functions if isinstance(f, Contrast) and f.study is study}
+    readings = {name: f for name, f in functions if isinstance(f, Reading) and f.study is study}
+    return {name: [*f.systems, f.baseline, f.metric, f.ratio] for name, f in contrasts.items()} | {
+        name: [f.variant, f.metric] for name, f in readings.items()
+    }
+
+
+def held(card: Card, study: Study) -> dict[str, Any]:
+    text = library() if study.data(0, True).name in ("stdlib", "docstrings") else ""
     return {
-        "variants": held_variants(study), "splits": held_splits(study), "probes": held_probes(study), "text": read
+        "variants": held_variants(study), "splits": held_splits(study), "probes": held_probes(study),
+        "read": held_readings(card, study), "text": text,
     }  # fmt: skip
 
 
@@ -269,7 +283,7 @@ def library() -> str:
 
 @pytest.fixture
 def expected_and_actual(card: Card) -> tuple[dict[str, Any], dict[str, Any]]:
-    file, values = HERE / card.slug / "variants.json", {study.name: held(study) for study in studies(card)}
+    file, values = HERE / card.slug / "variants.json", {study.name: held(card, study) for study in studies(card)}
     if os.environ.get("PROVENN_HOLD"):
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(values, indent=1) + "\n")
@@ -290,6 +304,7 @@ def test_variants_splits_and_probes_are_held_by_value(expected_and_actual) -> No
             assert now[1] == pytest.approx(loss, rel=1e-3, abs=1e-5), f"{what}: loss"
             assert now[2] == pytest.approx(slope, rel=1e-2, abs=1e-4), f"{what}: gradient"
             assert now[3] == pytest.approx(unseen, rel=1e-3, abs=1e-5), f"{what}: loss of a test batch"
+        assert actual["read"] == kinds["read"], f"{study}: what experiments read off it"
         if kinds["text"] != actual["text"]:
             continue  # on another release of Python, whose source the study reads
         for seed, (*whole, size, turning) in kinds["splits"].items():
