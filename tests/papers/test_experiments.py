@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable
 from functools import cache
 from hashlib import sha256
 from itertools import combinations
@@ -208,30 +209,32 @@ def held_variants(study: Study) -> dict[str, list[float]]:
     return values
 
 
-def held_splits(study: Study) -> dict[str, list[float]]:
-    """Of two seeds the sizes of the splits, and of some numbers a checksum, a mean size and a turning mean.
-
-    They are all numbers of the test, and those of the first examples of training and validation.
-
-    The checksum is of the integers, of which pixels are none. The turning mean is another where examples are, or their
-    order is.
-    """
+def held_splits(study: Study) -> dict[str, list[list[float]]]:
+    """Of two seeds the sizes of the splits; and in figures the test, and the first examples of the other two."""
     values = {}
     for seed in (0, 1):
         data = data_of(study, seed)
-        sizes, checksum, total, turning, count = [len(getattr(data, split)) for split in SPLITS], 0, 0.0, 0.0, 0
-        first = (unmoved(split)[0] for split in (data.train, data.val) if len(split))
-        for example in (*first, *(data.test[i] for i in range(sizes[-1]))):
-            for leaf in leaves(example):
-                numbers, places = leaf.ravel(), np.arange(count, count + leaf.size)
-                if np.issubdtype(leaf.dtype, np.integer) and leaf.dtype != np.uint8:
-                    checksum += int(numbers.astype(np.int64) @ (places % 997 + 1))
-                else:
-                    total += float(np.abs(numbers.astype(np.float64)).sum())
-                    turning += float(numbers.astype(np.float64) @ np.cos(places))
-                count += leaf.size
-        values[str(seed)] = [*sizes, checksum, total / count, turning / count]
+        sizes = [len(getattr(data, split)) for split in SPLITS]
+        first = [unmoved(split)[0] for split in (data.train, data.val) if len(split)]
+        values[str(seed)] = [sizes, figures(data.test[i] for i in range(sizes[-1])), figures(first)]
     return values
+
+
+def figures(examples: Iterable[Any]) -> list[float]:
+    """A checksum of all integers, of which pixels are none; of all other numbers the mean size and a turning mean.
+
+    The turning mean is another where examples are, or their order is.
+    """
+    checksum, total, turning, count = 0, 0.0, 0.0, 0
+    for leaf in (leaf for example in examples for leaf in leaves(example)):
+        numbers, places = leaf.ravel(), np.arange(count, count + leaf.size)
+        if np.issubdtype(leaf.dtype, np.integer) and leaf.dtype != np.uint8:
+            checksum += int(numbers.astype(np.int64) @ (places % 997 + 1))
+        else:
+            total += float(np.abs(numbers.astype(np.float64)).sum())
+            turning += float(numbers.astype(np.float64) @ np.cos(places))
+        count += leaf.size
+    return [checksum, total / count, turning / count]
 
 
 def held_probes(study: Study) -> dict[str, dict[str, float]]:
@@ -307,10 +310,13 @@ def test_variants_splits_and_probes_are_held_by_value(expected_and_actual) -> No
         assert actual["read"] == kinds["read"], f"{study}: what experiments read off it"
         if kinds["text"] != actual["text"]:
             continue  # on another release of Python, whose source the study reads
-        for seed, (*whole, size, turning) in kinds["splits"].items():
-            what, now = f"{study}, seed {seed}", actual["splits"][seed]
-            assert now[:4] == whole, f"{what}: sizes of the splits, checksum of the test"
-            assert now[4] == pytest.approx(size, rel=1e-3), f"{what}: size of the test's numbers"
-            assert now[5] == pytest.approx(turning, abs=1e-4 * size), f"{what}: the test split"
-        for probe, figures in kinds["probes"].items():
-            assert actual["probes"][probe] == pytest.approx(figures, rel=1e-3, abs=1e-5), f"{study}: probe {probe}"
+        for seed, (sizes, *groups) in kinds["splits"].items():
+            what, (sizes_now, *groups_now) = f"{study}, seed {seed}", actual["splits"][seed]
+            assert sizes_now == sizes, f"{what}: sizes of the splits"
+            for split, group, now in zip(("test", "first of train and val"), groups, groups_now, strict=True):
+                checksum, size, turning = group
+                assert now[0] == checksum, f"{what}: integers of {split}"
+                assert now[1] == pytest.approx(size, rel=1e-3), f"{what}: size of the numbers of {split}"
+                assert now[2] == pytest.approx(turning, abs=1e-4 * size), f"{what}: numbers of {split}"
+        for probe, readings in kinds["probes"].items():
+            assert actual["probes"][probe] == pytest.approx(readings, rel=1e-3, abs=1e-5), f"{study}: probe {probe}"
