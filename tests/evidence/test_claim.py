@@ -124,3 +124,20 @@ def test_nothing_is_reproduced_while_another_experiment_at_the_paper_s_setting_w
 
 def test_every_verdict_has_a_meaning():
     assert list(MEANING) == list(ClaimVerdict)
+
+
+def test_one_that_is_only_supported_leaves_nothing_reproduced():
+    met, near = quality(Verdict.REPRODUCED, at_paper=True), quality(Verdict.SUPPORTED, at_paper=True)
+    assert judge("quality", "", [*met, *near]).verdict is ClaimVerdict.SUPPORTED
+
+
+def test_what_a_claim_needs_is_said_before_why_an_experiment_has_no_verdict():
+    absent = [Outcome("quality", Verdict.NOT_MEASURED, reason="a network diverged")]
+    assert str(judge("quality", "ImageNet", absent)) == "not measured: needs ImageNet"
+    assert str(judge("quality", "", absent)) == "not measured: a network diverged"
+
+
+def test_a_figure_that_an_experiment_without_a_verdict_missed_was_not_tried():
+    absent = Outcome("quality", Verdict.NOT_MEASURED, True, "below the dummy baseline", "7 published, 3 here")
+    every = [absent, *quality(Verdict.SUPPORTED)]
+    assert str(judge("quality", "", every, figure="7x")) == "supported in direction; 7x not tried"

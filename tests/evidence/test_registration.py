@@ -2,7 +2,8 @@
 
 import subprocess
 import tomllib
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import UTC, datetime, time, timedelta
 from functools import cache
 from pathlib import Path
 
@@ -123,3 +124,17 @@ def test_a_commit_is_marked_where_any_file_of_the_package_differs_but_a_record(t
     assert commit(package) == clean
     facts.write_text("b")
     assert commit(package) == f"{clean}+"
+
+
+def test_what_was_measured_on_the_day_of_the_choice_came_before_it():
+    card, one = catalog.card("eca_net"), finding("abc123")
+    for days, said in ((-1, True), (0, True), (1, False)):
+        date = datetime.combine(card.roles.chosen, time(12), UTC) + timedelta(days)
+        run = one.run.model_copy(update={"date": date})
+        assert ("was chosen on" in tally(card, [replace(one, run=run)])) == said
+
+
+def test_what_was_not_measured_is_not_registered():
+    one = finding("abc123")
+    absent = Record.of(one.experiment, Measurement.not_measured("a GPU"), budget="small")
+    assert registration(replace(one, record=absent)) is None and in_words(replace(one, record=None)) == ""

@@ -2,6 +2,8 @@
 
 import math
 import re
+from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given
@@ -11,7 +13,7 @@ from provenn import catalog
 from provenn.catalog import Experiment, Region
 from provenn.evidence import view
 from provenn.evidence.measurement import Measurement
-from provenn.evidence.record import Finding, Record
+from provenn.evidence.record import Environment, Finding, Record, RecordedRun
 from provenn.evidence.scale import scale_of, what_seeds_could_show
 from provenn.evidence.units import region_in, unit_of
 from provenn.evidence.verdict import Verdict
@@ -92,3 +94,29 @@ def test_every_verdict_of_a_claim_that_was_measured_has_its_scale():
         for each in view.judged(card, view.committed(card, print)):
             if each.judgement.verdict != "not measured":
                 assert each.scale and len(each.scale) < 220, each.claim.says
+
+
+@pytest.mark.parametrize(
+    "kind, name", [("difference", "points of accuracy"), ("value", "% accuracy"), ("ratio", "% accuracy")]
+)
+def test_only_a_difference_of_shares_is_in_points(kind, name):
+    assert unit_of("accuracy", kind) == (100.0, name)
+    assert unit_of("bits per byte", kind) == (1.0, "bits a byte")
+
+
+@given(st.lists(st.floats(-1, 1), min_size=3, max_size=8), st.floats(0.01, 1), st.floats(0.01, 1))
+def test_the_nearest_of_two_edges_is_what_seeds_could_reach(differences, low, high):
+    seen = what_seeds_could_show(finding(paired(differences), expects=Region(within=(-low, high))))
+    turned = paired([-difference for difference in differences])
+    assert what_seeds_could_show(finding(turned, expects=Region(within=(-high, low)))) == seen
+
+
+@pytest.mark.parametrize("device, word", [("cpu: AMD EPYC", "CPU"), ("cuda: NVIDIA H100", "NVIDIA H100")])
+def test_a_clock_names_what_it_was_read_on(device, word):
+    setting = {"tokens": [512], "quantity": "time"}
+    timed = finding(Measurement.of("exact ratio", [1.0, 2.0], [2.0, 4.0], setting=setting), kind="cost", scale="")
+    facts = {"provenn": "0", "torch": "2", "python": "3", "threads": 1, "system": "Linux"}
+    run = RecordedRun(
+        budget="small", environment=Environment(device=device, **facts), date=datetime(2026, 1, 2, tzinfo=UTC)
+    )
+    assert scale_of(replace(timed, run=run)) == f"timed at 512 tokens · {word}"

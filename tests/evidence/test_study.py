@@ -119,6 +119,17 @@ def test_each_variant_s_rate_is_the_best_on_validation_data_and_its_figure_is_th
     assert "At the edge of the rates that were tried: variant A, variant B." in measurement.note
 
 
+def test_where_lower_is_better_the_rate_is_the_one_with_the_lowest_figure(tmp_path):
+    class Errors(Guessing):
+        higher_is_better = False
+
+        def evaluate(self, model, dataset, batch_size=256):
+            return {"score": 1 - super().evaluate(model, dataset)["score"]}
+
+    measurement = replace(STUDY, task=Errors()).against("a", "b")(run_in(tmp_path))
+    assert measurement.setting["lr"] == {"variant A": 0.01, "variant B": 0.1}
+
+
 def test_an_variant_that_has_nothing_to_learn_is_at_no_edge_of_the_rates(tmp_path, monkeypatch):
     monkeypatch.setitem(BEST, "b", None)  # all rates are alike
     measurement = run_to_end(STUDY.against("a", "b")(run_in(tmp_path)))

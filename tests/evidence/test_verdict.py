@@ -122,11 +122,13 @@ def test_a_figure_that_is_met_at_a_smaller_setting_is_supported():
     assert verdicts == [Verdict.SUPPORTED, Verdict.REPRODUCED]
 
 
-def test_a_published_difference_is_held_against_the_effect_and_a_figure_against_the_system():
+def test_a_published_difference_or_ratio_is_held_against_the_effect_and_a_figure_against_the_system():
     measurement = measured((1.9, 2.1), value=77.5, at_paper_setting=True)
     both = {"tolerance": 0.2, "expects": Region(above=0)}
     difference = experiment(published=Figure(value=2.0, source="t", what="difference"), **both)
     own = experiment(published=Figure(value=77.4, source="t"), **both)
+    ratio = experiment(published=Figure(value=2.0, source="t", what="ratio"), **both)
+    assert decide(ratio, measurement)[0] is Verdict.REPRODUCED
     assert decide(difference, measurement)[0] is Verdict.REPRODUCED
     assert decide(own, measurement)[0] is Verdict.REPRODUCED
     assert decide(own, measured((1.9, 2.1), value=2.0, at_paper_setting=True))[0] is Verdict.SUPPORTED

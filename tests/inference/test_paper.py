@@ -87,7 +87,7 @@ def test_a_value_that_nothing_can_be_built_with_is_named(monkeypatch, options, m
 
 def test_experiments_are_measured_from_python(tmp_path):
     found = provenn.reproduce("tiny_gate", experiments="parameters", out=tmp_path)
-    assert [(finding.experiment.id, str(finding.verdict)) for finding in found] == [("parameters", "reproduced")]
+    assert [(finding.experiment.id, str(finding.verdict)) for finding in found] == [("parameters", "verified")]
 
 
 def test_what_was_trained_is_what_is_loaded(tmp_path):

@@ -2,18 +2,31 @@
 
 import json
 import os
+from collections.abc import Iterable
+from functools import cache
+from hashlib import sha256
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 import provenn
 from provenn.catalog import Card, cards
-from provenn.evidence import Run
+from provenn.data.text import standard_library
 from provenn.evidence.benchmark import benchmarks, time_benchmarks
 from provenn.evidence.experiment import measuring_functions
-from provenn.evidence.study import Contrast, Reading, Study
+from provenn.evidence.study import TUNING_SEED, Contrast, Reading, Study
+from provenn.tasks import TaskData, fingerprint
+from provenn.tasks.language_modelling import Windows as TextWindows
+from provenn.tasks.object_detection import Pictures
+from provenn.tasks.semantic_segmentation import Flipped
+from provenn.tasks.series_forecasting import Windows as SeriesWindows
+from provenn.tasks.super_resolution import Crops, Whole
 from provenn.testing import seeded_array
 
 PAPERS = [slug for slug, card in cards().items() if card.has("experiments")]
@@ -94,11 +107,87 @@ def test_benchmarks_take_their_paths(card: Card) -> None:
     assert not [speed.trouble for speed in speeds if speed.trouble and speed.benchmark.lacks is None]
 
 
+# No example of one split is in another.
+
+# Whose splits share examples, by the name of the data: at most which share of the second of train and val, train and
+# test, val and test; and why.
+SHARED = {
+    "stdlib": ((0.05, 0.01, 0.0), "files of the standard library repeat lines of each other: tables of encodings"),
+    "regular": ((0.02, 0.02, 0.02), "of 8 nodes with three neighbours each there are few graphs: some come twice"),
+    "digits, a fifth of the labels wrong": ((1.0, 0.0, 0.0), "the rate is the one that fits the training set best"),
+}
+# Data that wait for an encoder's pre-training. They are drawn short; its paper's own test has all that it reads.
+ENCODED = {"layers, patches", "layers, vowels", "layers, texts"}
+SPLITS = ("train", "val", "test")
+KINDS = ("variants", "splits", "probes", "read")
+
+
+def data_of(study: Study, seed: int) -> TaskData:
+    return study.data(seed, study.name in ENCODED)
+
+
+def unmoved(dataset: Any) -> Any:
+    """The data set before crops and flips are drawn at random."""
+    if isinstance(dataset, Flipped):
+        return dataset.dataset
+    if isinstance(dataset, Crops):
+        return Whole(dataset.photos)
+    return Pictures(dataset.sources, dataset.meta) if isinstance(dataset, Pictures) else dataset
+
+
+def leaves(example: Any) -> list[np.ndarray]:
+    return [leaf.numpy() if isinstance(leaf, torch.Tensor) else np.asarray(leaf) for leaf in tree_leaves(example)]
+
+
+def questions(dataset: Any) -> set[bytes]:
+    """A fingerprint of what each example asks: of all its parts but the last, which is the answer."""
+    dataset = unmoved(dataset)
+    if isinstance(dataset, TextWindows):  # too many to ask for one by one
+        return {window.tobytes() for window in dataset.targets().numpy()}
+    examples = (dataset[i] for i in range(len(dataset)))
+    asked = (each[:-1] if isinstance(each, (tuple, list)) and len(each) > 1 else each for each in examples)
+    return {sha256(b"".join(leaf.tobytes() for leaf in leaves(each))).digest() for each in asked}
+
+
+def sources(dataset: Any) -> set[Any]:
+    """What windows are cut from: documents of a text, the rows of a series that are to be predicted."""
+    if isinstance(dataset, TextWindows):
+        documents = dataset.stream.numpy().astype(np.uint8).tobytes().split(b"\0")
+        return {document for document in documents if len(document) > dataset.length}
+    if isinstance(dataset, SeriesWindows):
+        return set(range(dataset.first, dataset.first + len(dataset) + dataset.horizon - 1))
+    return set()
+
+
+@pytest.mark.parametrize("seed", [0, TUNING_SEED])
+def test_no_example_of_one_split_is_in_another(card: Card, seed: int) -> None:
+    for study in studies(card):
+        data = data_of(study, seed)
+        shares, _ = SHARED.get(data.name, ((0.0, 0.0, 0.0), ""))
+        asked, cut = ({split: of(getattr(data, split)) for split in SPLITS} for of in (questions, sources))
+        for (first, second), share in zip(combinations(SPLITS, 2), shares, strict=True):
+            what, common = f"{study.name}: {first} and {second} of seed {seed}", len(asked[first] & asked[second])
+            assert common <= share * len(asked[second]), f"{what} share {common} of {len(asked[second])} examples"
+            assert not cut[first] & cut[second], f"{what} are cut from the same"
+
+
 # Variants, baselines among them, are held by value: loss and gradient of each network at seeded weights on the same
-# training examples, and its loss on test examples.
+# training examples, and its loss on test examples. So are sizes and numbers of test splits, and what probes read.
 
 
-def held(study: Study, run: Run) -> dict[str, list[float]]:
+def network(study: Study, part: Any, data: TaskData) -> torch.nn.Module:
+    """A variant at seeded weights, of which none is at rest."""
+    torch.manual_seed(0)
+    model = study.build(part, **data.options)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.from_numpy(seeded_array(parameter.shape, name)).to(parameter)
+            spread = parameter.std().item() if parameter.numel() > 1 else 0.0
+            parameter.add_(noise, alpha=0.5 * (spread if 0 < spread < 10 else 0.1))
+    return model.eval()
+
+
+def held_variants(study: Study) -> dict[str, list[float]]:
     data, task = study.data(0, True), study.of_task
     torch.manual_seed(0)  # crops are drawn at random
     batch, tested = (
@@ -108,14 +197,7 @@ def held(study: Study, run: Run) -> dict[str, list[float]]:
     )
     values = {}
     for label, part in study.variants.values():
-        torch.manual_seed(0)
-        model = study.build(part, **data.options)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                noise = torch.from_numpy(seeded_array(parameter.shape, name)).to(parameter)
-                spread = parameter.std().item() if parameter.numel() > 1 else 0.0
-                parameter.add_(noise, alpha=0.5 * (spread if 0 < spread < 10 else 0.1))
-        model.eval()
+        model = network(study, part, data)
         torch.manual_seed(0)
         with torch.enable_grad():
             loss = task.loss(model, batch)
@@ -129,28 +211,114 @@ def held(study: Study, run: Run) -> dict[str, list[float]]:
     return values
 
 
-def all_held(card: Card, folder: Path) -> dict[str, dict[str, list[float]]]:
-    run = Run(card.slug, folder, budget="smoke", seeds=(0,))
-    return {study.name: held(study, run) for study in studies(card)}
+def held_splits(study: Study) -> dict[str, list[list[float]]]:
+    """Of two seeds the sizes of the splits; and in figures the test, and the first examples of the other two."""
+    values = {}
+    for seed in (0, 1):
+        data = data_of(study, seed)
+        sizes = [len(getattr(data, split)) for split in SPLITS]
+        first = [unmoved(split)[0] for split in (data.train, data.val) if len(split)]
+        values[str(seed)] = [sizes, figures(data.test[i] for i in range(sizes[-1])), figures(first)]
+    return values
 
 
-def test_every_variant_is_held_by_value(card: Card, tmp_path: Path) -> None:
-    """A baseline that changes, a scale or an activation, changes these numbers. `PROVENN_HOLD=1` writes them anew."""
-    file, values = HERE / card.slug / "variants.json", all_held(card, tmp_path)
+def figures(examples: Iterable[Any]) -> list[float]:
+    """A checksum of all integers, of which pixels are none; of all other numbers the mean size and a turning mean.
+
+    The turning mean is another where examples are, or their order is.
+    """
+    checksum, total, turning, count = 0, 0.0, 0.0, 0
+    for leaf in (leaf for example in examples for leaf in leaves(example)):
+        numbers, places = leaf.ravel(), np.arange(count, count + leaf.size)
+        if np.issubdtype(leaf.dtype, np.integer) and leaf.dtype != np.uint8:
+            checksum += int(numbers.astype(np.int64) @ (places % 997 + 1))
+        else:
+            total += float(np.abs(numbers.astype(np.float64)).sum())
+            turning += float(numbers.astype(np.float64) @ np.cos(places))
+        count += leaf.size
+    return [checksum, total / count, turning / count]
+
+
+def held_probes(study: Study) -> dict[str, dict[str, float]]:
+    """What each probe reads, by the label of the first variant of which that is neither 0 nor 1 but for rounding.
+
+    Where it is one of them for all variants, of the one that is furthest from it.
+    """
+    data, values = study.data(0, True), dict[str, dict[str, float]]()
+    for name, probe in study.probes.items():
+        furthest = -1.0
+        for label, part in study.variants.values():
+            model = network(study, part, data)
+            torch.manual_seed(0)
+            with torch.no_grad():
+                figure = probe(model, data)
+            if figure is None or not np.isfinite(figure):  # as of a network that has nothing to be read
+                continue
+            away = min(abs(figure), abs(figure - 1))
+            if away > furthest:
+                furthest, values[name] = away, {label: float(figure)}
+            if away > 1e-3:
+                break
+    return values
+
+
+def held_readings(card: Card, study: Study) -> dict[str, list[Any]]:
+    """What each experiment reads off a study: which variants, by which metric, as a ratio or not."""
+    functions = measuring_functions(card.resolve_module("experiments")).items()
+    contrasts = {name: f for name, f in functions if isinstance(f, Contrast) and f.study is study}
+    readings = {name: f for name, f in functions if isinstance(f, Reading) and f.study is study}
+    return {name: [*f.systems, f.baseline, f.metric, f.ratio] for name, f in contrasts.items()} | {
+        name: [f.variant, f.metric] for name, f in readings.items()
+    }
+
+
+def held(card: Card, study: Study) -> dict[str, Any]:
+    text = library() if study.data(0, True).name in ("stdlib", "docstrings") else ""
+    return {
+        "variants": held_variants(study), "splits": held_splits(study), "probes": held_probes(study),
+        "read": held_readings(card, study), "text": text,
+    }  # fmt: skip
+
+
+@cache
+def library() -> str:
+    """The text of Python's standard library, which is another with every release."""
+    return fingerprint(*(document.text for document in standard_library()))
+
+
+@pytest.fixture
+def expected_and_actual(card: Card) -> tuple[dict[str, Any], dict[str, Any]]:
+    file, values = HERE / card.slug / "variants.json", {study.name: held(card, study) for study in studies(card)}
     if os.environ.get("PROVENN_HOLD"):
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(values, indent=1) + "\n")
-    expected = json.loads(file.read_text())
-    assert {name: set(variants) for name, variants in values.items()} == {
-        name: set(variants) for name, variants in expected.items()
+    return json.loads(file.read_text()), values
+
+
+def test_variants_splits_and_probes_are_held_by_value(expected_and_actual) -> None:
+    """What changes a baseline, a test split or a probe changes these numbers. `PROVENN_HOLD=1` writes them anew."""
+    expected, values = expected_and_actual
+    assert {study: {kind: set(kinds[kind]) for kind in KINDS} for study, kinds in values.items()} == {
+        study: {kind: set(kinds[kind]) for kind in KINDS} for study, kinds in expected.items()
     }
-    for study, variants in expected.items():
-        for variant, (count, loss, slope, unseen) in variants.items():
-            assert values[study][variant][0] == count, f"{study}, {variant}: parameters"
-            assert values[study][variant][1] == pytest.approx(loss, rel=1e-3, abs=1e-5), f"{study}, {variant}: loss"
-            assert values[study][variant][2] == pytest.approx(slope, rel=1e-2, abs=1e-4), (
-                f"{study}, {variant}: gradient"
-            )
-            assert values[study][variant][3] == pytest.approx(unseen, rel=1e-3, abs=1e-5), (
-                f"{study}, {variant}: loss of a test batch"
-            )
+    for study, kinds in expected.items():
+        actual = values[study]
+        for variant, (count, loss, slope, unseen) in kinds["variants"].items():
+            what, now = f"{study}, {variant}", actual["variants"][variant]
+            assert now[0] == count, f"{what}: parameters"
+            assert now[1] == pytest.approx(loss, rel=1e-3, abs=1e-5), f"{what}: loss"
+            assert now[2] == pytest.approx(slope, rel=1e-2, abs=1e-4), f"{what}: gradient"
+            assert now[3] == pytest.approx(unseen, rel=1e-3, abs=1e-5), f"{what}: loss of a test batch"
+        assert actual["read"] == kinds["read"], f"{study}: what experiments read off it"
+        if kinds["text"] != actual["text"]:
+            continue  # on another release of Python, whose source the study reads
+        for seed, (sizes, *groups) in kinds["splits"].items():
+            what, (sizes_now, *groups_now) = f"{study}, seed {seed}", actual["splits"][seed]
+            assert sizes_now == sizes, f"{what}: sizes of the splits"
+            for split, group, now in zip(("test", "first of train and val"), groups, groups_now, strict=True):
+                checksum, size, turning = group
+                assert now[0] == checksum, f"{what}: integers of {split}"
+                assert now[1] == pytest.approx(size, rel=1e-3), f"{what}: size of the numbers of {split}"
+                assert now[2] == pytest.approx(turning, abs=1e-4 * size), f"{what}: numbers of {split}"
+        for probe, readings in kinds["probes"].items():
+            assert actual["probes"][probe] == pytest.approx(readings, rel=1e-3, abs=1e-5), f"{study}: probe {probe}"
