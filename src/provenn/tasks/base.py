@@ -170,7 +170,7 @@ class Task(ABC):
 
     @abstractmethod
     def dummy_baseline(self, data: TaskData) -> float:
-        """`self.metric` on the test split, of the best predictor that looks at nothing that would have to be learned.
+        """`self.metric` on the test split, of the simplest rule that is fitted by counting.
 
         It is fitted on the training split: the commonest class, counts of pairs of tokens, the last value. A model
         that does no better is below the dummy baseline, and nothing is concluded from it.
