@@ -165,7 +165,7 @@ def test_first_views_are_light(client):
     for path in ("/", "/papers/eca_net"):
         page = client.get(path)
         assets = re.findall(r'(?:href|src)="(/static/[^"]+)"', page.text)
-        assert len(page.content) + sum(len(client.get(asset).content) for asset in assets) < 110_000
+        assert len(page.content) + sum(len(client.get(asset).content) for asset in assets) < 125_000
 
 
 @pytest.mark.parametrize("path", ["/", "/papers/craft", "/api/papers", "/static/style.css", "/papers/nobody"])
