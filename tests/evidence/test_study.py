@@ -126,7 +126,7 @@ def test_where_lower_is_better_the_rate_is_the_one_with_the_lowest_figure(tmp_pa
         def evaluate(self, model, dataset, batch_size=256):
             return {"score": 1 - super().evaluate(model, dataset)["score"]}
 
-    measurement = replace(STUDY, task=Errors()).against("a", "b")(run_in(tmp_path))
+    measurement = run_to_end(replace(STUDY, task=Errors()).against("a", "b")(run_in(tmp_path)))
     assert measurement.setting["lr"] == {"variant A": 0.01, "variant B": 0.1}
 
 
