@@ -50,4 +50,5 @@ def tally(card: Card, findings: Sequence[Finding]) -> str:
     roles = card.roles
     if roles is not None and any(f.run is not None and f.run.date.date() <= roles.chosen for f in findings):
         words.append(f"which of them decide was chosen on {roles.chosen}, {roles.how}")
+        words.append("up to that day a commit is known to hold the region alone")  # other files were not looked at
     return "; ".join(words)

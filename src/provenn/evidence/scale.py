@@ -21,10 +21,11 @@ def scale_of(finding: Finding) -> str:
     measurement, experiment = finding.measurement, finding.experiment
     if finding.record is None or measurement.effect is None:
         return ""
-    own = "the paper's own setting" if measurement.at_paper_setting and experiment.kind != "exact" else ""
-    words = [own, experiment.scale, *_of_a_timing(measurement), _device(finding)]
     if experiment.kind == "exact":
         words = [experiment.scale or "counted or computed exactly"]
+    else:
+        own = "the paper's own setting" if measurement.at_paper_setting else ""
+        words = [own, experiment.scale, *_of_a_timing(measurement), _device(finding)]
     seeds = len(set(measurement.seeds))
     words.append(f"{seeds} seeds" if seeds > 1 else "")
     return " · ".join(word for word in words if word)
