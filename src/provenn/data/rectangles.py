@@ -1,7 +1,7 @@
 """Rectangles of brick and of grass on gravel: objects that are known by their texture and found by their corners.
 
-The textures are scikit-image's; those of training are cut from their upper halves, those of tests from the lower. A
-large rectangle looks alike wherever it is looked at, but at its edges.
+The textures are scikit-image's: training is cut from their upper halves, validation from the left of the lower ones,
+tests from the right. A large rectangle looks alike wherever it is looked at, but at its edges.
 """
 
 from functools import cache
@@ -28,13 +28,12 @@ def rectangles(split: str, seed: int = 0, count: int | None = None) -> tuple[Sce
     ((64, 64, 3), True)
     """
     rng = np.random.default_rng([seed, list(RECTANGLE_COUNTS).index(split)])
-    lower = split == "test"
-    return tuple(_scene(lower, rng) for _ in range(RECTANGLE_COUNTS[split] if count is None else count))
+    return tuple(_scene(split, rng) for _ in range(RECTANGLE_COUNTS[split] if count is None else count))
 
 
-def _scene(lower: bool, rng: np.random.Generator) -> Scene:
+def _scene(split: str, rng: np.random.Generator) -> Scene:
     side = RECTANGLE_SIDE
-    canvas = _piece("gravel", side, side, lower, rng)
+    canvas = _piece("gravel", side, side, split, rng)
     boxes: list[tuple[int, int, int, int]] = []
     labels: list[int] = []
     for _ in range(int(rng.integers(1, MOST + 1))):
@@ -46,17 +45,22 @@ def _scene(lower: bool, rng: np.random.Generator) -> Scene:
                 break
         else:
             continue
-        canvas[top : top + tall, left : left + wide] = _piece(RECTANGLE_CLASSES[label], tall, wide, lower, rng)
+        canvas[top : top + tall, left : left + wide] = _piece(RECTANGLE_CLASSES[label], tall, wide, split, rng)
         boxes.append((left, top, left + wide, top + tall))
         labels.append(label)
     noisy = (canvas + rng.normal(0, NOISE, canvas.shape)).round().clip(0, 255).astype(np.uint8)
     return Scene(np.repeat(noisy[..., None], 3, axis=2), np.array(boxes, np.float32), np.array(labels, np.int64))
 
 
-def _piece(name: str, tall: int, wide: int, lower: bool, rng: np.random.Generator) -> np.ndarray:
-    """A cut of a texture's upper or lower half."""
-    picture = grey_photograph(name)
-    half = len(picture) // 2
-    top = int(rng.integers(0, half - tall + 1)) + (half if lower else 0)
-    left = int(rng.integers(0, picture.shape[1] - wide + 1))
-    return picture[top : top + tall, left : left + wide].astype(np.float64)
+def _piece(name: str, tall: int, wide: int, split: str, rng: np.random.Generator) -> np.ndarray:
+    """A cut of the region of a texture that is the split's own."""
+    region = _region(grey_photograph(name), split)
+    top, left = (int(rng.integers(0, have - need + 1)) for have, need in zip(region.shape, (tall, wide), strict=True))
+    return region[top : top + tall, left : left + wide].astype(np.float64)
+
+
+def _region(picture: np.ndarray, split: str) -> np.ndarray:
+    height, width = (length // 2 for length in picture.shape)
+    if split == "train":
+        return picture[:height]
+    return picture[height:, :width] if split == "val" else picture[height:, width:]

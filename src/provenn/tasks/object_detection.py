@@ -528,8 +528,8 @@ DRAWN: dict[str, tuple[Callable[[str, int], tuple[Scene, ...]], tuple[str, ...],
         rectangles,
         RECTANGLE_CLASSES,
         RECTANGLE_SIDE,
-        "Rectangles of brick and of grass on gravel, in noise. The textures of the test are other halves of the same "
-        "pictures. Nothing but its edges tells where a large one ends.",
+        "Rectangles of brick and of grass on gravel, in noise. Training, validation and test have regions of the same "
+        "pictures that do not overlap. Nothing but its edges tells where a large one ends.",
     ),
 }
 
