@@ -286,14 +286,31 @@ def when(finding: Finding, *, code: bool = True) -> str:
 
 
 def where(runs: Iterable[RecordedRun]) -> list[str]:
-    """Where and when measurements were made, a line each."""
+    """Where and when measurements were made: a line for each machine, with all its dates and commits."""
+    alike: dict[tuple[str, ...], list[RecordedRun]] = {}
+    for run in runs:
+        e = run.environment
+        machine = (f"budget {run.budget}", e.device, f"{e.threads} thread(s)", e.system)
+        alike.setdefault((*machine, f"torch {e.torch}", f"Python {e.python}"), []).append(run)
     return [
-        f"{s.date:%Y-%m-%d}, budget {s.budget}, {s.environment.device}, {s.environment.threads} thread(s), "
-        f"{s.environment.system}, provenn {s.environment.provenn}"
-        + (f" at {s.environment.commit}" if s.environment.commit else "")
-        + f", torch {s.environment.torch}, Python {s.environment.python}"
-        for s in runs
+        f"{_joined(f'{run.date:%Y-%m-%d}' for run in group)}, {', '.join(machine)}, {_joined(map(_version, group))}"
+        for machine, group in alike.items()
     ]
+
+
+def _version(run: RecordedRun) -> str:
+    e = run.environment
+    return f"provenn {e.provenn} at {e.commit}" if e.commit else f"provenn {e.provenn}"
+
+
+def _joined(words: Iterable[str]) -> str:
+    """Each once, "and" before the last.
+
+    >>> _joined("aba"), _joined("abc"), _joined("a")
+    ('a and b', 'a, b and c', 'a')
+    """
+    *first, last = dict.fromkeys(words)
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def strip(claims: Iterable[Judged]) -> str:
