@@ -18,6 +18,7 @@ from pydantic import Field
 from provenn import catalog
 from provenn.catalog import Card, Experiment, Facts
 from provenn.core.errors import UserError
+from provenn.core.names import meant
 
 VARIABLE = "PROVENN_DATA"
 WEIGHTS = "weights"  # the folder of the authors' checkpoints
@@ -85,7 +86,7 @@ def get(name: str) -> DataSet:
     """The data set of that name; `NAME/FILE` is one of its files."""
     plain = name.partition("/")[0]
     if plain not in known():
-        raise UserError(f"no data set is called {plain!r}{catalog.meant(plain, known())}; `provenn data` lists them")
+        raise UserError(f"no data set is called {plain!r}{meant(plain, known())}; `provenn data` lists them")
     return known()[plain]
 
 

@@ -38,6 +38,7 @@ from provenn.cli.work import (
 )
 from provenn.core import progress
 from provenn.core.errors import UserError
+from provenn.core.names import meant
 from provenn.core.progress import without_controls
 
 if TYPE_CHECKING:
@@ -318,7 +319,7 @@ def own_options(words: Sequence[str], takes: Mapping[str, Any], slug: str) -> di
         name = option.removeprefix("--").replace("-", "_")
         if not option.startswith("--") or name not in takes:
             what = "no such option" if option.startswith("-") else "unexpected argument"
-            raise UserError(f"{what}: {option}{catalog.meant(option, known)}; {slug} takes {', '.join(known)}")
+            raise UserError(f"{what}: {option}{meant(option, known)}; {slug} takes {', '.join(known)}")
         if takes[name] is bool:
             given[name] = typed(option, value, bool) if equals else True
             continue

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast
 
 from provenn import catalog
-from provenn.catalog import Card, Experiment, check_options, installed, meant
+from provenn.catalog import Card, Experiment, installed
 from provenn.catalog.datasets import DataPaths
 from provenn.core.device import choose_device
 from provenn.core.digest import digest
 from provenn.core.errors import UserError
 from provenn.core.files import Unwritable, alone_in, check_writable
+from provenn.core.names import check_options, meant
 from provenn.core.settings import typed
 from provenn.evidence.experiment import Measure, measuring_functions, parameters_of, with_overrides
 from provenn.evidence.measurement import Measurement

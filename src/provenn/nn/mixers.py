@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from provenn.catalog import first_mechanism, meant, mechanisms_of
+from provenn.catalog import first_mechanism, mechanisms_of
 from provenn.core.digest import looks_up
 from provenn.core.errors import UserError
+from provenn.core.names import meant
 from provenn.nn.attention import SlidingWindowAttention, SoftmaxAttention
 
 Factory = Callable[..., nn.Module]

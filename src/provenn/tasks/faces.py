@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from provenn.catalog import in_a_line
 from provenn.core.errors import UserError
+from provenn.core.names import in_a_line
 from provenn.tasks.discovery import sources_of
 
 
