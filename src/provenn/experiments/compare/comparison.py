@@ -178,7 +178,7 @@ def _choose(
     for name, (card, mechanism) in mechanisms.items():
         extra = {"causal": True} if slot == "token-mixer" else {}
         try:
-            known[name] = (partial(card.resolve(mechanism.layer), **mechanism.arguments, **extra), card.slug)
+            known[name] = (card.factory(mechanism, **extra), card.slug)
         except UserError as error:
             broken[name] = error
     if names is None:
