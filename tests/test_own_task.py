@@ -89,6 +89,20 @@ def test_it_predicts_both_heads(run, trained, tmp_path):
     assert float(first) > 0 > float(second) and (liked, disliked) == ("1", "0")
 
 
+def test_its_prediction_takes_the_options_that_its_file_declares(run, trained):
+    code, out, _ = run("predict --help")
+    said = " ".join(out.replace("│", " ").split())
+    assert code == 0 and "--decimals" in said and "--liked-alone" in said and "digits behind the point" in said
+    assert "its own option stays" not in said and "PSNR" in said, "those of other tasks stand there too"
+    code, out, _ = run(f"predict pair_rating pairs.csv --weights {trained} --decimals 1 --liked-alone")
+    assert code == 0 and len(out.splitlines()) == 2 and len(out.splitlines()[1].split(",")[0].split(".")[1]) == 1
+    assert out == run(f"predict pair_rating pairs.csv --weights {trained} --set decimals=1 --set liked_alone=true")[1]
+    code, _, err = run(f"predict pair_rating pairs.csv --weights {trained} --reference pairs.csv")
+    assert code == 2 and "a prediction of pair-rating has no 'reference'; what can be set: decimals, liked_alone" in err
+    code, _, err = run(f"predict pair_rating pairs.csv --weights {trained} --decimal=many")
+    assert code == 2 and len(err.splitlines()) == 1 and "--decimal" in err
+
+
 def test_it_is_exported_by_its_task(trained, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     model = provenn.paper("pair_rating").load(trained)[0]

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from provenn import catalog
+from provenn.cli import of_tasks
 from provenn.cli.app import Device, Json, Preset, Resume, Slug, app, log, resumable, tasks
+from provenn.cli.of_tasks import WithTasksOptions
 from provenn.core import progress
 from provenn.core.errors import UserError
 from provenn.core.files import is_stdout
@@ -275,7 +277,7 @@ def _say_what_ships(slug: str, weights: Path | None, preset: str | None, needed:
     return True
 
 
-@app.command()
+@app.command(cls=WithTasksOptions)
 def predict(
     slug: Slug,
     inputs: Annotated[
@@ -290,13 +292,6 @@ def predict(
     output: Annotated[
         Path | None, typer.Option("--output", "--out", "-o", help="File or folder to write the result to.")
     ] = None,
-    reference: Annotated[
-        Path | None,
-        typer.Option(help="For super-resolution: the images in full resolution. Prints PSNR and SSIM."),
-    ] = None,
-    overlay: Annotated[
-        bool, typer.Option("--overlay", help="For segmentation: also write the image with its classes in colour.")
-    ] = False,
     overrides: Annotated[
         list[str] | None,
         typer.Option(
@@ -316,8 +311,7 @@ def predict(
     import provenn
 
     slug, weights = _named(slug, weights)
-    options = {**pairs(overrides or []), **({} if reference is None else {"reference": reference})}
-    options |= {"overlay": True} if overlay else {}
+    options = {**pairs(overrides or []), **of_tasks.given()}
     streamed = False
 
     # Where the result itself goes to stdout, what is said of it goes elsewhere: a pipe gets the result alone.

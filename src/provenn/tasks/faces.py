@@ -83,6 +83,18 @@ class Demo(_Strict):
     samples: dict[str, tuple[Sample, ...]] = Field(default_factory=dict)
 
 
+class PredictOption(_Strict):
+    """An option of `provenn predict`, for the argument of the task's `predict` by the same name.
+
+    Args:
+        takes: what follows it; nothing follows a flag.
+        help: what it does, as the command's help says it; begins with the kind of work that it is for.
+    """
+
+    takes: Literal["flag", "path", "number", "text"]
+    help: str
+
+
 class Face(_Strict):
     """What other parts ask of a task.
 
@@ -92,6 +104,7 @@ class Face(_Strict):
         hosts: by slot, the network in which mechanisms are compared: see `provenn.tasks.hosts`.
         materials: what a pretrained model of Hugging Face is converted and tuned on, classes as
             `provenn.huggingface.Text`; of several, a metric chooses.
+        predict: options of `provenn predict` by name, in place of `--set NAME=VALUE`.
         presets_of: another task, whose presets are trained for this one, which has none of its own.
     """
 
@@ -99,6 +112,7 @@ class Face(_Strict):
     demo: Demo | None = None
     hosts: dict[str, Target] = Field(default_factory=dict)
     materials: tuple[Target, ...] = ()
+    predict: dict[str, PredictOption] = Field(default_factory=dict)
     presets_of: str | None = None
 
     def resolve(self, target: str) -> Any:
