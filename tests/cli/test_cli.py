@@ -23,11 +23,11 @@ from safetensors.torch import save_file
 import provenn
 from plugins import put_on_shelf
 from provenn import catalog
-from provenn.catalog import datasets
 from provenn.cli import app, main
 from provenn.core import progress
 from provenn.core.errors import UserError
 from provenn.evidence.record import Evidence
+from provenn.tasks import datasets
 
 pytestmark = pytest.mark.usefixtures("third_party")
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from provenn import catalog
-from provenn.catalog import Card, datasets
+from provenn.catalog import Card
 from provenn.cli.app import (
     Budget,
     Cluster,
@@ -40,6 +40,7 @@ from provenn.core import progress
 from provenn.core.errors import UserError
 from provenn.core.names import meant
 from provenn.core.progress import without_controls
+from provenn.tasks import datasets
 
 if TYPE_CHECKING:
     from provenn.evidence import Table

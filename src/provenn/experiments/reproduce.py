@@ -13,7 +13,6 @@ from typing import Any, TypedDict, Unpack, cast
 
 from provenn import catalog
 from provenn.catalog import Card, Experiment, installed
-from provenn.catalog.datasets import DataPaths
 from provenn.core.device import choose_device
 from provenn.core.digest import digest
 from provenn.core.errors import UserError
@@ -37,6 +36,7 @@ from provenn.evidence.record import (
 from provenn.evidence.run import Budget, Elsewhere, Run
 from provenn.experiments.at_paper import AtPaperScale, TrainingOptions
 from provenn.experiments.side_by_side import check_jobs, measure_all, measurement_of, where_trials_run
+from provenn.tasks.datasets import DataPaths
 
 BUDGETS = ("smoke", "small", "paper")
 RUN = "runs/latest"

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from provenn import catalog
-from provenn.catalog import datasets
 from provenn.core import progress
 from provenn.core.errors import UserError
 from provenn.core.names import check_options
 from provenn.core.settings import arguments_of
+from provenn.tasks import datasets
 
 if TYPE_CHECKING:
     from provenn.tasks.base import Task

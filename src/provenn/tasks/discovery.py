@@ -16,24 +16,8 @@ if TYPE_CHECKING:
     from provenn.tasks.base import Task
 
 ENTRY_POINT_GROUP = "provenn.tasks"
-SHARED = (
-    "image-classification",
-    "image-generation",
-    "semantic-segmentation",
-    "object-detection",
-    "series-classification",
-    "series-forecasting",
-    "event-forecasting",
-    "reinforcement-learning",
-    "super-resolution",
-    "language-modelling",
-    "masked-language-modelling",
-    "text-classification",
-    "translation",
-    "recall",
-    "graph-regression",
-    "audio-classification",
-)
+# A module of this folder holds a task where a TOML file of the same name lies beside it, which has the task's faces.
+SHARED = tuple(sorted(file.stem.replace("_", "-") for file in Path(__file__).parent.glob("*.toml")))
 ATTRIBUTES = ("name", "metric", "higher_is_better", "embedded", "reads")
 
 
