@@ -792,6 +792,25 @@ def test_training_goes_on_where_it_stopped(run, props):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_train_and_reproduce_take_the_options_of_a_run_from_one_place():
+    from dataclasses import fields
+
+    import typer
+
+    from provenn.cli.app import app
+    from provenn.cli.hardware import RunOptions
+
+    verbs = typer.main.get_command(app).commands
+    names = [each.name for each in fields(RunOptions)]
+    assert len(names) == 7 and "save_every" in names
+    said = [
+        [(p.name, p.opts, p.help, p.default) for p in verbs[verb].params if p.name in names]
+        for verb in ("train", "reproduce")
+    ]
+    assert said[0] == said[1] and [option[0] for option in said[0]] == names
+    assert "run" not in {p.name for verb in verbs.values() for p in verb.params}
+
+
 def test_options_of_a_training_reach_it(run, props):
     options = "--precision bf16-mixed --accumulate 2 --patience 9 --workers 1 --logger csv --keep-best 2 --save-every 1"
     recipe = "--recipe ema=0.5 --recipe schedule=cosine --recipe final_lr=1e-5 --recipe decay_vectors=false"
