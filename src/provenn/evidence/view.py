@@ -273,11 +273,12 @@ def _points(measurement: Measurement) -> str:
 
 
 def when(finding: Finding, *, code: bool = True) -> str:
-    """Seeds and date of a measurement, and which code it is of, unless that is said of all at once."""
+    """Date of a measurement, seeds where the scale beside it names none, and which code, unless said of all at once."""
     if finding.run is None:
         return ""
-    seeds = finding.measurement.seeds
-    words = [f"{len(seeds)} seeds"] * bool(seeds) + [
+    seeds = f"{len(finding.measurement.seeds)} seeds" if finding.measurement.seeds else ""
+    words = [
+        "" if "seed" in scale_of(finding) else seeds,
         f"{finding.run.date:%Y-%m-%d}",
         provenance.in_words(finding) if code else "",
         registration.departs(finding),
