@@ -1,5 +1,6 @@
 """Equal budget: a study gives all its variants the same data, steps, seeds and tuning, and reads the test split."""
 
+import math
 from collections import deque
 from dataclasses import replace
 
@@ -103,7 +104,8 @@ def test_every_variant_has_the_same_data_steps_seeds_and_tuning(tmp_path):
     run_to_end(STUDY.against("a", "b")(run_in(tmp_path)))
     by_part = {part: [call for call in CALLS if call["part"] == part] for part in "ab"}
     for calls in by_part.values():
-        assert [call["recipe"].lr for call in calls if call["seed"] == TUNING_SEED] == [0.01, 0.03, 0.1]
+        tried = [call["recipe"].lr for call in calls if call["seed"] == TUNING_SEED]
+        assert tried[:3] == [0.01, 0.03, 0.1] and len(tried) == 4, "the best is at an end, and one more is tried there"
         assert [call["seed"] for call in calls if call["seed"] != TUNING_SEED] == [0, 1, 2, 3, 4]
         assert all(call["data"] == f"data {call['seed']}" for call in calls)
     plain = [[(replace(call["recipe"], lr=1.0), call["seed"]) for call in calls] for calls in by_part.values()]
@@ -113,10 +115,54 @@ def test_every_variant_has_the_same_data_steps_seeds_and_tuning(tmp_path):
 def test_each_variant_s_rate_is_the_best_on_validation_data_and_its_figure_is_the_test_split_s(tmp_path):
     measurement = run_to_end(STUDY.against("a", "b")(run_in(tmp_path)))
     assert measurement.setting["lr"] == {"variant A": 0.01, "variant B": 0.1}
-    assert measurement.setting["tuned"]["validation score"]["variant B"] == {"0.01": 0.5, "0.03": 0.5, "0.1": 1.0}
+    assert measurement.setting["tuned"]["validation score"]["variant B"] == {
+        "0.01": 0.5,
+        "0.03": 0.5,
+        "0.1": 1.0,
+        "0.333": 0.5,
+    }
     assert measurement.values == [pytest.approx(0.9 + 0.002 * seed) for seed in range(5)]
     assert measurement.effect == pytest.approx(0.202) and measurement.sides == ("variant A", "variant B")
-    assert "At the edge of the rates that were tried: variant A, variant B." in measurement.note
+    assert not any(skill.unsettled for skill in measurement.skills) and "grid" not in measurement.note
+
+
+@pytest.mark.parametrize(
+    "best, tried, unsettled",
+    [
+        (0.03, [0.01, 0.03, 0.1], False),
+        (0.1, [0.01, 0.03, 0.1, 0.333], False),
+        (0.333, [0.01, 0.03, 0.1, 0.333, 1.11], False),
+        (0.00333, [0.01, 0.03, 0.1, 0.00333, 0.00111], False),
+        (math.inf, [0.01, 0.03, 0.1, 0.333, 1.11, 3.7], True),
+        (0.0, [0.01, 0.03, 0.1, 0.00333, 0.00111, 0.00037], True),
+    ],
+)
+def test_a_grid_grows_where_its_best_is_at_an_end_three_times_a_side(tmp_path, best, tried, unsettled):
+    class Slope(Guessing):
+        def evaluate(self, model, dataset, batch_size=256):
+            lr = model.lr
+            near = -lr if best == 0.0 else lr if math.isinf(best) else -abs(math.log(lr / best))
+            return {"score": near if len(dataset) == 2 else 0.9}
+
+    study = replace(STUDY, task=Slope())
+    measurement = run_to_end(study.figure("a")(run_in(tmp_path)))
+    assert [call["recipe"].lr for call in CALLS if call["seed"] == TUNING_SEED] == tried
+    chosen = measurement.setting["lr"]["variant A"]
+    assert chosen == (tried[-1] if unsettled else best)
+    assert [skill.unsettled for skill in measurement.skills] == [unsettled]
+    assert ("still at an end of the grown grid: variant A." in measurement.note) == unsettled
+    assert {call["recipe"].lr for call in CALLS if call["seed"] != TUNING_SEED} == {chosen}
+
+
+def test_a_grid_does_not_grow_over_a_rate_that_diverges(tmp_path):
+    def diverging(build, task, data, recipe, *, seed, **more):
+        if recipe.lr > 0.1:
+            raise Diverged("the loss became nan")
+        return trained(build, task, data, recipe, seed=seed, **more)
+
+    measurement = run_to_end(replace(STUDY, trained=diverging).figure("b")(run_in(tmp_path)))
+    assert measurement.setting["tuned"]["validation score"]["variant B"]["0.333"] is None
+    assert measurement.setting["lr"] == {"variant B": 0.1} and not measurement.skills[0].unsettled
 
 
 def test_where_lower_is_better_the_rate_is_the_one_with_the_lowest_figure(tmp_path):
@@ -134,7 +180,7 @@ def test_an_variant_that_has_nothing_to_learn_is_at_no_edge_of_the_rates(tmp_pat
     monkeypatch.setitem(BEST, "b", None)  # all rates are alike
     measurement = run_to_end(STUDY.against("a", "b")(run_in(tmp_path)))
     assert set(measurement.setting["tuned"]["validation score"]["variant B"].values()) == {0.5}
-    assert "At the edge of the rates that were tried: variant A." in measurement.note
+    assert list(measurement.setting["tuned"]["validation score"]["variant B"]) == ["0.01", "0.03", "0.1"]
 
 
 def test_what_stands_beside_a_figure_is_shown(tmp_path):
@@ -182,7 +228,7 @@ def test_nothing_stale_is_kept(tmp_path, change):
     count = len(CALLS)
     again = {"ledger": Ledger.read(run.folder / LEDGER), "reuse": True}
     run_to_end(STUDY.against("a", "b")(run_in(tmp_path, **again)))
-    assert count == 2 * (3 + 5) == len(CALLS), "the same study was trained again"
+    assert count == 2 * (4 + 5) == len(CALLS), "the same study was trained again"
     run_to_end(replace(STUDY, **change).against("a", "b")(run_in(tmp_path, **again)))
     assert len(CALLS) == 2 * count, "a changed study kept stale trials"
 
@@ -199,7 +245,7 @@ def test_another_variant_costs_the_others_nothing(tmp_path):
     count = len(CALLS)
     run = run_in(tmp_path, ledger=Ledger.read(run.folder / LEDGER), reuse=True)
     run_to_end(replace(STUDY, variants={**STUDY.variants, "c": ("variant C", "b")}).against("a", "b", shown=["c"])(run))
-    assert len(CALLS) == count + 3 + 5
+    assert len(CALLS) == count + 4 + 5
 
 
 def test_another_rate_is_tried_and_the_others_are_kept(tmp_path):
@@ -208,9 +254,8 @@ def test_another_rate_is_tried_and_the_others_are_kept(tmp_path):
     count = len(CALLS)
     run = run_in(tmp_path, ledger=Ledger.read(run.folder / LEDGER), reuse=True)
     wider = run_to_end(replace(STUDY, lrs=(*STUDY.lrs, 0.3)).against("a", "b")(run))
-    assert wider.setting["lrs"] == [*STUDY.lrs, 0.3]
-    chosen = list(wider.setting["lr"].values()).count(0.3)
-    assert len(CALLS) == count + 2 + 5 * chosen, "more was trained than a new rate needs"
+    assert wider.setting["lrs"] == [*STUDY.lrs, 0.3] and wider.setting["lr"] == {"variant A": 0.01, "variant B": 0.1}
+    assert len(CALLS) == count + 2, "more was trained than a new rate needs"
 
 
 def test_a_diverged_training_counts_as_the_dummy_baseline(tmp_path):
@@ -284,10 +329,10 @@ def test_what_follows_from_the_data_cannot_be_set(tmp_path):
 def test_recorded_rates_are_taken_without_choosing_again(tmp_path):
     CALLS.clear()
     run = Run("paper", tmp_path, seeds=(4,))
-    run.rates = {"variant A": 0.0100000001, "variant B": 0.03}  # a record rounds
+    run.rates = {"variant A": 0.0100000001, "variant B": 0.333}  # a record rounds; the grid had grown
     run_to_end(STUDY.against("a", "b")(run))
     rates = {(call["part"], call["seed"]): call["recipe"].lr for call in CALLS}
-    assert rates == {("a", 4): 0.01, ("b", 4): 0.03}
+    assert rates == {("a", 4): 0.01, ("b", 4): 0.333}
 
 
 def test_the_dummy_baseline_is_asked_for_as_many_examples_as_a_training_sees(tmp_path):

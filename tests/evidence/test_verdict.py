@@ -179,6 +179,17 @@ def test_an_variant_that_beats_dummy_predictor_has_learned_and_one_that_it_beats
     assert decide(said, measured((0.1, 0.2), skills=[learned, excused]))[0] is Verdict.SUPPORTED
 
 
+@pytest.mark.parametrize(
+    "interval, verdict",
+    [((0.1, 0.2), Verdict.INCONCLUSIVE), ((-0.1, 0.1), Verdict.INCONCLUSIVE), ((-0.2, -0.1), Verdict.CONTRADICTED)],
+)
+def test_nothing_is_supported_by_a_variant_whose_best_rate_is_at_an_end_of_its_grid(interval, verdict):
+    unsettled = skill([0.9, 0.91, 0.92], [0.5] * 3, unsettled=True)
+    given, reason = decide(experiment(expects=Region(above=0)), measured(interval, skills=[unsettled]))
+    assert given is verdict
+    assert ("at an end of its grid: variant" in reason) == (interval == (0.1, 0.2))
+
+
 def test_exchanged_sides_give_no_verdict():
     said = experiment("cost", expects=Region(below=1.0), sides=("ours", "theirs"))
     assert decide(said, measured((0.4, 0.5), sides=("ours", "theirs")))[0] is Verdict.SUPPORTED

@@ -91,7 +91,8 @@ class Skill(Part):
     """What a variant reached, seed by seed, beside what the dummy baseline reaches on the same data.
 
     `may_guess` is the paper's reason why this variant cannot learn the task; without one, a variant that does not
-    beat the dummy baseline shows nothing.
+    beat the dummy baseline shows nothing. Of an `unsettled` variant the best learning rate is at an end of the rates
+    that were tried, though their grid has grown: more may be in it.
     """
 
     variant: str
@@ -99,6 +100,7 @@ class Skill(Part):
     dummy_baseline: list[float]
     higher_is_better: bool
     may_guess: str = ""
+    unsettled: bool = False
 
 
 class Measurement(Part):

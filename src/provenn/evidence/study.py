@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 TUNING_SEED = 900_001  # of data and weights when a learning rate is chosen; never measured
 FEWEST_RATES = 3
+MOST_GROWTHS = 3  # of a grid of rates, on each side
 SMOKE_EXAMPLES = 64  # of a smoke run's validation and test
 Probe = Callable[[nn.Module, TaskData], Any]
 
@@ -44,10 +45,9 @@ class Drawing:
 class Study:
     """One training for each variant and seed, kept in the run; `against` reads an experiment off two variants.
 
-    Every variant gets the same data, steps, seeds and tuning: its learning rate is the one of `lrs` that does best on
-    the
-    validation split of a seed that is never measured. Metrics are the test split's. A training that diverges counts as
-    the dummy baseline.
+    Every variant gets the same data, steps, seeds and tuning: its learning rate is the one of a grid that does best on
+    the validation split of a seed that is never measured. The grid is `lrs`; where its best is at an end, it grows
+    there. Metrics are the test split's. A training that diverges counts as the dummy baseline.
 
     Args:
         name: of the trials and of the plot.
@@ -56,8 +56,8 @@ class Study:
         variants: by name, a label and the part in which the networks differ.
         build: `build(part, **data.options)` makes the network.
         recipe: how all of them are trained.
-        lrs: the learning rates that each variant may choose from, at least three; none takes the recipe's for all,
-            and is only for variants that have nothing to tune.
+        lrs: the learning rates that each variant may choose from at first, at least three; none takes the recipe's
+            for all, and is only for variants that have nothing to tune.
         smoke: the recipe that only shows that the path works; by default two steps.
         probes: further figures of a trained network by name, `probe(model, data)`, to be read off the test split; those
             that `against` compares are numbers.
@@ -204,14 +204,30 @@ class Study:
         return {**facts, "code": run.memory[key]}
 
     async def rate(self, run: Run, variant: str) -> tuple[float, dict[str, float | None]]:
-        """The variant's learning rate, and what each of `lrs` reached on validation data; None where it diverged."""
-        recipe, task = self.recipe_for(run), self.of_task
+        """The variant's learning rate, and what each rate tried reached on validation data; None where it diverged.
+
+        Where the best is at an end of the grid, the grid grows there by the ratio of its last two rates, until the best
+        is inside or the side has grown three times.
+        """
+        recipe = self.recipe_for(run)
         if not self.lrs or run.smoke:
             return float(self.lrs[0] if self.lrs else recipe.lr), {}
         if (known := run.rates.get(self.label(variant))) is not None:
-            return float(min(self.lrs, key=lambda lr: abs(lr - known))), {}  # a record rounds it
+            alike = (lr for lr in self.lrs if math.isclose(lr, known, rel_tol=1e-4))  # a record rounds it
+            return float(next(alike, _rounded(known))), {}
+        reached: dict[float, float | None] = {}
+        further = list(map(float, self.lrs))
+        while further:
+            asked = (self.validation(run, variant, lr) for lr in further)
+            reached |= zip(further, await run.together(asked), strict=True)
+            further = self.further_rates(reached)
+        return self.best_rate(reached), {f"{lr:g}": value for lr, value in reached.items()}
 
-        def score(lr: float) -> float | None:
+    async def validation(self, run: Run, variant: str, lr: float) -> float | None:
+        """What a variant trained at a learning rate reaches on the tuning seed's validation data; None: it diverged."""
+        task = self.of_task
+
+        def score() -> float | None:
             data = self.data(TUNING_SEED, False)
             try:
                 model = self._fit(run, variant, data, lr, TUNING_SEED).model
@@ -221,14 +237,24 @@ class Study:
                 value = task.evaluate(model, data.val)[task.metric]
             return value if math.isfinite(value) else None
 
-        names = {lr: f"{self.name}, {self.label(variant)}, rate {lr:g}" for lr in self.lrs}
-        setting = {"seed": TUNING_SEED, **self.trial_setting(run, variant)}
-        asked = (run.trial(name, partial(score, lr), lr=lr, **setting) for lr, name in names.items())
-        reached = dict(zip((f"{lr:g}" for lr in names), await run.together(asked), strict=True))
-        sign = 1 if task.higher_is_better else -1
-        worst = -math.inf
-        best = max(self.lrs, key=lambda lr: worst if (value := reached[f"{lr:g}"]) is None else sign * value)
-        return float(best), reached
+        name = f"{self.name}, {self.label(variant)}, rate {lr:g}"
+        return await run.trial(name, score, lr=lr, seed=TUNING_SEED, **self.trial_setting(run, variant))
+
+    def best_rate(self, reached: Mapping[float, float | None]) -> float:
+        """The rate that reached most; the first of those alike."""
+        sign = 1 if self.of_task.higher_is_better else -1
+        return max(reached, key=lambda lr: -math.inf if (value := reached[lr]) is None else sign * value)
+
+    def further_rates(self, reached: Mapping[float, float | None]) -> list[float]:
+        """The rate to try next, where the best of those tried is at an end of a side that may still grow; else none."""
+        lrs, tried, best = sorted(self.lrs), sorted(reached), self.best_rate(reached)
+        if not at_an_end(best, reached):
+            return []
+        if best == tried[0]:
+            grown, ratio = sum(lr < lrs[0] for lr in tried), lrs[0] / lrs[1]
+        else:
+            grown, ratio = sum(lr > lrs[-1] for lr in tried), lrs[-1] / lrs[-2]
+        return [_rounded(best * ratio)] if grown < MOST_GROWTHS else []
 
     async def trials(self, run: Run, variant: str) -> list[dict[str, Any]]:
         """Of each seed the test metric, the probes' figures, the validation curve, and whether it diverged."""
@@ -320,6 +346,11 @@ class Study:
             raise ValueError(f"a training of {', '.join(missing)} diverged, so that there is no {name!r} of it")
         reached = {variant: [trial[name] for trial in trials[variant] if name in trial] for variant in every}
         rates = {self.label(variant): await self.rate(run, variant) for variant in every}
+        unsettled = [
+            label
+            for label, (lr, tried) in rates.items()
+            if at_an_end(lr, {float(rate): value for rate, value in tried.items()})
+        ]
         guesses = await self.dummy_baseline(run)
         skills = [
             Skill(
@@ -328,6 +359,7 @@ class Study:
                 dummy_baseline=guesses,
                 higher_is_better=task.higher_is_better,
                 may_guess=(may_guess or {}).get(variant, ""),
+                unsettled=self.label(variant) in unsettled,
             )
             for variant in dict.fromkeys(variants)
         ]
@@ -342,7 +374,7 @@ class Study:
             "fingerprint": fingerprint,
             "setting": setting,
             "skills": skills,
-            "note": " ".join(part for part in (self.note, *self._remarks(trials, rates)) if part),
+            "note": " ".join(part for part in (self.note, *self._remarks(trials, unsettled)) if part),
             "tables": [self._table(name, reached)] if len(every) > len({*variants}) or self.columns else [],
             "series": [
                 line
@@ -352,15 +384,12 @@ class Study:
             "pictures": self._pictures(run) if picture else [],
         }
 
-    def _remarks(self, trials: Mapping[str, list[dict[str, Any]]], rates: Mapping[str, Any]) -> Iterable[str]:
+    def _remarks(self, trials: Mapping[str, list[dict[str, Any]]], unsettled: Sequence[str]) -> Iterable[str]:
         for variant, done in trials.items():
             if count := sum(bool(trial.get("diverged")) for trial in done):
                 yield f"{count} of {len(done)} trainings of {self.label(variant)} diverged: as the dummy baseline."
-        ends = {f"{lr:g}" for lr in (min(self.lrs), max(self.lrs))} if self.lrs else set()
-        # Of a variant that has nothing to learn all rates are alike, and none is at an edge.
-        edge = [label for label, (lr, tried) in rates.items() if len({*tried.values()}) > 1 and f"{lr:g}" in ends]
-        if edge:
-            yield f"At the edge of the rates that were tried: {', '.join(edge)}."
+        if unsettled:
+            yield f"The best rate is still at an end of the grown grid: {', '.join(unsettled)}."
 
     def _table(self, metric: str, reached: Mapping[str, list[float]]) -> Table:
         rows: list[list[str | float | int | None]] = [
@@ -389,6 +418,20 @@ class Study:
         if self.drawing is None or not (run.folder / PICTURES / f"{self.drawing.file}.png").exists():
             return []
         return [Picture(file=f"{PICTURES}/{self.drawing.file}.png", caption=self.drawing.caption)]
+
+
+def at_an_end(best: float, reached: Mapping[float, float | None]) -> bool:
+    """Whether the best of the rates tried is the least or the largest; not so where all reached the same.
+
+    >>> at_an_end(0.1, {0.01: 0.5, 0.03: 0.6, 0.1: 0.7}), at_an_end(0.1, {0.01: 0.5, 0.03: 0.5, 0.1: 0.5})
+    (True, False)
+    """
+    return len({*reached.values()}) > 1 and best in (min(reached), max(reached))
+
+
+def _rounded(lr: float) -> float:
+    """A rate as it is written and read."""
+    return float(f"{lr:.3g}")
 
 
 def _build_with(build: Callable[..., nn.Module], given: Mapping[str, Any], part: Any, **options: Any) -> nn.Module:

@@ -72,7 +72,8 @@ def decide(
     - reproduced: the published figure is met within its tolerance at the paper's own setting.
     - supported: at a smaller setting, the interval lies wholly where the experiment asks.
     - contradicted: it lies wholly elsewhere.
-    - inconclusive: it crosses the edge.
+    - inconclusive: it crosses the edge; or what would be supported rests on a variant whose best learning rate is still
+      at an end of its grid.
 
     Nothing is decided from an interval of less than 95 %, nor from variants below the dummy baseline. What device and
     build cannot do (unsupported), or hold (out of memory), says nothing of the experiment. No published figure is
@@ -116,6 +117,8 @@ def decide(
         return verdict, ""
     if experiment.kind == "exact":
         return Verdict.VERIFIED, ""
+    if unsettled := [skill.variant for skill in measurement.skills if skill.unsettled]:
+        return Verdict.INCONCLUSIVE, f"the best learning rate is still at an end of its grid: {', '.join(unsettled)}"
     met = measurement.at_paper_setting and meets_figure(experiment, measurement)
     return (Verdict.REPRODUCED if met else verdict), ""
 
