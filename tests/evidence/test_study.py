@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from provenn.catalog import Experiment, Region
+from provenn.core.digest import digest
 from provenn.core.errors import UserError
 from provenn.evidence import Run, Study, Verdict, decide
 from provenn.evidence.experiment import parameters_of, with_overrides
@@ -350,3 +351,45 @@ def test_the_dummy_baseline_is_asked_for_as_many_examples_as_a_training_sees(tmp
     run_to_end(replace(study, recipe=replace(study.recipe, max_steps=None)).dummy_baseline(run_in(tmp_path)))
     train = len(study.data(0, False).train)
     assert asked[0][0] == study.recipe.epochs * max(1, train // 8) * 8
+
+
+def test_of_a_study_what_decides_the_compared_values_counts_in_the_digest_and_nothing_else():
+    experiment = STUDY.against("a", "b")
+    same = [
+        replace(STUDY, variants={**STUDY.variants, "c": ("variant C", "c")}),
+        replace(STUDY, variants={"a": ("another name", "a"), "b": ("variant B", "b")}),
+        replace(STUDY, about="something", note="a note", columns={"part": len}, setting={"more": 1}),
+        replace(STUDY, smoke=Recipe(max_steps=1)),
+    ]
+    other = [
+        replace(STUDY, variants={"a": ("variant A", "b"), "b": ("variant B", "b")}),
+        replace(STUDY, recipe=Recipe(epochs=3, batch_size=4)),
+        replace(STUDY, lrs=(0.01, 0.03, 0.2)),
+        replace(STUDY, data=lambda seed, smoke: data(seed + 1, smoke)),
+        replace(STUDY, build=lambda part: Answer(part * 2)),
+        replace(STUDY, probes={}),
+        replace(STUDY, task="recall"),
+    ]
+    assert {digest(study.against("a", "b")) for study in same} == {digest(experiment)}
+    assert len({digest(experiment), *(digest(study.against("a", "b")) for study in other)}) == 1 + len(other)
+    assert digest(experiment) != digest(STUDY.against("b", "a")) != digest(STUDY.against("b", "a", ratio=True))
+    assert digest(STUDY.figure("a")) != digest(STUDY.figure("b")) != digest(STUDY.figure("b", metric="depth"))
+    assert digest(replace(STUDY, variants={**STUDY.variants, "c": ("variant C", "c")})) != digest(STUDY)
+
+
+@pytest.mark.parametrize("method", ["trials", "rate", "validation", "best_rate", "further_rates", "_fit", "_examples"])
+def test_how_a_study_trains_and_tunes_counts_in_the_digest(method):
+    assert getattr(Study, method) in STUDY.deciding(("a",))
+
+
+def test_what_a_task_shows_its_users_decides_no_value():
+    class Speaking(Guessing):
+        def predict(self, model, meta, inputs, output):
+            return "words"
+
+    class Judging(Guessing):
+        def evaluate(self, model, dataset, batch_size=256):
+            return {"score": 0.0}
+
+    of = [digest(replace(STUDY, task=task()).against("a", "b")) for task in (Guessing, Speaking, Judging)]
+    assert of[0] == of[1] != of[2]

@@ -30,8 +30,12 @@ from provenn.core.errors import UserError
 from provenn.core.syntax import canonical, node_of
 
 F = TypeVar("F", bound=Callable)
-# Modules that only talk to people: nothing in them decides a value.
-INERT = ("provenn.core.progress", "provenn.core.errors", "provenn.core.digest", "provenn.core.syntax")
+# Modules that talk to people, or carry values to records: nothing in them decides a value. Effects and intervals are
+# computed again from the values of every record that ships.
+INERT = (
+    *("provenn.core.progress", "provenn.core.errors", "provenn.core.digest", "provenn.core.syntax"),
+    *("provenn.evidence.run", "provenn.evidence.record", "provenn.evidence.measurement"),
+)
 UNREAD = {
     *("__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__annotations__", "__annotate_func__"),
     *("__firstlineno__", "__static_attributes__", "__dataclass_params__", "__dataclass_fields__", "__match_args__"),
@@ -241,7 +245,7 @@ class _Walk:
     def object(self, thing: Any, path: str) -> None:
         name = f"{type(thing).__module__}.{type(thing).__qualname__}"
         if hasattr(type(thing), "__digest__"):
-            return self.each(name, thing.__digest__(), path)
+            return self.each("object", thing.__digest__(), path)
         if isinstance(thing, partial):
             self.each("partial", [thing.func, *thing.args], path)
             return self.mapping(thing.keywords, path)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 import torch
 from torch import nn
@@ -149,6 +149,15 @@ class Study:
             recipe=replace(self.recipe, **overrides),
             smoke=replace(smoke, **overrides),
         )
+
+    def __digest__(self) -> tuple[Any, ...]:
+        return self.deciding(tuple(self.variants))
+
+    def deciding(self, variants: Iterable[str]) -> tuple[Any, ...]:
+        """All that decides the values of these variants, for a digest; the others, labels and tables do not."""
+        parts = [self.variants[variant][1] for variant in variants]
+        networks = (parts, self.build, self.trained, self.recipe, tuple(self.lrs))
+        return (*networks, self.of_task, self.data, self.probes, Study.trials, Study.dummy_baseline, Study.rate, *STEPS)
 
     def _check(self, metric: str | None, *variants: str) -> None:
         metrics = [self.of_task.metric, *self.probes]
@@ -453,6 +462,13 @@ def _spoken(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+# What `trials`, `dummy_baseline` and `rate` call of a study: a digest follows no attribute.
+STEPS = (
+    *(Study.recipe_for, Study.data_for, Study.validation, Study.best_rate, Study.further_rates),
+    *(Study._examples, Study._fit),
+)
+
+
 @dataclass(frozen=True)
 class Contrast:
     """An experiment read off a study: one variant, or the worst of several, against another."""
@@ -480,9 +496,16 @@ class Contrast:
         """As `Study.varied`."""
         return replace(self, study=self.study.with_overrides(**overrides))
 
+    def __digest__(self) -> tuple[Any, ...]:
+        return *self.study.deciding((*self.systems, self.baseline)), self.metric, self.ratio, Contrast.worst
+
+    def worst(self, reached: Mapping[str, list[float]]) -> list[float]:
+        """Of each seed the worst of the systems."""
+        worst = min if self.study.of_task.higher_is_better else max
+        return [worst(values) for values in zip(*(reached[variant] for variant in self.systems), strict=True)]
+
     async def __call__(self, run: Run) -> Measurement:
-        study = self.study
-        reached, facts = await study.measure(
+        reached, facts = await self.study.measure(
             run,
             (*self.systems, self.baseline),
             shown=self.shown,
@@ -490,11 +513,8 @@ class Contrast:
             may_guess={self.baseline: self.may_guess},
             picture=self.picture,
         )
-        worst = min if study.of_task.higher_is_better else max
-        system = [worst(values) for values in zip(*(reached[variant] for variant in self.systems), strict=True)]
-        return Measurement.of(
-            "ratio" if self.ratio else "difference", system, reached[self.baseline], sides=self.sides, **facts
-        )
+        kind: Literal["ratio", "difference"] = "ratio" if self.ratio else "difference"
+        return Measurement.of(kind, self.worst(reached), reached[self.baseline], sides=self.sides, **facts)
 
 
 @dataclass(frozen=True)
@@ -508,6 +528,9 @@ class Reading:
     picture: bool = False
 
     sides = None
+
+    def __digest__(self) -> tuple[Any, ...]:
+        return *self.study.deciding((self.variant,)), self.metric
 
     def parameters(self) -> dict[str, Any]:
         """As `Study.settable`."""

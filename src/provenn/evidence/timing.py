@@ -74,6 +74,14 @@ class Timing:
             raise ValueError(f"{self.name}: growth needs at least three sizes, got {len(self.sizes)}")
         return Exponent(self, system)
 
+    def __digest__(self) -> tuple[Any, ...]:
+        return self.deciding(*self.runners)
+
+    def deciding(self, *runners: str) -> tuple[Any, ...]:
+        """All that decides the values of these runners, for a digest; the others, labels and tables do not."""
+        measured = [self.runners[label] for label in runners]
+        return measured, tuple(self.sizes), self.quantity, self.rounds, self.gpu, Timing.measure, Timing._count
+
     def parameters(self) -> dict[str, Any]:
         """What `--set` may change, and its type."""
         return {"sizes": tuple[int, ...], **({"rounds": int} if self.quantity == "time" else {})}
@@ -179,6 +187,9 @@ class Ratio:
         """What readers call the system and the baseline."""
         return self.system, self.baseline
 
+    def __digest__(self) -> tuple[Any, ...]:
+        return *self.timing.deciding(self.system, self.baseline), self.at
+
     def parameters(self) -> dict[str, Any]:
         """As `Timing.settable`."""
         return self.timing.parameters()
@@ -210,6 +221,9 @@ class Exponent:
     system: str
 
     sides = None
+
+    def __digest__(self) -> tuple[Any, ...]:
+        return *self.timing.deciding(self.system), "grows"
 
     def parameters(self) -> dict[str, Any]:
         """As `Timing.settable`."""

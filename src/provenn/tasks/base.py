@@ -1,6 +1,7 @@
 """What every kind of work offers: data in, loss, metric, picture, prediction."""
 
 import hashlib
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -96,6 +97,9 @@ class Portable:
     predict: Callable[..., Tensor | Sequence[Tensor]] | None = None
 
 
+FACES = {"predict", "portable", "calibration", "class_scores", "picture", "embedded", "reads", "made_by"}
+
+
 class Task(ABC):
     """One kind of work. A module in `provenn.tasks`, or a paper's `task.py`, defines one and calls it `TASK`.
 
@@ -117,6 +121,12 @@ class Task(ABC):
     needs_inputs: bool = True  # whether `predict` has nothing to do without any
     into_folders: bool = False  # whether `predict` writes a file for each input, to a folder where one is given
     made_by: str = ""  # what makes the embedded data, where that takes a minute and more than reading
+
+    def __digest__(self) -> tuple[Any, ...]:
+        """The whole task but what faces its users: what it writes, draws and says decides no value of a training."""
+        kind = type(self)
+        names = (name for name in dir(kind) if name not in FACES and not (name.startswith("__") or name == "_abc_impl"))
+        return *((name, inspect.getattr_static(kind, name)) for name in sorted(names)), sorted(vars(self).items())
 
     @abstractmethod
     def load(self, source: str | Path, *, seed: int = 0, **options: Any) -> TaskData:
