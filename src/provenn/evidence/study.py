@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from statistics import median
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 import torch
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 TUNING_SEED = 900_001  # of data and weights when a learning rate is chosen; never measured
 FEWEST_RATES = 3
 MOST_GROWTHS = 3  # of a grid of rates, on each side
+COLLAPSED = 0.1  # of the median gain on the dummy baseline: a training with less is named, and counts as it is
 SMOKE_EXAMPLES = 64  # of a smoke run's validation and test
 Probe = Callable[[nn.Module, TaskData], Any]
 
@@ -383,7 +385,7 @@ class Study:
             "fingerprint": fingerprint,
             "setting": setting,
             "skills": skills,
-            "note": " ".join(part for part in (self.note, *self._remarks(trials, unsettled)) if part),
+            "note": " ".join(part for part in (self.note, *self._remarks(run, trials, unsettled, guesses)) if part),
             "tables": [self._table(name, reached)] if len(every) > len({*variants}) or self.columns else [],
             "series": [
                 line
@@ -393,10 +395,25 @@ class Study:
             "pictures": self._pictures(run) if picture else [],
         }
 
-    def _remarks(self, trials: Mapping[str, list[dict[str, Any]]], unsettled: Sequence[str]) -> Iterable[str]:
+    def _remarks(
+        self, run: Run, trials: Mapping[str, list[dict[str, Any]]], unsettled: Sequence[str], guesses: Sequence[float]
+    ) -> Iterable[str]:
+        sign = 1 if self.of_task.higher_is_better else -1
         for variant, done in trials.items():
             if count := sum(bool(trial.get("diverged")) for trial in done):
                 yield f"{count} of {len(done)} trainings of {self.label(variant)} diverged: as the dummy baseline."
+            gains = [sign * (trial[self.of_task.metric] - guess) for trial, guess in zip(done, guesses, strict=True)]
+            collapsed = [
+                str(seed)
+                for seed, trial, gain in zip(run.seeds, done, gains, strict=True)
+                if not trial.get("diverged") and gain < COLLAPSED * median(gains) and median(gains) > 0
+            ]
+            if collapsed:
+                yield (
+                    f"{len(collapsed)} of {len(done)} trainings of {self.label(variant)} collapsed, with less than "
+                    f"{COLLAPSED:g} of the median gain on the dummy baseline, and count as they are: "
+                    f"seed {', '.join(collapsed)}."
+                )
         if unsettled:
             yield f"The best rate is still at an end of the grown grid: {', '.join(unsettled)}."
 
