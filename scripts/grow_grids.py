@@ -41,7 +41,7 @@ class Side(NamedTuple):
 def sides_of(measure: Contrast | Reading, record: Record) -> list[Side]:
     """The compared variants whose tuning the record holds."""
     study, setting = measure.study, record.measurement.setting
-    variants = (measure.variant,) if isinstance(measure, Reading) else (*measure.systems, measure.baseline)
+    variants = (measure.variant,) if isinstance(measure, Reading) else (*measure.systems, *measure.baselines)
     tried: dict[str, dict[str, float | None]] = next(
         (of for key, of in setting.get("tuned", {}).items() if key != "seed"), {}
     )

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from provenn.evidence import Run, Study, against_best
+from provenn.core.digest import digest
+from provenn.evidence import Run, Study
 from provenn.evidence.run import run_to_end
 from provenn.tasks import Task, TaskData
 from provenn.training import Fit, Recipe
@@ -69,7 +70,7 @@ STUDY = Study(
 
 
 def measured(tmp_path, study, *sides):
-    return run_to_end(against_best(study, *sides)(Run("p", tmp_path, seeds=(0, 1, 2))))
+    return run_to_end(study.against(*sides)(Run("p", tmp_path, seeds=(0, 1, 2))))
 
 
 def test_of_several_baselines_the_best_of_each_seed_counts(tmp_path):
@@ -85,8 +86,8 @@ def test_of_errors_the_best_is_the_least(tmp_path):
     assert measurement.values == [0.7, 0.9, 0.6] and measurement.baselines == [0.6, 0.9, 0.5]
 
 
-def test_one_baseline_is_no_choice():
-    with pytest.raises(ValueError, match="at least two baselines"):
-        against_best(STUDY, "a", ("b",))
+def test_several_baselines_count_in_the_digest_as_what_they_are():
+    both, turned = STUDY.against("a", ("b", "c")), STUDY.against(("a", "b"), "c")
+    assert len({digest(each) for each in (both, turned, STUDY.against("a", "b"))}) == 3
     with pytest.raises(ValueError, match="no variant 'd'"):
-        against_best(STUDY, "a", ("b", "d"))
+        STUDY.against("a", ("b", "d"))

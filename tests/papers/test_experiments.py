@@ -20,7 +20,6 @@ from provenn.catalog import Card, cards
 from provenn.data.text import standard_library
 from provenn.evidence.benchmark import benchmarks, time_benchmarks
 from provenn.evidence.experiment import measuring_functions
-from provenn.evidence.rivals import BestOf
 from provenn.evidence.study import TUNING_SEED, Contrast, Reading, Study
 from provenn.tasks import TaskData, fingerprint
 from provenn.tasks.language_modelling import Windows as TextWindows
@@ -269,8 +268,7 @@ def held_readings(card: Card, study: Study) -> dict[str, list[Any]]:
     functions = measuring_functions(card.resolve_module("experiments")).items()
     contrasts = {name: f for name, f in functions if isinstance(f, Contrast) and f.study is study}
     readings = {name: f for name, f in functions if isinstance(f, Reading) and f.study is study}
-    against = {name: [f.baseline, *(f.rivals if isinstance(f, BestOf) else ())] for name, f in contrasts.items()}
-    return {name: [*f.systems, *against[name], f.metric, f.ratio] for name, f in contrasts.items()} | {
+    return {name: [*f.systems, *f.baselines, f.metric, f.ratio] for name, f in contrasts.items()} | {
         name: [f.variant, f.metric] for name, f in readings.items()
     }
 

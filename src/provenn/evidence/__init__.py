@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from provenn.evidence.experiment import measures
     from provenn.evidence.measurement import Measurement, Picture, Series, Skill, Table
     from provenn.evidence.record import Evidence, Finding, Record
-    from provenn.evidence.rivals import against_best
     from provenn.evidence.run import Run
     from provenn.evidence.study import Drawing, Study
     from provenn.evidence.sweep import Point, Sweep
@@ -25,7 +24,6 @@ HOMES = {
     "measurement": ("Measurement", "Picture", "Series", "Skill", "Table"),
     "timing": ("Timing",),
     "record": ("Evidence", "Finding", "Record"),
-    "rivals": ("against_best",),
     "run": ("Run",),
     "claim": ("judge",),
     "study": ("Drawing", "Study"),
@@ -50,7 +48,6 @@ __all__ = [
     "Table",
     "Timing",
     "Verdict",
-    "against_best",
     "decide",
     "judge",
     "measures",

@@ -99,7 +99,7 @@ class Study:
     def against(
         self,
         system: str | Sequence[str],
-        baseline: str,
+        baseline: str | Sequence[str],
         *,
         metric: str | None = None,
         ratio: bool = False,
@@ -107,7 +107,10 @@ class Study:
         picture: bool = False,
         may_guess: str = "",
     ) -> "Contrast":
-        """An experiment on one variant against another, seed by seed; of several systems the worst of each seed counts.
+        """An experiment on one variant against another, seed by seed.
+
+        Of several systems the worst of each seed counts, of several baselines the best. The best of each seed is a
+        little harder to beat than the best alone, by the scatter of the seeds.
 
         Args:
             system, baseline: names of variants.
@@ -115,15 +118,15 @@ class Study:
             ratio: of the two instead of their difference.
             shown: further variants of the table.
             picture: whether the study's drawing goes with it.
-            may_guess: the paper's reason why the baseline cannot learn this task at all.
+            may_guess: the paper's reason why the baselines cannot learn this task at all.
 
         Raises:
             ValueError: a variant or a metric that does not exist, when `experiments.py` is read and not after hours of
             training.
         """
-        systems = (system,) if isinstance(system, str) else tuple(system)
-        self._check(metric, *systems, baseline, *shown)
-        return Contrast(self, systems, baseline, metric, ratio, tuple(shown), picture, may_guess)
+        systems, baselines = ((of,) if isinstance(of, str) else tuple(of) for of in (system, baseline))
+        self._check(metric, *systems, *baselines, *shown)
+        return Contrast(self, systems, baselines, metric, ratio, tuple(shown), picture, may_guess)
 
     def figure(
         self, variant: str, *, metric: str | None = None, shown: Iterable[str] = (), picture: bool = False
@@ -455,6 +458,10 @@ def at_an_end(best: float, reached: Mapping[float, float | None]) -> bool:
     return len({*reached.values()}) > 1 and best in (min(reached), max(reached))
 
 
+def _side(which: str, labels: Sequence[str]) -> str:
+    return labels[0] if len(labels) == 1 else f"{which} of {', '.join(labels)}"
+
+
 def _rounded(lr: float) -> float:
     """A rate as it is written and read."""
     return float(f"{lr:.3g}")
@@ -488,11 +495,11 @@ STEPS = (
 
 @dataclass(frozen=True)
 class Contrast:
-    """An experiment read off a study: one variant, or the worst of several, against another."""
+    """An experiment read off a study: one variant, or the worst of several, against the best of others."""
 
     study: Study
     systems: tuple[str, ...]
-    baseline: str
+    baselines: tuple[str, ...]
     metric: str | None = None
     ratio: bool = False
     shown: tuple[str, ...] = ()
@@ -502,8 +509,9 @@ class Contrast:
     @property
     def sides(self) -> tuple[str, str]:
         """What readers call the system and the baseline."""
-        labels = [self.study.label(variant) for variant in self.systems]
-        return labels[0] if len(labels) == 1 else f"worst of {', '.join(labels)}", self.study.label(self.baseline)
+        of = (("worst", self.systems), ("best", self.baselines))
+        system, baseline = ((which, [self.study.label(variant) for variant in variants]) for which, variants in of)
+        return _side(*system), _side(*baseline)
 
     def parameters(self) -> dict[str, Any]:
         """As `Study.settable`."""
@@ -514,24 +522,33 @@ class Contrast:
         return replace(self, study=self.study.with_overrides(**overrides))
 
     def __digest__(self) -> tuple[Any, ...]:
-        return *self.study.deciding((*self.systems, self.baseline)), self.metric, self.ratio, Contrast.worst
+        chosen = (Contrast.worst, *[Contrast.best] * (len(self.baselines) > 1))
+        return *self.study.deciding((*self.systems, *self.baselines)), self.metric, self.ratio, *chosen
 
     def worst(self, reached: Mapping[str, list[float]]) -> list[float]:
         """Of each seed the worst of the systems."""
         worst = min if self.study.of_task.higher_is_better else max
         return [worst(values) for values in zip(*(reached[variant] for variant in self.systems), strict=True)]
 
+    def best(self, reached: Mapping[str, list[float]]) -> list[float]:
+        """Of each seed the best of the baselines."""
+        best = max if self.study.of_task.higher_is_better else min
+        return [best(values) for values in zip(*(reached[variant] for variant in self.baselines), strict=True)]
+
     async def __call__(self, run: Run) -> Measurement:
+        sides = (*self.systems, *self.baselines)
         reached, facts = await self.study.measure(
             run,
-            (*self.systems, self.baseline),
+            sides,
             shown=self.shown,
             metric=self.metric,
-            may_guess={self.baseline: self.may_guess},
+            may_guess=dict.fromkeys(self.baselines, self.may_guess),
             picture=self.picture,
         )
+        if len(sides) > 2 and not facts["tables"]:
+            facts["tables"] = [self.study._table(self.metric or self.study.of_task.metric, reached)]
         kind: Literal["ratio", "difference"] = "ratio" if self.ratio else "difference"
-        return Measurement.of(kind, self.worst(reached), reached[self.baseline], sides=self.sides, **facts)
+        return Measurement.of(kind, self.worst(reached), self.best(reached), sides=self.sides, **facts)
 
 
 @dataclass(frozen=True)
