@@ -10,6 +10,7 @@ from typing import Any
 
 from provenn import catalog
 from provenn.catalog import query, shelf
+from provenn.tasks import datasets
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -32,6 +33,7 @@ def importable(site: Path, *packages: str) -> Iterator[None]:
 
     def forget() -> None:
         catalog.cards.cache_clear()
+        datasets.known.cache_clear()
         for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
             del sys.modules[name]
 

@@ -18,6 +18,7 @@ from provenn.core import progress
 from provenn.core.errors import UserError
 from provenn.evidence import Evidence, Verdict, view
 from provenn.evidence.record import EVIDENCE, LEDGER, Ledger
+from provenn.tasks import datasets
 from provenn.testing import FailedCheck, check_paper
 from provenn.testing.checks import checks_of
 from provenn.training import weights
@@ -87,6 +88,43 @@ def test_it_predicts_both_heads(run, trained, tmp_path):
     assert code == 0 and (tmp_path / "out.csv").read_text() == out
     (first, liked), (second, disliked) = (line.split(",") for line in out.splitlines()[1:])
     assert float(first) > 0 > float(second) and (liked, disliked) == ("1", "0")
+
+
+def test_its_data_sets_are_those_that_its_file_declares(pair_rating, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("PROVENN_DATA", str(tmp_path))
+    (tmp_path / "RatedPairs").mkdir()
+    (tmp_path / "RatedPairs" / "train.csv").touch()
+    sets = {entry["name"]: entry for entry in json.loads(run("data --json")[1])}
+    assert sets["rated-pairs"]["found"] and sets["rated-pairs"]["task"] == "pair-rating"
+    assert sets["set5"]["title"] == "Set5", "nobody takes the name of a set of ours"
+    assert "Rated pairs" in run("data rated-pairs")[1]
+
+    file = pair_rating / "pair_rating" / "task.toml"
+    before = file.read_text()
+    try:
+        file.write_text(before.replace("layout", "lay-out"))
+        datasets.known.cache_clear()
+        code, out, _ = run("data --json")
+        assert code == 0 and {entry["name"] for entry in json.loads(out)} == sets.keys() - {"rated-pairs"}
+        said = json.loads(run("doctor --json")[1])["data"]["pair-rating"]
+        assert not said["loads"] and "datasets.rated-pairs.layout: Field required" in said["about"]
+    finally:
+        file.write_text(before)
+        datasets.known.cache_clear()
+
+
+def test_its_prediction_takes_the_options_that_its_file_declares(run, trained):
+    code, out, _ = run("predict --help")
+    said = " ".join(out.replace("│", " ").split())
+    assert code == 0 and "--decimals" in said and "--liked-alone" in said and "digits behind the point" in said
+    assert "its own option stays" not in said and "PSNR" in said, "those of other tasks stand there too"
+    code, out, _ = run(f"predict pair_rating pairs.csv --weights {trained} --decimals 1 --liked-alone")
+    assert code == 0 and len(out.splitlines()) == 2 and len(out.splitlines()[1].split(",")[0].split(".")[1]) == 1
+    assert out == run(f"predict pair_rating pairs.csv --weights {trained} --set decimals=1 --set liked_alone=true")[1]
+    code, _, err = run(f"predict pair_rating pairs.csv --weights {trained} --reference pairs.csv")
+    assert code == 2 and "a prediction of pair-rating has no 'reference'; what can be set: decimals, liked_alone" in err
+    code, _, err = run(f"predict pair_rating pairs.csv --weights {trained} --decimal=many")
+    assert code == 2 and len(err.splitlines()) == 1 and "--decimal" in err
 
 
 def test_it_is_exported_by_its_task(trained, tmp_path):

@@ -23,11 +23,11 @@ from safetensors.torch import save_file
 import provenn
 from plugins import put_on_shelf
 from provenn import catalog
-from provenn.catalog import datasets
 from provenn.cli import app, main
 from provenn.core import progress
 from provenn.core.errors import UserError
 from provenn.evidence.record import Evidence
+from provenn.tasks import datasets
 
 pytestmark = pytest.mark.usefixtures("third_party")
 
@@ -790,6 +790,25 @@ def test_training_goes_on_where_it_stopped(run, props):
     assert run("train tiny_gate --data classes --out twice --epochs 2 --resume")[0] == 0
     one, two = (provenn.paper("tiny_gate").load(folder)[0].state_dict() for folder in ("once", "twice"))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_train_and_reproduce_take_the_options_of_a_run_from_one_place():
+    from dataclasses import fields
+
+    import typer
+
+    from provenn.cli.app import app
+    from provenn.cli.hardware import RunOptions
+
+    verbs = typer.main.get_command(app).commands
+    names = [each.name for each in fields(RunOptions)]
+    assert len(names) == 7 and "save_every" in names
+    said = [
+        [(p.name, p.opts, p.help, p.default) for p in verbs[verb].params if p.name in names]
+        for verb in ("train", "reproduce")
+    ]
+    assert said[0] == said[1] and [option[0] for option in said[0]] == names
+    assert "run" not in {p.name for verb in verbs.values() for p in verb.params}
 
 
 def test_options_of_a_training_reach_it(run, props):

@@ -91,6 +91,12 @@ def test_a_clean_checkout_registers_and_a_changed_one_does_not():
     )
 
 
+def test_a_record_of_a_day_when_roles_were_chosen_is_registered_by_its_region_alone():
+    card = catalog.card("eca_net")
+    words = {in_words(each) for each in recorded(card) if not each.experiment.amended}
+    assert words and all("registered before measuring, at" in each and "the region alone" in each for each in words)
+
+
 def test_what_was_amended_stands_beside_the_measurement_on_every_view():
     assert "amended afterwards: wider" in view.when(finding("abc123", "wider"), code=False)
     assert "not registered before measuring" in view.when(finding("abc123+"), code=False)
@@ -138,3 +144,11 @@ def test_what_was_not_measured_is_not_registered():
     one = finding("abc123")
     absent = Record.of(one.experiment, Measurement.not_measured("a GPU"), budget="small")
     assert registration(replace(one, record=absent)) is None and in_words(replace(one, record=None)) == ""
+
+
+def test_measurements_of_one_machine_stand_in_one_line_with_all_their_dates_and_commits():
+    runs = [finding(commit).run for commit in ("abc123", "def456", "abc123")]
+    other = runs[0].model_copy(update={"environment": runs[0].environment.model_copy(update={"device": "cuda: A"})})
+    first, second = view.where([*runs, other])
+    assert first.startswith("2026-01-02, budget small, cpu, 1 thread(s), Linux, ")
+    assert first.endswith("provenn 0 at abc123 and provenn 0 at def456") and "cuda: A" in second

@@ -193,7 +193,7 @@ def test_the_abstract_s_claims_come_first_and_experiments_are_folded(folder):
 
 
 def test_columns_tell_the_paper_s_figure_from_what_we_ask_for(page):
-    assert "above 0: zero is no difference" in page.words and "3 seeds, 2026-01-02" in page.words
+    assert "above 0: zero is no difference" in page.words and "3 seeds; 2026-01-02" in page.words
     assert "claimed" not in page.words
 
 
@@ -335,3 +335,11 @@ def test_a_measurement_in_words(measurement, words):
 @pytest.mark.parametrize("seeds", [(0, 1, 2), (10, 11, 12), (7,), (0,), (5, 3, 9)])
 def test_the_command_that_repeats_names_the_very_seeds(seeds):
     assert choose_seeds(view.seeds_as_given(seeds)) == seeds
+
+
+def test_the_scale_stands_beside_every_experiment_of_a_report(tmp_path):
+    card = catalog.card("l2vit")
+    evidence = Evidence.read(card.folder / EVIDENCE)
+    words = Page(report.html({"l2vit": evidence}, tmp_path)).words
+    scales = {view.scale_of(finding) for finding in evidence.findings(card.experiments)} - {""}
+    assert len(scales) > 3 and all(f"{scale}; 2026" in words for scale in scales)

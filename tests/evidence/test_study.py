@@ -47,6 +47,8 @@ class Guessing(Task):
         split = {1: "train", 2: "val", 3: "test"}[len(dataset)]
         if split == "val":
             return {"score": 1.0 if model.lr == BEST[model.part] else 0.5}
+        if (model.part, model.seed) in COLLAPSES:
+            return {"score": 0.501}
         noise = 0.001 * (model.seed % 7) * (2 if model.part == "a" else 1)
         return {"score": SKILL[model.part] + noise + (0.05 if split == "train" else 0.0)}
 
@@ -65,6 +67,7 @@ def build(part: str) -> nn.Module:
 
 CALLS: deque[dict] = deque()
 DIVERGES: set[tuple[str, int]] = set()
+COLLAPSES: set[tuple[str, int]] = set()
 
 
 def trained(build, task, data, recipe, *, seed, hardware, title):
@@ -95,6 +98,7 @@ STUDY = Study(
 def fresh():
     CALLS.clear()
     DIVERGES.clear()
+    COLLAPSES.clear()
 
 
 def run_in(tmp_path, **more) -> Run:
@@ -263,6 +267,17 @@ def test_a_diverged_training_counts_as_the_dummy_baseline(tmp_path):
     DIVERGES.update({("b", 1), ("b", 2)})
     measurement = run_to_end(STUDY.against("a", "b")(run_in(tmp_path)))
     assert measurement.baselines[1:3] == [0.5, 0.5] and "2 of 5 trainings of variant B diverged" in measurement.note
+
+
+def test_a_training_that_collapsed_is_named_and_counts(tmp_path):
+    """It ends hardly above the dummy baseline, where the others of its variant are far above."""
+    COLLAPSES.add(("b", 3))
+    measurement = run_to_end(STUDY.against("a", "b")(run_in(tmp_path)))
+    assert measurement.baselines[3] == 0.501
+    assert "1 of 5 trainings of variant B collapsed" in measurement.note and "seed 3." in measurement.note
+    COLLAPSES.clear()
+    again = run_to_end(STUDY.against("a", "b")(run_in(tmp_path / "again")))
+    assert "collapsed" not in again.note
 
 
 def test_a_rate_that_diverges_is_not_chosen(tmp_path):

@@ -4,7 +4,9 @@ from itertools import permutations
 
 import pytest
 
+from provenn import catalog
 from provenn.catalog import Claim, Experiment, Region
+from provenn.evidence import view
 from provenn.evidence.claim import ClaimVerdict, Judgement
 from provenn.evidence.measurement import Measurement
 from provenn.evidence.record import Finding, Record
@@ -48,3 +50,10 @@ def test_the_headline_stands_in_brackets():
     plain = judged(("hit",))
     headline = Judged(CLAIM.model_copy(update={"headline": True}), plain.judgement, plain.findings)
     assert strip([headline, plain]) == "[◐] ◐ "
+
+
+def test_seeds_are_said_once_where_the_scale_and_the_date_of_a_record_stand_side_by_side():
+    card = catalog.card("l2vit")
+    for finding in view.committed(card, print).findings(card.experiments):
+        beside = f"{view.scale_of(finding)}; {view.when(finding)}"
+        assert beside.count("seeds") <= 1, beside

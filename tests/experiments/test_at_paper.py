@@ -354,7 +354,7 @@ def test_masks_are_told_by_the_authors_weights(experiment, where, classes, file,
 
 def test_a_policy_plays_in_the_environment_that_the_registry_names(data, tmp_path, monkeypatch):
     pytest.importorskip("h5py")
-    from provenn.catalog import datasets
+    from provenn.tasks import datasets
 
     miniature.write("d4rl", data)
     entry = datasets.get("d4rl").model_copy(update={"options": {"hopper*": {"environment": "Pendulum-v1"}}})

@@ -3,6 +3,7 @@ from functools import partial
 import pytest
 import torch
 
+from plugins import importable, install
 from provenn.core.errors import UserError
 from provenn.nn.attention import SlidingWindowAttention, SoftmaxAttention
 from provenn.nn.auxiliary import add_auxiliary, collect_auxiliary
@@ -40,6 +41,47 @@ def test_a_hybrid_streams_from_every_split():
             logits_t, state = model.step(TOKENS[:, t], state)
             logits = torch.cat([logits, logits_t[:, None]], dim=1)
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+MIXER = """
+from torch import nn
+
+
+class Echo(nn.Module):
+    def __init__(self, dim, gain=1.0):
+        super().__init__()
+        self.gain = gain
+
+    def forward(self, x, *, mask=None):
+        return self.gain * x
+"""
+CARD = """
+title = "Echoes"
+date = 2026-01-31
+authors = 1
+summary = "A mixer that gives what it takes."
+
+[[mechanisms]]
+name = "echo"
+slot = "token-mixer"
+layer = "layers:Echo"
+arguments = { gain = 0.5 }
+"""
+
+
+def test_a_mixer_of_another_package_is_found_by_its_card_alone(tmp_path):
+    package = tmp_path / "source" / "echoes"
+    package.mkdir(parents=True)
+    for name, text in {"__init__.py": "", "layers.py": MIXER, "paper.toml": CARD}.items():
+        (package / name).write_text(text)
+    site = tmp_path / "site"
+    site.mkdir()
+    with importable(install(package, site), "echoes"):
+        model = CausalLM(50, 16, 2, "window,echo")
+        assert [type(block.mixer).__name__ for block in model.blocks] == ["SlidingWindowAttention", "Echo"]
+        assert mixer_called("echoes")(16).gain == 0.5 and mixers_called("echo", gain=2.0)[0](16).gain == 2.0
+    with pytest.raises(UserError, match="no token-mixer is called 'echo'"):
+        mixer_called("echo")
 
 
 def test_it_is_causal():

@@ -268,7 +268,7 @@ def held_readings(card: Card, study: Study) -> dict[str, list[Any]]:
     functions = measuring_functions(card.resolve_module("experiments")).items()
     contrasts = {name: f for name, f in functions if isinstance(f, Contrast) and f.study is study}
     readings = {name: f for name, f in functions if isinstance(f, Reading) and f.study is study}
-    return {name: [*f.systems, f.baseline, f.metric, f.ratio] for name, f in contrasts.items()} | {
+    return {name: [*f.systems, *f.baselines, f.metric, f.ratio] for name, f in contrasts.items()} | {
         name: [f.variant, f.metric] for name, f in readings.items()
     }
 

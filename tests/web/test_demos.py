@@ -470,11 +470,13 @@ from types import SimpleNamespace
 own, other = Path(sys.argv[1]), Path(sys.argv[2])
 worker = runpy.run_path(sys.argv[3])
 os.chdir(own)
+import brought, alone
 places = worker["_readable"]([])
 if sys.argv[4] == "kernel": worker["_confine"](places, own)
 else: worker["_watch"](places, own)
 Path("mine").write_text("a"); assert Path("mine").read_text() == "a"
-import fractions, provenn.catalog
+import fractions, provenn.catalog, brought.later
+assert brought.later.DATA == "b"
 open(fractions.__file__).close()
 def refused(act):
     try: act()
@@ -483,6 +485,9 @@ def refused(act):
 print([name for name, act in {
     "read": lambda: (other / "secret").read_text(),
     "system": lambda: open("/etc/passwd").read(),
+    "beside": lambda: Path(brought.__file__).parents[1].joinpath("secret").read_text(),
+    "not imported": lambda: Path(brought.__file__).parents[1].joinpath("other", "__init__.py").read_text(),
+    "sources": lambda: Path(provenn.__file__).parents[2].joinpath("pyproject.toml").read_text(),
     "parent": lambda: open(f"/proc/{os.getppid()}/environ").read(),
     "write": lambda: (other / "new").write_text("a"),
     "package": lambda: Path(provenn.catalog.__file__).with_name("new").write_text("a"),
@@ -497,17 +502,32 @@ print([name for name, act in {
 
 @pytest.mark.parametrize("by", ["hook", "kernel"])
 def test_a_demo_reaches_nothing_outside_its_folder(tmp_path, by):
-    """Python's audit hook alone, and Linux's Landlock alone where the kernel has it."""
+    """Python's audit hook alone, and Linux's Landlock alone where the kernel has it.
+
+    On the path of imports lies a folder of sources too: what is imported from there is read, and nothing beside it.
+    """
     if by == "kernel" and not has_landlock():
         pytest.skip("this kernel has no Landlock")
     own, other = tmp_path / "own", tmp_path / "other"
     own.mkdir()
     other.mkdir()
     (other / "secret").write_text("secret")
+    sources = tmp_path / "sources"
+    for name, text in {
+        "brought/__init__": "",
+        "brought/later": "from pathlib import Path\nDATA = Path(__file__).with_name('data').read_text()",
+        "other/__init__": "",
+        "alone": "",
+    }.items():
+        (sources / name).parent.mkdir(parents=True, exist_ok=True)
+        (sources / f"{name}.py").write_text(text)
+    (sources / "secret").write_text("secret")
+    (sources / "brought" / "data").write_text("b")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(sources), os.environ.get("PYTHONPATH", "")])}
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         command = [sys.executable, "-B", "-c", CONFINED, own, other, demos.WORKER, by, port]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60)
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60, env=environment)
     assert done.stdout == "[]\n", done.stdout + done.stderr
     assert os.listdir(other) == ["secret"]
 

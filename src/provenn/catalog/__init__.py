@@ -17,7 +17,6 @@ from provenn.catalog.shelf import (
     slugs_of,
 )
 from provenn.catalog.shipped import label_of_shipped, shipped_in_words
-from provenn.core.names import check_options, in_a_line, meant
 
 __all__ = [
     "COUNTING_UNITS",
@@ -37,12 +36,9 @@ __all__ = [
     "Shelf",
     "card",
     "cards",
-    "check_options",
     "first_mechanism",
-    "in_a_line",
     "installed",
     "label_of_shipped",
-    "meant",
     "mechanism_names",
     "mechanisms_of",
     "read_card",

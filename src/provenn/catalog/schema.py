@@ -1,7 +1,9 @@
 """The facts of a paper, as its `paper.toml` gives them, and what is wrong with them where they are not."""
 
 import importlib
+from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -265,6 +267,10 @@ class Card(Facts):
         if not hasattr(imported, name):
             raise UserError(f"{self.slug}: {self.package}.{module} has no {name!r}, which its paper.toml names")
         return getattr(imported, name)
+
+    def factory(self, mechanism: Mechanism, **arguments: Any) -> Callable[..., Any]:
+        """The layer of a mechanism with its arguments, and with these in place of its own or beside them."""
+        return partial(self.resolve(mechanism.layer), **{**mechanism.arguments, **arguments})
 
     def resolve_module(self, module: str) -> ModuleType:
         """A module of this paper's folder, imported.

@@ -90,7 +90,7 @@ def _folder_of(package: str) -> Path:
 def card(slug: str) -> Card:
     """The card of one paper; an unknown slug is answered with the nearest one."""
     if not isinstance(slug, str):
-        raise TypeError(f"a paper is named by a string such as 'eca_net', got {slug!r}")
+        raise TypeError(f"a paper is named by a string, its slug or arXiv number, got {slug!r}")
     known, name = cards(), slug_of(slug)
     if name in known:
         return known[name]

@@ -81,7 +81,7 @@ Preset = Annotated[
 Task = Annotated[
     str | None,
     typer.Option(
-        help="Only papers and mechanisms for this kind of work, such as image-classification.",
+        help="Only papers and mechanisms for this kind of work, as `provenn list` names it.",
         autocompletion=tasks,
     ),
 ]

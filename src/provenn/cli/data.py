@@ -5,8 +5,8 @@ from typing import Annotated, Any
 import typer
 
 from provenn import catalog
-from provenn.catalog import datasets
 from provenn.cli.app import Json, app, log
+from provenn.tasks import datasets
 
 DataPaths = Annotated[
     list[str] | None,

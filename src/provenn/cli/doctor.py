@@ -145,13 +145,14 @@ def _trouble(card: catalog.Card) -> str:
 
 def _data() -> dict[str, dict[str, Any]]:
     """For each task, whether the first of its embedded data sets can be loaded here, and what others there are."""
-    from provenn.tasks import count_examples, get_task, task_names
+    from provenn.tasks import count_examples, face_of, get_task, task_names
     from provenn.tasks.discovery import shadowed
 
     status: dict[str, dict[str, Any]] = {name: {"loads": False, "about": why} for name, why in shadowed().items()}
     for task in progress.track(task_names(), "embedded data"):
         try:
             kind = get_task(task)
+            face_of(task)
             if not kind.embedded:
                 status[task] = {"loads": True, "about": f"none; it reads {kind.reads}"}
                 continue

@@ -9,6 +9,7 @@ from provenn import catalog
 from provenn.catalog import Card, Preset
 from provenn.cli.app import Json, Slot, Slug, Task, app, log, of_the_paper, shortened
 from provenn.core.errors import UserError
+from provenn.core.names import meant
 from provenn.core.progress import without_controls
 from provenn.evidence.record import Finding
 
@@ -66,7 +67,7 @@ def _slots(card: Card, called: dict[tuple[str, str], str]) -> list[str]:
 def _known(what: str, name: str | None, names: set[str]) -> None:
     if name is not None and name not in names:
         there = ", ".join(sorted(names)) or "none"
-        raise UserError(f"no paper has the {what} {name!r}{catalog.meant(name, names)}; there are: {there}")
+        raise UserError(f"no paper has the {what} {name!r}{meant(name, names)}; there are: {there}")
 
 
 def _entry(card: Card, called: dict[tuple[str, str], str]) -> dict:

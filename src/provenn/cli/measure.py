@@ -1,13 +1,14 @@
 """Verbs that measure: reproduce, bench, compare."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from provenn import catalog
-from provenn.catalog import Card, datasets
+from provenn.catalog import Card
 from provenn.cli.app import (
     Budget,
     Cluster,
@@ -26,19 +27,13 @@ from provenn.cli.app import (
     slugs,
 )
 from provenn.cli.data import DataPaths
-from provenn.cli.work import (
-    ContextMethod,
-    ContextParallel,
-    Devices,
-    Precision,
-    SaveEvery,
-    Strategy,
-    Workers,
-    pairs,
-)
+from provenn.cli.hardware import DEFAULT, RunOptions, with_run
+from provenn.cli.work import pairs
 from provenn.core import progress
 from provenn.core.errors import UserError
+from provenn.core.names import meant
 from provenn.core.progress import without_controls
+from provenn.tasks import datasets
 
 if TYPE_CHECKING:
     from provenn.evidence import Table
@@ -49,6 +44,7 @@ SIZE, BATCHES, THREADS, FORMS = 224, "1,32", "1,2", "eager,compile,onnx"  # of -
 
 
 @app.command()
+@with_run
 def reproduce(
     slugs: Annotated[
         list[str] | None, typer.Argument(metavar="SLUG…", help="Papers to measure.", autocompletion=slugs)
@@ -78,13 +74,7 @@ def reproduce(
             "experiment's own. Repeatable.",
         ),
     ] = None,
-    devices: Devices = 1,
-    strategy: Strategy = "auto",
-    context_parallel: ContextParallel = 1,
-    context_method: ContextMethod = "ring",
-    workers: Workers = 0,
-    precision: Precision = None,
-    save_every: SaveEvery = None,
+    run: RunOptions = DEFAULT,
     out: Out = RUN,
     resume: Resume = False,
     strict: Strict = False,
@@ -116,9 +106,7 @@ def reproduce(
     if overrides and len(chosen) > 1:
         raise UserError(f"--set is for one paper, and {len(chosen)} were named")
     given = datasets.given_paths(paths or [])
-    hardware: dict[str, Any] = {"devices": devices, "strategy": strategy, "workers": workers}
-    hardware |= {"context_parallel": context_parallel, "context_method": context_method}
-    training = _training(budget, hardware, precision=precision, save_every=save_every)
+    training = _training(budget, run)
     _measure(
         chosen,
         strict=strict,
@@ -138,7 +126,7 @@ def reproduce(
     )
 
 
-def _training(budget: str, hardware: dict[str, Any], *, precision: str | None, save_every: int | None) -> Any:
+def _training(budget: str, run: RunOptions) -> Any:
     """How trainings at the paper's scale run; at other budgets nothing of it may be given.
 
     Any: importing its type would import torch before the command line has been read.
@@ -146,8 +134,10 @@ def _training(budget: str, hardware: dict[str, Any], *, precision: str | None, s
     from provenn.experiments.at_paper import TrainingOptions
     from provenn.training import Hardware
 
-    options = TrainingOptions(Hardware(**hardware), precision, save_every)
-    given = {**options.departures, "precision": precision, "save_every": save_every}
+    hardware = asdict(run)
+    beside = {name: hardware.pop(name) for name in ("precision", "save_every")}
+    options = TrainingOptions(Hardware(**hardware), **beside)
+    given = {**options.departures, **beside}
     for name in (name for name, value in given.items() if value is not None and budget != "paper"):
         raise UserError(f"--{name.replace('_', '-')} is for --budget paper, got --budget {budget}: leave it out")
     return options
@@ -318,7 +308,7 @@ def own_options(words: Sequence[str], takes: Mapping[str, Any], slug: str) -> di
         name = option.removeprefix("--").replace("-", "_")
         if not option.startswith("--") or name not in takes:
             what = "no such option" if option.startswith("-") else "unexpected argument"
-            raise UserError(f"{what}: {option}{catalog.meant(option, known)}; {slug} takes {', '.join(known)}")
+            raise UserError(f"{what}: {option}{meant(option, known)}; {slug} takes {', '.join(known)}")
         if takes[name] is bool:
             given[name] = typed(option, value, bool) if equals else True
             continue

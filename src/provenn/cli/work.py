@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from provenn import catalog
+from provenn.cli import of_tasks
 from provenn.cli.app import Device, Json, Preset, Resume, Slug, app, log, resumable, tasks
+from provenn.cli.hardware import DEFAULT, RunOptions, with_run
+from provenn.cli.of_tasks import WithTasksOptions
 from provenn.core import progress
 from provenn.core.errors import UserError
 from provenn.core.files import is_stdout
@@ -29,41 +32,14 @@ Weights = Annotated[
         "folder may also be given instead of the paper."
     ),
 ]
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
-# How a training runs, whatever it trains: of `train`, and of `reproduce` at the budget paper.
-Precision = Annotated[str | None, typer.Option(help=f"Precision: {', '.join(PRECISIONS)}. Default: the preset's.")]
-Devices = Annotated[int, typer.Option(min=1, help="Number of devices on each machine; each takes its own batch.")]
 NumNodes = Annotated[
     int,
     typer.Option(min=1, help="Number of machines. Run the same command on each, by torchrun or with NODE_RANK set."),
 ]
-Strategy = Annotated[
-    str,
-    typer.Option(help="How devices share a training: auto, ddp or fsdp. fsdp divides weights and optimizer state."),
-]
-ContextParallel = Annotated[
-    int,
-    typer.Option(
-        min=1, help="Number of processes that share each sequence. For language models with softmax attention."
-    ),
-]
-ContextMethod = Annotated[
-    str, typer.Option(help="How processes share a sequence: ring, all_gather, ulysses, usp or loongtrain.")
-]
-Workers = Annotated[
-    int, typer.Option(min=0, help="Number of processes that read the data; 0 reads in the main process.")
-]
-SaveEvery = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        metavar="STEPS",
-        help="Steps between two checkpoints, besides the one after each epoch. Default: epochs only.",
-    ),
-]
 
 
 @app.command()
+@with_run
 def train(
     slug: Slug,
     data: Annotated[
@@ -83,7 +59,6 @@ def train(
     accumulate: Annotated[
         int | None, typer.Option(help="Number of batches whose gradients make one step. Default: the preset's.")
     ] = None,
-    precision: Precision = None,
     patience: Annotated[
         int | None,
         typer.Option(
@@ -111,14 +86,9 @@ def train(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of all random numbers.")] = 0,
     device: Device = "auto",
-    devices: Devices = 1,
+    run: RunOptions = DEFAULT,
     num_nodes: NumNodes = 1,
-    strategy: Strategy = "auto",
-    context_parallel: ContextParallel = 1,
-    context_method: ContextMethod = "ring",
-    workers: Workers = 0,
     resume: Resume = False,
-    save_every: SaveEvery = None,
     keep_best: Annotated[
         int, typer.Option(min=0, help="Number of epochs whose weights are kept: the best on validation data.")
     ] = 0,
@@ -159,7 +129,7 @@ def train(
         "lr": lr,
         "batch_size": batch_size,
         "accumulate": accumulate,
-        "precision": precision,
+        "precision": run.precision,
         "patience": patience,
     }
     with resumable(kept), progress.shown():
@@ -171,14 +141,14 @@ def train(
             out=folder,
             seed=seed,
             device=device,
-            devices=devices,
+            devices=run.devices,
             num_nodes=num_nodes,
-            strategy=strategy,
-            context_parallel=context_parallel,
-            context_method=context_method,
-            workers=workers,
+            strategy=run.strategy,
+            context_parallel=run.context_parallel,
+            context_method=run.context_method,
+            workers=run.workers,
             resume=resume,
-            save_every=save_every,
+            save_every=run.save_every,
             keep_best=keep_best,
             logger=logger,
             overrides={**pairs(overrides or []), **({"skip_broken": True} if skip_broken else {})},
@@ -275,7 +245,7 @@ def _say_what_ships(slug: str, weights: Path | None, preset: str | None, needed:
     return True
 
 
-@app.command()
+@app.command(cls=WithTasksOptions)
 def predict(
     slug: Slug,
     inputs: Annotated[
@@ -290,13 +260,6 @@ def predict(
     output: Annotated[
         Path | None, typer.Option("--output", "--out", "-o", help="File or folder to write the result to.")
     ] = None,
-    reference: Annotated[
-        Path | None,
-        typer.Option(help="For super-resolution: the images in full resolution. Prints PSNR and SSIM."),
-    ] = None,
-    overlay: Annotated[
-        bool, typer.Option("--overlay", help="For segmentation: also write the image with its classes in colour.")
-    ] = False,
     overrides: Annotated[
         list[str] | None,
         typer.Option(
@@ -316,8 +279,7 @@ def predict(
     import provenn
 
     slug, weights = _named(slug, weights)
-    options = {**pairs(overrides or []), **({} if reference is None else {"reference": reference})}
-    options |= {"overlay": True} if overlay else {}
+    options = {**pairs(overrides or []), **of_tasks.given()}
     streamed = False
 
     # Where the result itself goes to stdout, what is said of it goes elsewhere: a pipe gets the result alone.

@@ -20,25 +20,41 @@ NOISE = 12.0  # deviation, of 255
 
 
 @cache
-def rectangles(split: str, seed: int = 0, count: int | None = None) -> tuple[Scene, ...]:
+def rectangles(
+    split: str,
+    seed: int = 0,
+    count: int | None = None,
+    *,
+    side: int = RECTANGLE_SIDE,
+    sides: tuple[int, int] = SIDES,
+    noise: float = NOISE,
+) -> tuple[Scene, ...]:
     """The scenes of a split, the same for a seed.
+
+    Args:
+        split, seed: see `RECTANGLE_COUNTS`, which also says how many there are without a `count`.
+        count: how many.
+        side: of a scene, in pixels.
+        sides: the least and the largest of a rectangle, in pixels.
+        noise: its deviation, of 255.
 
     >>> first = rectangles("val")[0]
     >>> first.pixels.shape, 1 <= len(first.boxes) <= 3
     ((64, 64, 3), True)
     """
     rng = np.random.default_rng([seed, list(RECTANGLE_COUNTS).index(split)])
-    return tuple(_scene(split, rng) for _ in range(RECTANGLE_COUNTS[split] if count is None else count))
+    return tuple(
+        _scene(split, side, sides, noise, rng) for _ in range(RECTANGLE_COUNTS[split] if count is None else count)
+    )
 
 
-def _scene(split: str, rng: np.random.Generator) -> Scene:
-    side = RECTANGLE_SIDE
+def _scene(split: str, side: int, sides: tuple[int, int], noise: float, rng: np.random.Generator) -> Scene:
     canvas = _piece("gravel", side, side, split, rng)
     boxes: list[tuple[int, int, int, int]] = []
     labels: list[int] = []
     for _ in range(int(rng.integers(1, MOST + 1))):
         label = int(rng.integers(len(RECTANGLE_CLASSES)))
-        tall, wide = (int(length) for length in rng.integers(SIDES[0], SIDES[1] + 1, 2))
+        tall, wide = (int(length) for length in rng.integers(sides[0], sides[1] + 1, 2))
         for _ in range(20):
             top, left = int(rng.integers(0, side - tall + 1)), int(rng.integers(0, side - wide + 1))
             if not any(left < r and left + wide > x and top < b and top + tall > y for x, y, r, b in boxes):
@@ -48,7 +64,7 @@ def _scene(split: str, rng: np.random.Generator) -> Scene:
         canvas[top : top + tall, left : left + wide] = _piece(RECTANGLE_CLASSES[label], tall, wide, split, rng)
         boxes.append((left, top, left + wide, top + tall))
         labels.append(label)
-    noisy = (canvas + rng.normal(0, NOISE, canvas.shape)).round().clip(0, 255).astype(np.uint8)
+    noisy = (canvas + rng.normal(0, noise, canvas.shape)).round().clip(0, 255).astype(np.uint8)
     return Scene(np.repeat(noisy[..., None], 3, axis=2), np.array(boxes, np.float32), np.array(labels, np.int64))
 
 

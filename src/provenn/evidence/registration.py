@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from enum import StrEnum
 
+from provenn import catalog
 from provenn.catalog import Card
 from provenn.evidence.record import Finding
 
@@ -34,7 +35,9 @@ def in_words(finding: Finding) -> str:
     """The same with the commit, or with what moved; "" where nothing was measured."""
     which = registration(finding)
     if which is Registration.BEFORE and finding.run is not None:
-        return f"{which}, at {finding.run.environment.commit}"
+        roles = catalog.card(finding.paper).roles if finding.paper in catalog.cards() else None
+        early = roles is not None and finding.run.date.date() <= roles.chosen
+        return f"{which}, at {finding.run.environment.commit}{', the region alone' if early else ''}"
     return f"{which}: {finding.experiment.amended}" if which is Registration.AMENDED else str(which or "")
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from statistics import median
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 import torch
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 TUNING_SEED = 900_001  # of data and weights when a learning rate is chosen; never measured
 FEWEST_RATES = 3
 MOST_GROWTHS = 3  # of a grid of rates, on each side
+COLLAPSED = 0.1  # of the median gain on the dummy baseline: a training with less is named, and counts as it is
 SMOKE_EXAMPLES = 64  # of a smoke run's validation and test
 Probe = Callable[[nn.Module, TaskData], Any]
 
@@ -97,7 +99,7 @@ class Study:
     def against(
         self,
         system: str | Sequence[str],
-        baseline: str,
+        baseline: str | Sequence[str],
         *,
         metric: str | None = None,
         ratio: bool = False,
@@ -105,7 +107,10 @@ class Study:
         picture: bool = False,
         may_guess: str = "",
     ) -> "Contrast":
-        """An experiment on one variant against another, seed by seed; of several systems the worst of each seed counts.
+        """An experiment on one variant against another, seed by seed.
+
+        Of several systems the worst of each seed counts, of several baselines the best. The best of each seed is a
+        little harder to beat than the best alone, by the scatter of the seeds.
 
         Args:
             system, baseline: names of variants.
@@ -113,15 +118,15 @@ class Study:
             ratio: of the two instead of their difference.
             shown: further variants of the table.
             picture: whether the study's drawing goes with it.
-            may_guess: the paper's reason why the baseline cannot learn this task at all.
+            may_guess: the paper's reason why the baselines cannot learn this task at all.
 
         Raises:
             ValueError: a variant or a metric that does not exist, when `experiments.py` is read and not after hours of
             training.
         """
-        systems = (system,) if isinstance(system, str) else tuple(system)
-        self._check(metric, *systems, baseline, *shown)
-        return Contrast(self, systems, baseline, metric, ratio, tuple(shown), picture, may_guess)
+        systems, baselines = ((of,) if isinstance(of, str) else tuple(of) for of in (system, baseline))
+        self._check(metric, *systems, *baselines, *shown)
+        return Contrast(self, systems, baselines, metric, ratio, tuple(shown), picture, may_guess)
 
     def figure(
         self, variant: str, *, metric: str | None = None, shown: Iterable[str] = (), picture: bool = False
@@ -383,7 +388,7 @@ class Study:
             "fingerprint": fingerprint,
             "setting": setting,
             "skills": skills,
-            "note": " ".join(part for part in (self.note, *self._remarks(trials, unsettled)) if part),
+            "note": " ".join(part for part in (self.note, *self._remarks(run, trials, unsettled, guesses)) if part),
             "tables": [self._table(name, reached)] if len(every) > len({*variants}) or self.columns else [],
             "series": [
                 line
@@ -393,10 +398,25 @@ class Study:
             "pictures": self._pictures(run) if picture else [],
         }
 
-    def _remarks(self, trials: Mapping[str, list[dict[str, Any]]], unsettled: Sequence[str]) -> Iterable[str]:
+    def _remarks(
+        self, run: Run, trials: Mapping[str, list[dict[str, Any]]], unsettled: Sequence[str], guesses: Sequence[float]
+    ) -> Iterable[str]:
+        sign = 1 if self.of_task.higher_is_better else -1
         for variant, done in trials.items():
             if count := sum(bool(trial.get("diverged")) for trial in done):
                 yield f"{count} of {len(done)} trainings of {self.label(variant)} diverged: as the dummy baseline."
+            gains = [sign * (trial[self.of_task.metric] - guess) for trial, guess in zip(done, guesses, strict=True)]
+            collapsed = [
+                str(seed)
+                for seed, trial, gain in zip(run.seeds, done, gains, strict=True)
+                if not trial.get("diverged") and gain < COLLAPSED * median(gains) and median(gains) > 0
+            ]
+            if collapsed:
+                yield (
+                    f"{len(collapsed)} of {len(done)} trainings of {self.label(variant)} collapsed, with less than "
+                    f"{COLLAPSED:g} of the median gain on the dummy baseline, and count as they are: "
+                    f"seed {', '.join(collapsed)}."
+                )
         if unsettled:
             yield f"The best rate is still at an end of the grown grid: {', '.join(unsettled)}."
 
@@ -438,6 +458,10 @@ def at_an_end(best: float, reached: Mapping[float, float | None]) -> bool:
     return len({*reached.values()}) > 1 and best in (min(reached), max(reached))
 
 
+def _side(which: str, labels: Sequence[str]) -> str:
+    return labels[0] if len(labels) == 1 else f"{which} of {', '.join(labels)}"
+
+
 def _rounded(lr: float) -> float:
     """A rate as it is written and read."""
     return float(f"{lr:.3g}")
@@ -471,11 +495,11 @@ STEPS = (
 
 @dataclass(frozen=True)
 class Contrast:
-    """An experiment read off a study: one variant, or the worst of several, against another."""
+    """An experiment read off a study: one variant, or the worst of several, against the best of others."""
 
     study: Study
     systems: tuple[str, ...]
-    baseline: str
+    baselines: tuple[str, ...]
     metric: str | None = None
     ratio: bool = False
     shown: tuple[str, ...] = ()
@@ -485,8 +509,9 @@ class Contrast:
     @property
     def sides(self) -> tuple[str, str]:
         """What readers call the system and the baseline."""
-        labels = [self.study.label(variant) for variant in self.systems]
-        return labels[0] if len(labels) == 1 else f"worst of {', '.join(labels)}", self.study.label(self.baseline)
+        of = (("worst", self.systems), ("best", self.baselines))
+        system, baseline = ((which, [self.study.label(variant) for variant in variants]) for which, variants in of)
+        return _side(*system), _side(*baseline)
 
     def parameters(self) -> dict[str, Any]:
         """As `Study.settable`."""
@@ -497,24 +522,33 @@ class Contrast:
         return replace(self, study=self.study.with_overrides(**overrides))
 
     def __digest__(self) -> tuple[Any, ...]:
-        return *self.study.deciding((*self.systems, self.baseline)), self.metric, self.ratio, Contrast.worst
+        chosen = (Contrast.worst, *[Contrast.best] * (len(self.baselines) > 1))
+        return *self.study.deciding((*self.systems, *self.baselines)), self.metric, self.ratio, *chosen
 
     def worst(self, reached: Mapping[str, list[float]]) -> list[float]:
         """Of each seed the worst of the systems."""
         worst = min if self.study.of_task.higher_is_better else max
         return [worst(values) for values in zip(*(reached[variant] for variant in self.systems), strict=True)]
 
+    def best(self, reached: Mapping[str, list[float]]) -> list[float]:
+        """Of each seed the best of the baselines."""
+        best = max if self.study.of_task.higher_is_better else min
+        return [best(values) for values in zip(*(reached[variant] for variant in self.baselines), strict=True)]
+
     async def __call__(self, run: Run) -> Measurement:
+        sides = (*self.systems, *self.baselines)
         reached, facts = await self.study.measure(
             run,
-            (*self.systems, self.baseline),
+            sides,
             shown=self.shown,
             metric=self.metric,
-            may_guess={self.baseline: self.may_guess},
+            may_guess=dict.fromkeys(self.baselines, self.may_guess),
             picture=self.picture,
         )
+        if len(sides) > 2 and not facts["tables"]:
+            facts["tables"] = [self.study._table(self.metric or self.study.of_task.metric, reached)]
         kind: Literal["ratio", "difference"] = "ratio" if self.ratio else "difference"
-        return Measurement.of(kind, self.worst(reached), reached[self.baseline], sides=self.sides, **facts)
+        return Measurement.of(kind, self.worst(reached), self.best(reached), sides=self.sides, **facts)
 
 
 @dataclass(frozen=True)

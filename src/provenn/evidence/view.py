@@ -273,11 +273,12 @@ def _points(measurement: Measurement) -> str:
 
 
 def when(finding: Finding, *, code: bool = True) -> str:
-    """Seeds and date of a measurement, and which code it is of, unless that is said of all at once."""
+    """Date of a measurement, seeds where the scale beside it names none, and which code, unless said of all at once."""
     if finding.run is None:
         return ""
-    seeds = finding.measurement.seeds
-    words = [f"{len(seeds)} seeds"] * bool(seeds) + [
+    seeds = f"{len(finding.measurement.seeds)} seeds" if finding.measurement.seeds else ""
+    words = [
+        "" if "seed" in scale_of(finding) else seeds,
         f"{finding.run.date:%Y-%m-%d}",
         provenance.in_words(finding) if code else "",
         registration.departs(finding),
@@ -286,14 +287,31 @@ def when(finding: Finding, *, code: bool = True) -> str:
 
 
 def where(runs: Iterable[RecordedRun]) -> list[str]:
-    """Where and when measurements were made, a line each."""
+    """Where and when measurements were made: a line for each machine, with all its dates and commits."""
+    alike: dict[tuple[str, ...], list[RecordedRun]] = {}
+    for run in runs:
+        e = run.environment
+        machine = (f"budget {run.budget}", e.device, f"{e.threads} thread(s)", e.system)
+        alike.setdefault((*machine, f"torch {e.torch}", f"Python {e.python}"), []).append(run)
     return [
-        f"{s.date:%Y-%m-%d}, budget {s.budget}, {s.environment.device}, {s.environment.threads} thread(s), "
-        f"{s.environment.system}, provenn {s.environment.provenn}"
-        + (f" at {s.environment.commit}" if s.environment.commit else "")
-        + f", torch {s.environment.torch}, Python {s.environment.python}"
-        for s in runs
+        f"{_joined(f'{run.date:%Y-%m-%d}' for run in group)}, {', '.join(machine)}, {_joined(map(_version, group))}"
+        for machine, group in alike.items()
     ]
+
+
+def _version(run: RecordedRun) -> str:
+    e = run.environment
+    return f"provenn {e.provenn} at {e.commit}" if e.commit else f"provenn {e.provenn}"
+
+
+def _joined(words: Iterable[str]) -> str:
+    """Each once, "and" before the last.
+
+    >>> _joined("aba"), _joined("abc"), _joined("a")
+    ('a and b', 'a, b and c', 'a')
+    """
+    *first, last = dict.fromkeys(words)
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def strip(claims: Iterable[Judged]) -> str:

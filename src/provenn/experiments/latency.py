@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from provenn.catalog import Card, Preset, cards, in_a_line, meant
+from provenn.catalog import Card, Preset, cards
 from provenn.core import cost, progress
 from provenn.core.errors import UserError
 from provenn.core.inputs import machine_memory
+from provenn.core.names import in_a_line, meant
 from provenn.core.narrowing import present
 from provenn.experiments.compare.latencies import FORMS, Cost, Latency, LatencyBench
 from provenn.inference.onnx import translations

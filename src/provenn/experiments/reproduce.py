@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast
 
 from provenn import catalog
-from provenn.catalog import Card, Experiment, check_options, installed, meant
-from provenn.catalog.datasets import DataPaths
+from provenn.catalog import Card, Experiment, installed
 from provenn.core.device import choose_device
 from provenn.core.digest import digest
 from provenn.core.errors import UserError
 from provenn.core.files import Unwritable, alone_in, check_writable
+from provenn.core.names import check_options, meant
 from provenn.core.settings import typed
 from provenn.evidence.experiment import Measure, measuring_functions, parameters_of, with_overrides
 from provenn.evidence.measurement import Measurement
@@ -36,6 +36,7 @@ from provenn.evidence.record import (
 from provenn.evidence.run import Budget, Elsewhere, Run
 from provenn.experiments.at_paper import AtPaperScale, TrainingOptions
 from provenn.experiments.side_by_side import check_jobs, measure_all, measurement_of, where_trials_run
+from provenn.tasks.datasets import DataPaths
 
 BUDGETS = ("smoke", "small", "paper")
 RUN = "runs/latest"

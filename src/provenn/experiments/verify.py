@@ -15,6 +15,7 @@ from provenn.core.device import choose_device
 from provenn.core.digest import Unfollowable, digest
 from provenn.core.errors import UserError
 from provenn.core.files import alone_in, check_writable, write_atomically
+from provenn.core.names import check_options
 from provenn.evidence import view
 from provenn.evidence.experiment import Measure, measuring_functions
 from provenn.evidence.measurement import Measurement
@@ -101,7 +102,7 @@ def verify(
     Raises:
         UserError: an unknown paper or experiment, or a folder in which another process verifies.
     """
-    catalog.check_options("verify", options, Options)
+    check_options("verify", options, Options)
     experiments, log = options.get("experiments", ()), options.get("log", lambda message: None)
     chosen = [catalog.card(catalog.slug_of(one)) if isinstance(one, str) else one for one in papers]
     chosen = chosen or list(catalog.cards().values())

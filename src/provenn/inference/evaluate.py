@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from provenn.catalog import datasets
 from provenn.core import progress
 from provenn.core.errors import UserError
 from provenn.core.settings import LARGEST, arguments_of, typed
+from provenn.tasks import datasets
 
 if TYPE_CHECKING:
     from provenn.inference.evaluation import Evaluation

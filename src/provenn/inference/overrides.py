@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from provenn import catalog
 from provenn.core.errors import UserError
+from provenn.core.names import meant
 from provenn.core.settings import arguments_of, typed
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ def divided(overrides: dict[str, Any], *takers: Callable) -> list[dict[str, Any]
     there = {name: hint for arguments in reversed(known) for name, hint in arguments.items()}
     for name in overrides:
         if name not in there:
-            raise UserError(f"nothing here is called {name!r}{catalog.meant(name, there)}; {_what_can_be_set(there)}")
+            raise UserError(f"nothing here is called {name!r}{meant(name, there)}; {_what_can_be_set(there)}")
     overrides = {name: typed(name, value, there[name]) for name, value in overrides.items()}
     taken: list[dict[str, Any]] = []
     for position, arguments in enumerate(known):

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from provenn import catalog
 from provenn.core.errors import UserError
+from provenn.core.names import meant
 from provenn.inference.paper import Paper
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def create(name: str, *, pretrained: bool = False, **overrides: Any) -> "nn.Modu
     """
     presets = _by_name()
     if name not in presets:
-        near = catalog.meant(name, presets)
+        near = meant(name, presets)
         raise UserError(f"no preset is called {name!r}{near}; `provenn.list_presets()` names all {len(presets)}")
     card, preset = presets[name]
     return Paper(card).build(preset.name, pretrained=pretrained, **overrides)

@@ -12,9 +12,10 @@ from typing import Any
 
 from pydantic import Field
 
-from provenn.catalog import Card, Facts, Preset, in_a_line
+from provenn.catalog import Card, Facts, Preset
 from provenn.core import progress
 from provenn.core.files import atomic_write
+from provenn.core.names import in_a_line
 
 FILE = "sizes.json"
 LARGE = 2**26  # parameters beyond which a preset is counted without its weights, on the meta device

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from provenn import catalog
-from provenn.catalog import datasets
 from provenn.core import progress
 from provenn.core.errors import UserError
+from provenn.core.names import check_options
 from provenn.core.settings import arguments_of
+from provenn.tasks import datasets
 
 if TYPE_CHECKING:
     from provenn.tasks.base import Task
@@ -74,7 +75,7 @@ def train(
     from provenn.training.checkpoints import CHECKPOINT, begun
     from provenn.training.recipes import recipe_of
 
-    catalog.check_options("train", options, TrainOptions)
+    check_options("train", options, TrainOptions)
     card = catalog.card(slug)
     presets_of = None if task is None else tasks.face_of(task).presets_of
     chosen = card.preset(preset, presets_of or task)

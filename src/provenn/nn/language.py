@@ -257,7 +257,7 @@ class CausalLM(TokenStack):
         dim: width of the stream.
         layers: how many blocks.
         mixer: makes a causal token mixer for a width; or several of them, which the layers take in turn; or their
-            names as in `"rat,rat,window"` (see `provenn.nn.mixers.mixers_called`).
+            names as in `"window,window,softmax"` (see `provenn.nn.mixers.mixers_called`).
         feedforward: "gelu" (`FeedForward`) or "swiglu" (`SwiGLU`).
         hidden: width inside the feed-forward part; by default 4 · dim, for swiglu 8/3 · dim.
         norm: "rms" or "layer".

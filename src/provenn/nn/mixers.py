@@ -1,4 +1,7 @@
-"""Token mixers by name: the baselines here, and every mechanism of the catalogue that fits the slot."""
+"""Token mixers by name: the baselines here, and every mechanism of the catalogue that fits the slot.
+
+No paper is named here: one declares its mixers in its `paper.toml`, under `[[mechanisms]]` with the slot token-mixer.
+"""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -8,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from provenn.catalog import first_mechanism, meant, mechanisms_of
+from provenn.catalog import first_mechanism, mechanisms_of
 from provenn.core.digest import looks_up
 from provenn.core.errors import UserError
+from provenn.core.names import meant
 from provenn.nn.attention import SlidingWindowAttention, SoftmaxAttention
 
 Factory = Callable[..., nn.Module]
@@ -67,11 +71,11 @@ def mixer_called(name: str) -> Factory:
         names = [*BASELINES, *known]
         raise UserError(f"no token-mixer is called {name!r}{meant(name, names)}; there are: {', '.join(names)}")
     card, mechanism = known[name]
-    return partial(card.resolve(mechanism.layer), **mechanism.arguments)
+    return card.factory(mechanism)
 
 
 def mixers_called(pattern: str, **options: Any) -> list[Factory]:
-    """The factories of a layer pattern, such as `"rat,rat,window"`; each option goes to the mixers that take it.
+    """The factories of a layer pattern, such as `"window,window,softmax"`; each option goes to the mixers that take it.
 
     >>> [factory(32).heads for factory in mixers_called("softmax,window", heads=2, window=16)]
     [2, 2]
@@ -81,7 +85,7 @@ def mixers_called(pattern: str, **options: Any) -> list[Factory]:
     """
     names = [name.strip() for name in pattern.split(",")]
     if not all(names):
-        raise UserError(f"a layer pattern is names between commas, such as 'rat,rat,window', got {pattern!r}")
+        raise UserError(f"a layer pattern is names between commas, such as 'window,window,softmax', got {pattern!r}")
     factories = [mixer_called(name) for name in names]
     signatures = [inspect.signature(factory).parameters for factory in factories]
     for option in options:

@@ -10,29 +10,14 @@ from typing import TYPE_CHECKING
 from provenn import catalog
 from provenn.core.digest import looks_up
 from provenn.core.errors import UserError
+from provenn.core.names import in_a_line, meant
 
 if TYPE_CHECKING:
     from provenn.tasks.base import Task
 
 ENTRY_POINT_GROUP = "provenn.tasks"
-SHARED = (
-    "image-classification",
-    "image-generation",
-    "semantic-segmentation",
-    "object-detection",
-    "series-classification",
-    "series-forecasting",
-    "event-forecasting",
-    "reinforcement-learning",
-    "super-resolution",
-    "language-modelling",
-    "masked-language-modelling",
-    "text-classification",
-    "translation",
-    "recall",
-    "graph-regression",
-    "audio-classification",
-)
+# A module of this folder holds a task where a TOML file of the same name lies beside it, which has the task's faces.
+SHARED = tuple(sorted(file.stem.replace("_", "-") for file in Path(__file__).parent.glob("*.toml")))
 ATTRIBUTES = ("name", "metric", "higher_is_better", "embedded", "reads")
 
 
@@ -56,7 +41,7 @@ def get_task(name: str) -> "Task":
     bringers = _bringers().get(name, [])
     if not bringers:
         known = task_names()
-        raise UserError(f"no task is called {name!r}{catalog.meant(name, known)}; there are: {', '.join(known)}")
+        raise UserError(f"no task is called {name!r}{meant(name, known)}; there are: {', '.join(known)}")
     usable: dict[str, Task] = {}
     troubles: list[UserError] = []
     for bringer in bringers:
@@ -130,7 +115,7 @@ def _load(bringer: catalog.Card | EntryPoint, name: str, source: str) -> "Task":
         try:
             task = bringer.load()
         except (Exception, SystemExit) as error:
-            raise UserError(f"the task {name!r}: {source} cannot be imported: {catalog.in_a_line(error)}") from error
+            raise UserError(f"the task {name!r}: {source} cannot be imported: {in_a_line(error)}") from error
         task = getattr(task, "TASK", task)
     if not isinstance(task, Task):
         raise UserError(f"{source}: a task is an object of a subclass of provenn.tasks.Task, got {task!r}")

@@ -1,4 +1,4 @@
-"""The faces of a task, read as data without torch: its form in the browser, its hosts in a comparison, and others.
+"""The faces of a task, read as data without torch: its form in the browser, its data sets, its hosts, and others.
 
 They stand in a TOML file beside the module that holds the task, under the same name: `image_classification.toml`, a
 paper's `task.toml`. A task without the file has no faces. What a file names as `module:name` is looked up beside it,
@@ -7,13 +7,14 @@ or anywhere by a dotted name.
 
 import importlib
 import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from provenn.catalog import in_a_line
 from provenn.core.errors import UserError
+from provenn.core.names import in_a_line
 from provenn.tasks.discovery import sources_of
 
 
@@ -83,6 +84,51 @@ class Demo(_Strict):
     samples: dict[str, tuple[Sample, ...]] = Field(default_factory=dict)
 
 
+class PredictOption(_Strict):
+    """An option of `provenn predict`, for the argument of the task's `predict` by the same name.
+
+    Args:
+        takes: what follows it; nothing follows a flag.
+        help: what it does, as the command's help says it; begins with the kind of work that it is for.
+    """
+
+    takes: Literal["flag", "path", "number", "text"]
+    help: str
+
+
+class DataSet(_Strict):
+    """A data set of the field that the task reads. Nothing is downloaded: it is looked for by its name.
+
+    Args:
+        name: its key in the file; not written there.
+        task: the one whose file it stands in; not written there, and None where `read` is false.
+        title: what it is called in full.
+        layout: what its folder looks like, in words.
+        holds: patterns that must all be found in the folder.
+        inside: sub-folders; the first that is there is read in place of the folder.
+        also: other names that its folder goes by.
+        options: how the files that match a pattern are read.
+        lacks: what is missing here to measure experiments on the set.
+        read: whether the task itself reads it; false where only what converts pretrained models does.
+    """
+
+    name: str = ""
+    task: str | None = None
+    title: str
+    layout: str
+    holds: list[str]
+    inside: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+    options: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    lacks: str = ""
+    read: bool = True
+
+    def options_of(self, member: str) -> dict[str, Any]:
+        """How a file of the set is read; `member` is its path inside, "" for the whole set."""
+        given = next((given for pattern, given in self.options.items() if fnmatch(member or "*", pattern)), {})
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
 class Face(_Strict):
     """What other parts ask of a task.
 
@@ -92,6 +138,8 @@ class Face(_Strict):
         hosts: by slot, the network in which mechanisms are compared: see `provenn.tasks.hosts`.
         materials: what a pretrained model of Hugging Face is converted and tuned on, classes as
             `provenn.huggingface.Text`; of several, a metric chooses.
+        datasets: by name, the data sets of the field that it reads; `provenn data` lists them.
+        predict: options of `provenn predict` by name, in place of `--set NAME=VALUE`.
         presets_of: another task, whose presets are trained for this one, which has none of its own.
     """
 
@@ -99,6 +147,8 @@ class Face(_Strict):
     demo: Demo | None = None
     hosts: dict[str, Target] = Field(default_factory=dict)
     materials: tuple[Target, ...] = ()
+    datasets: dict[str, DataSet] = Field(default_factory=dict)
+    predict: dict[str, PredictOption] = Field(default_factory=dict)
     presets_of: str | None = None
 
     def resolve(self, target: str) -> Any:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -50,6 +50,7 @@ TOGETHER = 16  # images that are looked at at once, at most, when a model is tes
 SCORE_THRESHOLD = 0.001  # the score from which a detection counts in average precision, as the field has it
 SHOWN = 20  # lines of predictions in the terminal
 MATCHES = "matches"
+SPLITS = ("train", "val", "test")
 COLOURS = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#42d4f4", "#f032e6", "#bfef45", "#fabed4")
 
 
@@ -493,18 +494,32 @@ def _renumbered(labels: np.ndarray, names: Sequence[str], classes: Sequence[str]
 
 def _drawn(named: str, seed: int, size: int | None) -> TaskData:
     draw, classes, side, about = DRAWN[named]
-    splits = {split: draw(split, seed) for split in ("train", "val", "test")}
+    return data_of_scenes(named, {split: draw(split, seed) for split in SPLITS}, classes, size or side, about)
+
+
+def data_of_scenes(
+    name: str, splits: Mapping[str, Sequence[Scene]], classes: Sequence[str], size: int, about: str = ""
+) -> TaskData:
+    """Data of scenes that are in memory.
+
+    Args:
+        name: of the data.
+        splits: the scenes of train, val and test.
+        classes: their names, in the order of the labels.
+        size: short side that a model sees, in pixels.
+        about: the data, in a sentence.
+    """
     meta = {
         "classes": list(classes),
         "ids": list(range(1, len(classes) + 1)),
-        "size": size or side,
+        "size": size,
         "mean": list(IMAGENET_MEAN),
         "std": list(IMAGENET_STD),
     }
     parts = {split: Pictures(listed, meta, augment=split == "train") for split, listed in splits.items()}
     content = (part for listed in splits.values() for each in listed for part in (each.pixels, each.boxes, each.labels))
     return TaskData(
-        named,
+        name,
         **parts,
         fingerprint=fingerprint(*content),
         options={"num_classes": len(classes)},

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from provenn.catalog import Card, Mechanism, Preset, card, in_a_line
+from provenn.catalog import Card, Mechanism, Preset, card
 from provenn.catalog.slots import Slot, slot
 from provenn.core.errors import UserError
+from provenn.core.names import in_a_line
 from provenn.testing.common import CHECKS, parameters_on_meta
 from provenn.testing.evidence import faults_of_claims, faults_of_evidence, faults_of_experiments
 from provenn.testing.golden import GOLDEN, check_case, read_cases

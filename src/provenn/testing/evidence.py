@@ -7,8 +7,9 @@ import math
 from collections.abc import Callable, Iterator
 from types import ModuleType
 
-from provenn.catalog import Card, meant
+from provenn.catalog import Card
 from provenn.core.errors import UserError
+from provenn.core.names import meant
 from provenn.evidence.experiment import measuring_functions
 from provenn.evidence.interval import estimate
 from provenn.evidence.measurement import Measurement

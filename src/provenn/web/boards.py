@@ -8,9 +8,9 @@ from pathlib import Path
 from fastapi import APIRouter, HTTPException, Request, Response
 
 import provenn
-from provenn import catalog
 from provenn.catalog import AtPaper, Experiment
 from provenn.catalog.slots import SLOTS
+from provenn.core.names import meant
 from provenn.evidence import view
 from provenn.evidence.record import Finding
 from provenn.experiments.compare.latencies import LatencyBench
@@ -141,7 +141,7 @@ def board(request: Request, name: str) -> Response:
 def no_board(catalogue: Catalogue, name: str) -> HTTPException:
     """The answer to a name that no board has."""
     every = names(catalogue)
-    return HTTPException(404, f"There is no board called {name[:100]!r}{catalog.meant(name[:100], every)}")
+    return HTTPException(404, f"There is no board called {name[:100]!r}{meant(name[:100], every)}")
 
 
 def _presets(catalogue: Catalogue) -> dict[str, str]:

@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, HTTPException, Query, Request, Response
 from fastapi.responses import JSONResponse, RedirectResponse
 
-from provenn import catalog
+from provenn.core.names import meant
 from provenn.evidence import view
 from provenn.evidence.claim import ClaimVerdict
 from provenn.evidence.verdict import NO_VERDICT
@@ -113,6 +113,6 @@ def found(request: Request, name: str) -> Entry:
     catalogue = site_of(request).catalogue
     entry = catalogue.named(name)
     if entry is None:
-        hint = catalog.meant(name[:100], catalogue)
+        hint = meant(name[:100], catalogue)
         raise HTTPException(404, f"There is no paper called {name[:100]!r} here{hint}")
     return entry

@@ -20,7 +20,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,11 @@ def _ready(folder: Path, pixels: int) -> Callable[[dict[str, Any], Log], None]:
         with contextlib.suppress(UserError):  # a task of another package may be broken: it costs its own demos
             get_task(name)
             _answer_of(name)
+    for card in (card for card in catalog.cards().values() if card.shipped and not card.built_in):
+        with contextlib.suppress(UserError):  # what it imports may lie anywhere, and nothing is looked for later
+            for target in [card.preset(name).build for name in card.shipped]:
+                card.resolve(target)
+            _ = card.has("inspection") and card.resolve_module("inspection")
     assert callable(provenn.predict) and callable(provenn.inspect) and matplotlib  # imported for what comes
     readable = _readable([card.folder for card in catalog.cards().values()])
     _confine(readable, folder)
@@ -102,16 +107,37 @@ def _ready(folder: Path, pixels: int) -> Callable[[dict[str, Any], Log], None]:
 
 
 def _readable(papers: list[Path]) -> list[str]:
-    """Where Python, its packages, the papers and the system's libraries lie."""
+    """Where Python, installed packages, the papers and the system's libraries lie.
+
+    Of folders on the path of imports that are no place of installed packages, such as a source tree, not the whole:
+    only the packages in them that are imported by now.
+    """
     import provenn
 
     folders = sysconfig.get_paths()
     roots = [sys.prefix, sys.base_prefix, *(folders[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))]
     roots += [str(Path(provenn.__file__).parent), *map(str, papers)]
-    roots += filter(None, sys.path)  # what is installed in place lies anywhere
+    roots += filter(_holds_installed, sys.path)
     roots += ["/usr", "/lib", "/lib64", "/etc/localtime", "/sys/devices/system", "/proc/cpuinfo", "/proc/meminfo"]
     roots += [os.devnull, "/dev/urandom", "/proc/self/"]
-    return sorted({os.path.realpath(root) for root in roots if os.path.exists(root)} - {os.sep})
+    places = {os.path.realpath(root) for root in roots if os.path.exists(root)} - {os.sep}
+    imported = {os.path.realpath(path) for path in _imported() if os.path.exists(path)}
+    return sorted(places | {path for path in imported if not _lies_in(path, places)})
+
+
+def _holds_installed(entry: str) -> bool:
+    """Whether a place on the path of imports is an archive, or a folder that an installer fills."""
+    return bool(entry) and (os.path.isfile(entry) or next(Path(entry).glob("*.dist-info"), None) is not None)
+
+
+def _imported() -> Iterator[str]:
+    """The folder of every top-level package that is imported, and the file of every module."""
+    for module in [module for name, module in sys.modules.items() if "." not in name and name != "__main__"]:
+        yield from getattr(module, "__path__", None) or filter(None, [getattr(module, "__file__", None)])
+
+
+def _lies_in(path: str, places: Iterable[str]) -> bool:
+    return any(path == place or path.startswith(place + os.sep) for place in places)
 
 
 def _watch(readable: list[str], folder: Path) -> None:
@@ -122,8 +148,7 @@ def _watch(readable: list[str], folder: Path) -> None:
         if isinstance(path, int) or path is None:
             return
         path = os.path.realpath(os.fsdecode(path))
-        inside = any(path == root or path.startswith(root + os.sep) for root in ([own] if writes else [own, *readable]))
-        if not inside and path != os.devnull:
+        if not _lies_in(path, [own] if writes else [own, *readable]) and path != os.devnull:
             raise PermissionError(f"a demo may not {'write' if writes else 'read'} {path}")
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, get_type_hints
 
-from provenn.catalog import Card, Experiment, datasets
+from provenn.catalog import Card, Experiment
 from provenn.core.settings import arguments_of
 from provenn.evidence.measurement import Measurement
 from provenn.evidence.run import Run
@@ -17,7 +17,7 @@ from provenn.experiments.at_paper.converted import of_converted
 from provenn.experiments.at_paper.job import Job
 from provenn.experiments.at_paper.options import TrainingOptions
 from provenn.experiments.at_paper.trained import of_trained
-from provenn.tasks import get_task
+from provenn.tasks import datasets, get_task
 from provenn.training import Recipe
 
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from provenn.catalog import datasets
 from provenn.evidence.measurement import Measurement
 from provenn.experiments.at_paper.job import Job, check_metric, checksum_of_file, divided, setting_of, spoken
+from provenn.tasks import datasets
 from provenn.training import weights as files
 
 

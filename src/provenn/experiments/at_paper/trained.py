@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from provenn.catalog import AtPaper, Card, datasets
+from provenn.catalog import AtPaper, Card
 from provenn.core.digest import digest
 from provenn.core.errors import UserError
 from provenn.evidence.measurement import Measurement, Skill
@@ -28,6 +28,7 @@ from provenn.experiments.at_paper.job import (
 )
 from provenn.experiments.at_paper.program import in_own_program
 from provenn.nn.backbone import fix
+from provenn.tasks import datasets
 from provenn.training import Recipe, Saving, fit
 from provenn.training import weights as files
 from provenn.training.recipes import recipe_of

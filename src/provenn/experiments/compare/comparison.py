@@ -9,13 +9,14 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from provenn.catalog import first_mechanism, meant, mechanisms_of
+from provenn.catalog import first_mechanism, mechanisms_of
 from provenn.catalog.slots import slot as slot_called
 from provenn.core import cost, progress
 from provenn.core.device import choose_device
 from provenn.core.digest import digest
 from provenn.core.errors import UserError
 from provenn.core.files import alone_in, check_writable
+from provenn.core.names import meant
 from provenn.evidence import Run, Study
 from provenn.evidence.interval import paired_difference, student
 from provenn.evidence.record import LEDGER, Ledger, read_or_set_aside
@@ -177,7 +178,7 @@ def _choose(
     for name, (card, mechanism) in mechanisms.items():
         extra = {"causal": True} if slot == "token-mixer" else {}
         try:
-            known[name] = (partial(card.resolve(mechanism.layer), **mechanism.arguments, **extra), card.slug)
+            known[name] = (card.factory(mechanism, **extra), card.slug)
         except UserError as error:
             broken[name] = error
     if names is None:

@@ -22,6 +22,7 @@ from provenn.papers.gaam.studies import (
     LAYER_VARIANTS,
     LayersAlone,
     closest,
+    drift_network,
     drifting_speakers,
     experiment_heads,
     library_heads,
@@ -104,6 +105,27 @@ DRIFTING = replace(
     about="the same with a slow random drift of gain and offset in every series and channel",
 )
 
+# The gate beside the best that a reader would name, at drifts of several strengths.
+
+RIVALS = {
+    "mha": LAYER_VARIANTS["mha"],
+    "none": LAYER_VARIANTS["none"],
+    "normalised": ("none, each series normalised", "normalised"),
+}
+DRIFTS = (0.0, 2.0)
+BY_DRIFT = {
+    strength: replace(
+        SPEAKERS,
+        name=f"JapaneseVowels, drift {strength:g}",
+        data=partial(drifting_speakers, drift=strength),
+        build=drift_network,
+        variants={"gaam": LAYER_VARIANTS["gaam"], **RIVALS},
+        lrs=(3e-4, 1e-3, 3e-3),
+        about="the same with a slow random drift of gain and offset in every series and channel",
+    )
+    for strength in DRIFTS
+}
+
 # Parameters of what is trained, at some widths.
 
 
@@ -157,6 +179,35 @@ async def drift_mha(run: Run) -> Measurement:
     moved["setting"] = {**moved["setting"], "drift": DRIFT}
     moved["tables"] = [*facts["tables"], *moved["tables"]]
     return Measurement.of("difference", lost["gaam"], lost["mha"], sides=("GAAM, lost", "MHA, lost"), **moved)
+
+
+@measures("drift_best")
+async def drift_best(run: Run) -> Measurement:
+    """The gate's accuracy less that of its best rival, seed by seed: at the strongest drift, and without drift."""
+    gains: dict[float, list[float]] = {}
+    skills: list[Any] = []
+    notes: dict[str, None] = {}
+    facts: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
+    means: dict[str, list[Any]] = {label: [label] for label, _ in (LAYER_VARIANTS["gaam"], *RIVALS.values())}
+    for strength, study in BY_DRIFT.items():
+        reached, facts = await study.measure(run, ("gaam", *RIVALS))
+        best = [max(values) for values in zip(*(reached[rival] for rival in RIVALS), strict=True)]
+        gains[strength] = [a - b for a, b in zip(reached["gaam"], best, strict=True)]
+        skills += facts["skills"]
+        notes |= dict.fromkeys([facts["note"]] if facts["note"] else [])
+        settings[f"drift {strength:g}"] = {
+            key: facts["setting"].pop(key) for key in ("lr", "tuned") if key in facts["setting"]
+        }
+        for variant, values in reached.items():
+            means[study.label(variant)].append(sum(values) / len(values))
+    columns = ["over steps", *(f"drift {strength:g}" for strength in DRIFTS)]
+    gain: list[Any] = ["GAAM less the best of the others", *(sum(values) / len(values) for values in gains.values())]
+    table = Table(caption="Accuracy by the strength of drift", columns=columns, rows=[*means.values(), gain])
+    facts |= {"skills": skills, "tables": [table], "series": [], "note": " ".join(notes)}
+    facts["setting"] |= settings
+    sides = ("gain at drift 2", "gain without drift")
+    return Measurement.of("difference", gains[DRIFTS[-1]], gains[DRIFTS[0]], sides=sides, **facts)
 
 
 # The Importance Factor, before and after training, and layers alone.

@@ -121,6 +121,28 @@ def drifting_speakers(seed: int, smoke: bool, drift: float = DRIFT) -> TaskData:
     return stack_data("japanese-vowels, drifting", moved, classes, "JapaneseVowels with drift")
 
 
+class NormalisedSeries(nn.Module):
+    """A network that sees each channel of a series less its mean, in units of its deviation, over the steps.
+
+    Shapes: (batch, steps, channels) to what the network makes of it.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(x, dim=1, keepdim=True, correction=0)
+        return self.network((x - mean) / (variance + 1e-5).sqrt())
+
+
+def drift_network(variant: str, num_classes: int, layers: int = STEPS, dim: int = 12) -> nn.Module:
+    """The network of series; "normalised" is the one without attention behind a norm of each series."""
+    if variant == "normalised":
+        return NormalisedSeries(series_network("none", num_classes, layers, dim))
+    return series_network(variant, num_classes, layers, dim)
+
+
 def lora(dim: int, *, rank: int, layers: int) -> nn.Module:
     """What LoRA adds to queries and keys of each layer."""
     pairs = [nn.Linear(dim, rank, bias=False), nn.Linear(rank, dim, bias=False)]

@@ -1,47 +1,28 @@
 """The data sets that the papers name: where each is expected, whether it is there, and what it unlocks.
 
+Each task declares those that it reads in its TOML file, under `[datasets.NAME]`; see `DataSet`.
 Nothing is downloaded. A set is looked for where it is said to lie, then in the folders of the environment variable
 PROVENN_DATA, by its name. So are the authors' checkpoints, in `weights/SLUG/PRESET.pth` there. Imports no torch.
 """
 
 import os
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-
 from provenn import catalog
-from provenn.catalog import Card, Experiment, Facts
+from provenn.catalog import Card, Experiment
 from provenn.core.errors import UserError
+from provenn.core.names import meant
+from provenn.tasks.discovery import SHARED, task_names
+from provenn.tasks.faces import DataSet, face_of
 
 VARIABLE = "PROVENN_DATA"
 WEIGHTS = "weights"  # the folder of the authors' checkpoints
 ENDINGS = (".safetensors", ".pth", ".pth.tar", ".pt", ".ckpt", ".tar", ".bin")
 DataPaths = Mapping[str, str | Path]
-
-
-class DataSet(Facts):
-    """One data set; the fields are explained in `datasets.toml`."""
-
-    name: str
-    title: str
-    task: str | None = None
-    layout: str
-    holds: list[str]
-    inside: tuple[str, ...] = ()
-    also: tuple[str, ...] = ()
-    options: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    lacks: str = ""
-
-    def options_of(self, member: str) -> dict[str, Any]:
-        """How a file of the set is read; `member` is its path inside, "" for the whole set."""
-        given = next((given for pattern, given in self.options.items() if fnmatch(member or "*", pattern)), {})
-        return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
 @dataclass(frozen=True)
@@ -76,16 +57,25 @@ class Source:
 
 @cache
 def known() -> dict[str, DataSet]:
-    """Every data set by name."""
-    facts = tomllib.loads((Path(__file__).parent / "datasets.toml").read_text("utf-8"))
-    return {name: DataSet(name=name, **entry) for name, entry in facts.items()}
+    """Every data set by name, from the files of all tasks; of a name that two declare, the first task's."""
+    sets: dict[str, DataSet] = {}
+    for task in task_names():
+        try:
+            declared = face_of(task).datasets
+        except UserError:
+            if task in SHARED:
+                raise
+            continue  # a file of another package costs its own sets alone; `doctor` says what is wrong with it
+        for name, entry in declared.items():
+            sets.setdefault(name, entry.model_copy(update={"name": name, "task": task if entry.read else None}))
+    return sets
 
 
 def get(name: str) -> DataSet:
     """The data set of that name; `NAME/FILE` is one of its files."""
     plain = name.partition("/")[0]
     if plain not in known():
-        raise UserError(f"no data set is called {plain!r}{catalog.meant(plain, known())}; `provenn data` lists them")
+        raise UserError(f"no data set is called {plain!r}{meant(plain, known())}; `provenn data` lists them")
     return known()[plain]
 
 

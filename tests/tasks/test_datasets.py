@@ -11,12 +11,11 @@ import torch
 
 import miniature
 from provenn import catalog
-from provenn.catalog import datasets
 from provenn.cli import main
 from provenn.core.errors import UserError
 from provenn.data.cifar import read_cifar
 from provenn.data.text import Document, Words, read_tokenizer
-from provenn.tasks import get_task
+from provenn.tasks import datasets, get_task
 from provenn.training import check_recipe
 from provenn.training.recipes import recipe_of
 

@@ -1,0 +1,74 @@
+"""Options of how a training runs, whatever it trains: of `train`, and of `reproduce` at the budget paper."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the options of hardware, precision and checkpoints say; each field is an option."""
+
+    devices: Annotated[
+        int, typer.Option(min=1, help="Number of devices on each machine; each takes its own batch.")
+    ] = 1
+    strategy: Annotated[
+        str,
+        typer.Option(help="How devices share a training: auto, ddp or fsdp. fsdp divides weights and optimizer state."),
+    ] = "auto"
+    context_parallel: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Number of processes that share each sequence. For language models with softmax attention."
+        ),
+    ] = 1
+    context_method: Annotated[
+        str, typer.Option(help="How processes share a sequence: ring, all_gather, ulysses, usp or loongtrain.")
+    ] = "ring"
+    workers: Annotated[
+        int, typer.Option(min=0, help="Number of processes that read the data; 0 reads in the main process.")
+    ] = 0
+    precision: Annotated[
+        str | None, typer.Option(help=f"Precision: {', '.join(PRECISIONS)}. Default: the preset's.")
+    ] = None
+    save_every: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="STEPS",
+            help="Steps between two checkpoints, besides the one after each epoch. Default: epochs only.",
+        ),
+    ] = None
+
+
+DEFAULT = RunOptions()
+
+
+def with_run(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose argument `run` is given by the options of `RunOptions`, which stand in its place in the help."""
+    options = get_type_hints(RunOptions, include_extras=True)
+
+    @functools.wraps(command)
+    def expanded(**given: Any) -> None:
+        run = RunOptions(**{name: given.pop(name) for name in options if name in given})
+        command(**given, run=run)
+
+    parameters: list[inspect.Parameter] = []
+    hints = get_type_hints(command, include_extras=True)
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.name != "run":
+            parameters.append(parameter.replace(annotation=hints[parameter.name]))
+            continue
+        parameters += [
+            inspect.Parameter(each.name, parameter.kind, default=each.default, annotation=options[each.name])
+            for each in fields(RunOptions)
+        ]
+    expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # functions take it
+    expanded.__annotations__ = {each.name: each.annotation for each in parameters}
+    return expanded
