@@ -802,7 +802,7 @@ def test_train_and_reproduce_take_the_options_of_a_run_from_one_place():
 
     verbs = typer.main.get_command(app).commands
     names = [each.name for each in fields(RunOptions)]
-    assert len(names) == 7 and "save_every" in names
+    assert len(names) == 9 and "save_every" in names
     said = [
         [(p.name, p.opts, p.help, p.default) for p in verbs[verb].params if p.name in names]
         for verb in ("train", "reproduce")

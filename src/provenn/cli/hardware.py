@@ -31,6 +31,22 @@ class RunOptions:
     context_method: Annotated[
         str, typer.Option(help="How processes share a sequence: ring, all_gather, ulysses, usp or loongtrain.")
     ] = "ring"
+    context_ulysses: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="U of ring, usp and loongtrain: processes that divide the heads among them. It must divide "
+            "--context-parallel and the heads. Default: the method's.",
+        ),
+    ] = None
+    context_windows: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="W, the windows of loongtrain's double ring. It must divide the ring of --context-parallel / U. "
+            "Default: the method's.",
+        ),
+    ] = None
     workers: Annotated[
         int, typer.Option(min=0, help="Number of processes that read the data; 0 reads in the main process.")
     ] = 0
@@ -45,6 +61,21 @@ class RunOptions:
             help="Steps between two checkpoints, besides the one after each epoch. Default: epochs only.",
         ),
     ] = None
+
+    @property
+    def method(self) -> str:
+        """How processes share a sequence, with U and W where they are given.
+
+        Raises:
+            UserError: a method that does not take them, or sizes that do not divide.
+        """
+        if self.context_ulysses is None and self.context_windows is None:
+            return self.context_method
+        from provenn.distributed.sizes import sized_method
+
+        return sized_method(
+            self.context_method, self.context_parallel, ulysses=self.context_ulysses, windows=self.context_windows
+        )
 
 
 DEFAULT = RunOptions()

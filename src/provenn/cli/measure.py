@@ -134,7 +134,9 @@ def _training(budget: str, run: RunOptions) -> Any:
     from provenn.experiments.at_paper import TrainingOptions
     from provenn.training import Hardware
 
-    hardware = asdict(run)
+    hardware = {**asdict(run), "context_method": run.method}
+    for name in ("context_ulysses", "context_windows"):  # which are of the method
+        hardware.pop(name)
     beside = {name: hardware.pop(name) for name in ("precision", "save_every")}
     options = TrainingOptions(Hardware(**hardware), **beside)
     given = {**options.departures, **beside}

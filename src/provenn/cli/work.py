@@ -145,7 +145,7 @@ def train(
             num_nodes=num_nodes,
             strategy=run.strategy,
             context_parallel=run.context_parallel,
-            context_method=run.context_method,
+            context_method=run.method,
             workers=run.workers,
             resume=resume,
             save_every=run.save_every,

@@ -92,6 +92,18 @@ def test_bench_prints_what_came_of_every_method():
     assert all(row.forward > 0 and row.backward > 0 and row.bytes > 0 for row in report.rows)
 
 
+@pytest.mark.parametrize("name", ["causal", "causal_document"])
+def test_a_double_ring_of_two_windows_is_one_process(name):
+    """USP as one ring of four, LoongTrain as two windows of two: forward, backward and what is sent."""
+    options = {"usp": {"ulysses": 1}, "loongtrain": {"ulysses": 1, "windows": 2}}
+    report = bench(MASKS[name], 4, heads=(4, 2), dim=4, methods=list(options), options=options, rounds=1)
+    assert report.good and [(row.method, row.ring, row.ulysses, row.windows) for row in report.rows] == [
+        ("usp", 4, 1, 1),
+        ("loongtrain", 4, 1, 2),
+    ]
+    assert all(row.error <= 1e-5 and row.as_formula for row in report.rows)
+
+
 def endless(comm, victim: int, how: str):
     """Attends again and again; one process ends in the middle."""
     spread = Spread("ring", comm, Pattern.of_documents([LENGTH]))

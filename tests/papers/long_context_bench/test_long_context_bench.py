@@ -306,6 +306,20 @@ def test_ranks_compare_the_methods_of_context_parallelism(run, monkeypatch):
     assert "methods takes some of" in run(f"{line} --methods rings")[2]
 
 
+def test_ranks_take_the_sizes_of_hybrids(run, monkeypatch):
+    from functools import partial
+
+    from provenn.papers.long_context_bench import context_parallel
+
+    monkeypatch.setattr(context_parallel, "bench", partial(context_parallel.bench, run=simulate))
+    line = "bench long_context_bench --length 64 --heads 4:2 --head-dim 8 --ranks 4 --budget smoke --dtype fp64"
+    code, out, err = run(f"{line} --methods usp,loongtrain --ulysses 1 --windows 2 --out o --json")
+    assert code == 0, err
+    (point,) = json.loads(out)["points"]
+    assert [(row["ring"], row["ulysses"], row["windows"]) for row in point["rows"]] == [(4, 1, 1), (4, 1, 2)]
+    assert (point["ulysses"], point["windows"]) == (1, 2)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -327,6 +341,11 @@ def test_ranks_compare_the_methods_of_context_parallelism(run, monkeypatch):
         ("--show causal", "unexpected argument: causal"),
         ("--documents none.txt --mask full_document", "none.txt cannot be read: No such file or directory"),
         ("--ranks 2 --mask block_sparse", "context parallelism takes no mask block_sparse"),
+        ("--ranks 4 --ulysses 3", "ulysses=3 does not divide 4 processes"),
+        ("--ranks 4 --ulysses 1 --windows 3", "windows=3 does not divide a ring of 4 processes"),
+        ("--ranks 4 --ulysses 4 --heads 6:2", "cannot divide 6 query heads"),
+        ("--ranks 4 --windows 2 --ulysses 1 --methods usp", "windows is of loongtrain alone"),
+        ("--ulysses 2", "give ranks too"),
     ],
 )
 def test_options_that_cannot_be_are_refused_in_one_line(run, options, words):

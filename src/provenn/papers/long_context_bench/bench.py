@@ -46,6 +46,8 @@ def sweep(
     density: float = 0.5,
     ranks: int = 0,
     methods: str = "all",
+    ulysses: int | None = None,
+    windows: int | None = None,
     show: bool = False,
     seed: int = 42,
     device: str = "cpu",
@@ -70,6 +72,8 @@ def sweep(
         density: the share that block-sparse masks keep.
         ranks: so many processes, which compare context-parallel methods instead of kernels.
         methods: of context parallelism, with commas; all is every one.
+        ulysses: U of usp and loongtrain, processes that divide the heads; must divide ranks. Default: 2 where it does.
+        windows: W of loongtrain's double ring; must divide the ring of ranks / U. Default: the largest W ≤ R / W.
         show: draw the masks and count, and time nothing.
         seed: of masks and numbers; 42 is the authors'.
         device: where it runs.
@@ -107,7 +111,9 @@ def sweep(
         "budget": budget,
     }
     if ranks:
-        return _parallel(masks, ranks, methods, facts)
+        return _parallel(masks, ranks, methods, {"ulysses": ulysses, "windows": windows}, facts)
+    if ulysses is not None or windows is not None:
+        raise UserError("ulysses and windows are of context parallelism: give ranks too")
     protocol = PROTOCOLS[budget]
     points = []
     for of in masks.values():
@@ -216,7 +222,11 @@ def _shown(masks: Mapping[tuple[str, int], Mask | BlockSparse], heads: int, head
 
 
 def _parallel(
-    masks: Mapping[tuple[str, int], Mask | BlockSparse], ranks: int, methods: str, facts: dict[str, Any]
+    masks: Mapping[tuple[str, int], Mask | BlockSparse],
+    ranks: int,
+    methods: str,
+    sizes: Mapping[str, int | None],
+    facts: dict[str, Any],
 ) -> Sweep:
     """Context parallelism over real processes, one point a mask and length: all methods, beside one process."""
     from provenn.papers.long_context_bench import context_parallel
@@ -224,6 +234,7 @@ def _parallel(
     if ranks < 1:
         raise UserError(f"ranks must be at least 1, got {ranks}")
     names = list(context_parallel.METHODS) if methods == "all" else _names("methods", methods, context_parallel.METHODS)
+    options = _sized(names, ranks, sizes, _heads(facts["heads"]))
 
     def run(mask: Mask) -> dict[str, Any]:
         report = context_parallel.bench(
@@ -232,6 +243,7 @@ def _parallel(
             heads=_heads(facts["heads"]),
             dim=facts["head_dim"],
             methods=names,
+            options=options,
             dtype=DTYPES[facts["dtype"]],
             seed=facts["seed"],
             rounds=1 if facts["budget"] == "smoke" else 3,
@@ -255,8 +267,31 @@ def _parallel(
         if not isinstance(mask, Mask):
             raise UserError(f"context parallelism takes no mask {name}")
         point = {"mask": name, "length": tokens, "ranks": ranks, "methods": names, "area": mask.area, **facts}
+        point |= {name: size for name, size in sizes.items() if size is not None}
         points.append(Point(point, partial(run, mask), f"{name} {tokens} over {ranks} processes"))
     return Sweep(f"context parallelism over {ranks} processes", points, tables)
+
+
+def _sized(
+    names: Sequence[str], ranks: int, sizes: Mapping[str, int | None], heads: tuple[int, int]
+) -> dict[str, dict[str, Any]]:
+    """The options of USP and LoongTrain that U and W make; sizes that do not divide are refused at once."""
+    from provenn.distributed import Pattern, method_called
+
+    given = {name: size for name, size in sizes.items() if size is not None}
+    if "windows" in given and "ulysses" not in given and ranks % 2 == 0:
+        given["ulysses"] = 2
+    takes = {"usp": ("ulysses",), "loongtrain": ("ulysses", "windows")}
+    options = {}
+    for name in names:
+        own = {key: given[key] for key in takes.get(name, ()) if key in given}
+        if own:
+            method_called(name, **own).check(Pattern.of_documents([1]), ranks, *heads)
+            options[name] = own
+    for key in given.keys() & {key for key, size in sizes.items() if size is not None}:
+        if not any(key in own for own in options.values()):
+            raise UserError(f"{key} is of {' and '.join(n for n, keys in takes.items() if key in keys)} alone")
+    return options
 
 
 def _lengths(text: str) -> list[int]:

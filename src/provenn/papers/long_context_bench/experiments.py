@@ -31,6 +31,13 @@ from provenn.papers.long_context_bench.context_parallel import (
 )
 from provenn.papers.long_context_bench.context_parallel.bench import Case as BenchCase
 from provenn.papers.long_context_bench.context_parallel.bench import draw
+from provenn.papers.long_context_bench.context_parallel.published import (
+    RANKS,
+    RATES,
+    order_agrees,
+    published_rates,
+    share_reached,
+)
 from provenn.papers.long_context_bench.kernels import Case, Kernel, kernels, reference
 from provenn.papers.long_context_bench.kernels.blockwise import Blockwise
 from provenn.papers.long_context_bench.kernels.cudnn import CuDNN
@@ -378,21 +385,27 @@ PARALLEL_MASKS = ("full", "causal", "full_document", "causal_document")
 RAGGED = (1, 13, 40, 74)  # lengths that no number of processes divides
 
 
-def compared(name: str, ranks: int, *, real: bool = False) -> Report:
-    """All five methods on one mask of ragged documents, against one process."""
+WINDOWED = {"usp": {"ulysses": 1}, "loongtrain": {"ulysses": 1, "windows": 2}}  # the double ring of two windows
+
+
+def compared(name: str, ranks: int, *, real: bool = False, options: dict[str, dict[str, Any]] | None = None) -> Report:
+    """The methods on one mask of ragged documents, against one process: all five, or those that have `options`."""
     documents = {"documents": RAGGED} if "document" in name else {}
     mask = MASKS[name](sum(RAGGED), **documents)
     dtype = torch.float32 if real else torch.float64
     run = launch if real else simulate
-    return bench(mask, ranks, heads=(8, 4), dim=8, dtype=dtype, seed=SEED, rounds=1, run=run)
+    methods = None if options is None else list(options)
+    return bench(
+        mask, ranks, heads=(8, 4), dim=8, methods=methods, options=options, dtype=dtype, seed=SEED, rounds=1, run=run
+    )
 
 
 def _errors(reports: dict[str, Report], **setting: Any) -> Measurement:
     ran = [(label, row) for label, report in reports.items() for row in report.rows if row.status != "unsupported"]
     rows: list[list[str | float | int | None]] = [
-        [label, row.method, f"{row.ring} × {row.ulysses}", row.error] for label, row in ran
+        [label, row.method, f"{row.ring} × {row.ulysses}", row.windows, row.error] for label, row in ran
     ]
-    columns = ["mask and processes", "method", "R × U", "largest error"]
+    columns = ["mask and processes", "method", "R × U", "W", "largest error"]
     table = Table(caption="Context parallelism against one process, output and gradients", columns=columns, rows=rows)
     worst = max(row.error for _, row in ran)
     setting = {"heads": "8:4", "width": 8, "documents": list(RAGGED), "seed": SEED, **setting}
@@ -403,7 +416,9 @@ def _errors(reports: dict[str, Report], **setting: Any) -> Measurement:
 def processes_agree(run: Run) -> Measurement:
     """Five methods over gloo in float32, against blockwise attention in float64."""
     cases = (("causal", 2), ("causal_document", 4))
-    return _errors({f"{name}, {n}": compared(name, n, real=True) for name, n in cases}, dtype="float32")
+    reports = {f"{name}, {n}": compared(name, n, real=True) for name, n in cases}
+    reports |= {f"{name}, 4, U = 1": compared(name, 4, real=True, options=WINDOWED) for name, _ in cases}
+    return _errors(reports, dtype="float32")
 
 
 @measures("volumes_counted")
@@ -545,6 +560,48 @@ def quickest_methods(run: Run) -> Measurement:
     table = Table(caption="The quickest by the model of time: 600 TFLOP/s, 400 and 50 GB/s", columns=columns, rows=rows)
     setting = {"tokens of a process": A_SHARE, "seed": SEED, "processes of a server": 8}
     return Measurement.exact(len(different), unit="methods", setting=setting, tables=[table])
+
+
+async def _plan_scored(
+    run: Run, score: Callable[[Mapping[str, float], Mapping[str, int]], float], unit: str
+) -> Measurement:
+    """A score of the model's seconds in each cell of the authors' table, mean of the cells; a packing a seed."""
+
+    def cells(seed: int) -> list[list[float]]:
+        scores = []
+        for name in PARALLEL_MASKS:
+            of_mask = []
+            for n in RANKS:
+                pattern = pattern_of(make_mask(name, A_SHARE * n, seed=seed))
+                costs = {choice.method: choice.cost for choice in plan(n, pattern, GROUPED) if choice.cost is not None}
+                for direction in ("forward", "backward"):
+                    seconds = {method: float(getattr(each, direction)) for method, each in costs.items()}
+                    of_mask.append(score(seconds, published_rates(name, direction, n)))
+            scores.append(of_mask)
+        return scores
+
+    every = await run.trials(unit, cells, **{"tokens of a process": A_SHARE, "processes": list(RANKS)})
+    values = [sum(map(sum, scores)) / sum(map(len, scores)) for scores in every]
+    rows: list[list[str | float | int | None]] = [
+        [name, *(sum(scores[i][j] for scores in every) / len(every) for j in range(2 * len(RANKS)))]
+        for i, name in enumerate(PARALLEL_MASKS)
+    ]
+    columns = ["mask", *(f"{n}, {direction}" for n in RANKS for direction in ("forward", "backward"))]
+    table = Table(caption=f"By mask, processes and direction: {unit}", columns=columns, rows=rows)
+    setting = {"tokens of a process": A_SHARE, "heads": "64:8", "cells": len(RATES) * len(RANKS)}
+    return Measurement.mean(values, seeds=run.seeds, unit=unit, setting=setting, tables=[table])
+
+
+@measures("plan_order")
+async def plan_order(run: Run) -> Measurement:
+    """Of the model's order of five methods with that of the authors' clocks."""
+    return await _plan_scored(run, order_agrees, "rank correlation")
+
+
+@measures("plan_loss")
+async def plan_loss(run: Run) -> Measurement:
+    """What the method that the model calls quickest reaches by the authors' clocks, of what the quickest reaches."""
+    return await _plan_scored(run, share_reached, "share of the best rate")
 
 
 # What the authors' code counts

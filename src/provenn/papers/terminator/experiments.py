@@ -8,8 +8,10 @@ from torch import nn
 
 from provenn.core.cost import count_parameters
 from provenn.evidence import Measurement, Run, Study, Table, Timing, measures
+from provenn.nn.resnet import ResNet
 from provenn.papers.terminator import model as presets
 from provenn.papers.terminator.layers import GIBS, HyperKernel, HyperZZWGlobal, LocalHyperKernel, global_product
+from provenn.papers.terminator.rivals import CCNN, FOUR_TIMES, SQUEEZE_EXCITE, TWICE, WITH_SE, KarCCNN, resnet_of
 from provenn.papers.terminator.studies import (
     WITHOUT_GLOBAL,
     WITHOUT_LOCAL,
@@ -90,6 +92,44 @@ LONGER = Study(
     columns=PARAMETERS,
 )
 
+LARGER = Study(
+    "beside larger ResNets, after six epochs",
+    "image-classification",
+    data=digit_data,
+    variants={
+        "all": KAR3,
+        "twice": ("ResNet ×2, AdamW", resnet_of(TWICE, ResNet)),
+        "twice kar3": ("ResNet ×2, Kar3", resnet_of(TWICE, KarResNet)),
+        "four": ("ResNet ×4, AdamW", resnet_of(FOUR_TIMES, ResNet)),
+        "four kar3": ("ResNet ×4, Kar3", resnet_of(FOUR_TIMES, KarResNet)),
+    },
+    build=built,
+    recipe=Recipe(epochs=6, batch_size=50, betas=(0.5, 0.95), schedule="cosine"),
+    lrs=LRS,
+    smoke=SMOKE,
+    about=ABOUT,
+    columns=PARAMETERS,
+)
+BEST_OF_OTHERS = Study(
+    "beside CCNN and squeeze-excite, after 18 epochs",
+    "image-classification",
+    data=digit_data,
+    variants={
+        "all": KAR3,
+        "ccnn": ("CCNN, AdamW", CCNN),
+        "ccnn kar3": ("CCNN, Kar3", KarCCNN),
+        "se": ("ResNet with SE, AdamW", resnet_of(WITH_SE, ResNet, SQUEEZE_EXCITE)),
+        "se kar3": ("ResNet with SE, Kar3", resnet_of(WITH_SE, KarResNet, SQUEEZE_EXCITE)),
+    },
+    build=built,
+    recipe=Recipe(epochs=18, batch_size=50, betas=(0.5, 0.95), schedule="cosine"),
+    lrs=LRS,
+    smoke=SMOKE,
+    about=ABOUT,
+    columns=PARAMETERS,
+    note="18 epochs, as the CCNN still improves after six.",
+)
+
 WEIGHTS = Timing(
     "weights that depend on the input",
     {"Ŵ of the third block": weights_of_block, "one head of attention": weights_of_attention},
@@ -127,6 +167,8 @@ EXPERIMENTS = {
     "first_epoch": FIRST.against("all", "resnet", shown=["resnet kar3"]),
     "second_epoch": PARTS.against("all", "resnet", shown=PARTS.variants),
     "after_training": LONGER.against("all", "resnet"),
+    "beside_larger": LARGER.against("all", ("twice", "twice kar3", "four", "four kar3")),
+    "best_of_others": BEST_OF_OTHERS.against("all", ("ccnn", "ccnn kar3", "se", "se kar3")),
     "alone": LONGER.figure("all", metric="accuracy lost alone"),
     "kar3_adamw": PARTS.against("all", "adamw", shown=["kar2"]),
 }

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from provenn.core.errors import UserError
 from provenn.distributed import METHODS, Communicator, Pattern, Sent, Spread, method_called, simulate
+from provenn.distributed.methods import LoongTrain, windows_of
 from provenn.distributed.slices import area as area_of
 from provenn.papers.long_context_bench.context_parallel.costs import Heads, volume
 from provenn.papers.long_context_bench.context_parallel.patterns import pattern_of
@@ -58,6 +59,7 @@ class Row:
 
     Args:
         method, ring, ulysses: which, and its mesh.
+        windows: of the ring; 1 but for a double ring.
         status: "ok", "unsupported", or "wrong" where results are not the exact ones to the type's precision.
         why: of what is not ok.
         error: the largest difference from the exact output and gradients, over the largest value of each, or over
@@ -73,6 +75,7 @@ class Row:
     method: str
     ring: int = 0
     ulysses: int = 0
+    windows: int = 1
     status: str = "ok"
     why: str = ""
     error: float = math.nan
@@ -122,6 +125,7 @@ class Report:
         columns = (
             "method",
             "R × U",
+            "W",
             "equals exact",
             "sent forward",
             "backward",
@@ -133,12 +137,13 @@ class Report:
         rows = []
         for row in self.rows:
             if row.status == "unsupported":
-                rows.append((row.method, "", f"unsupported: {row.why}", *[""] * 6))
+                rows.append((row.method, "", "", f"unsupported: {row.why}", *[""] * 6))
                 continue
             rows.append(
                 (
                     row.method,
                     f"{row.ring} × {row.ulysses}",
+                    f"{row.windows}",
                     f"{'to' if row.status == 'ok' else 'NO,'} {row.error:.0e}",
                     f"{row.elements('forward'):,}",
                     f"{row.elements('backward'):,}",
@@ -257,6 +262,7 @@ def row_of(case: Case, parts: Sequence[Part | str], reference: tuple[Tensor, ...
         case.method,
         ring,
         ulysses,
+        (method.windows or windows_of(ring)) if isinstance(method, LoongTrain) else 1,
         status="ok" if good else "wrong",
         why="" if good else f"differs by {error:.1e} from exact attention",
         error=error,
