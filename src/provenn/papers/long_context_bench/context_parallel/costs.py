@@ -264,8 +264,8 @@ def _double(compute: np.ndarray, moved: float, ring: int, windows: int, machine:
 
 
 CAVEAT = (
-    "A model of counted work and messages, not a clock. The authors timed these methods on H100s: over 32 cells the mean "
-    "rank correlation with this order is -0.27. Time the methods on your machines before you choose one."
+    "A model of counted work and messages, not a clock. The authors timed these methods on H100s: over 32 cells the "
+    "mean rank correlation with this order is -0.27. Time the methods on your machines before you choose one."
 )
 
 
