@@ -59,11 +59,12 @@ from provenn.papers.urpe.construction import (
     sequences,
     sharpness_for,
 )
+from provenn.papers.urpe.experiments import TEXT
 from provenn.papers.urpe.graphs import GraphRegressor
 from provenn.papers.urpe.inspection import inspect
 from provenn.papers.urpe.layers import gather
 from provenn.papers.urpe.official import convert
-from provenn.papers.urpe.studies import bits_beyond, encoder, identified_at, text_model
+from provenn.papers.urpe.studies import TEXT_LENGTH, bits_beyond, encoder, identified_at, text_model
 from provenn.papers.urpe.task import EVEN, IDENTIFICATION, TASK, targets_of
 from provenn.papers.urpe.transformer_xl import sinusoid
 from provenn.tasks import TaskData
@@ -648,23 +649,34 @@ def test_weights_of_places_alone_see_no_token():
 
 @torch.no_grad()
 def test_bits_beyond_are_those_past_the_length_of_training():
-    windows = Windows(np.arange(2000) % 256, 128, np.ones(256, np.int64))
+    windows = Windows(np.arange(2000) % 256, TEXT_LENGTH, np.ones(256, np.int64))
     data = TaskData("text", windows, windows, windows, "", {})
 
     class Knowing(nn.Module):
-        """Predicts the next byte at the first 128 positions, and no byte after them."""
+        """Predicts the next byte at the positions of training, and no byte after them."""
 
         def forward(self, x):
             logits = 50 * nn.functional.one_hot((x + 1) % 256, 256).float()
-            logits[:, 128:] = 0
+            logits[:, TEXT_LENGTH:] = 0
             return logits
 
     model = Knowing()
     model.any = nn.Parameter(torch.zeros(()))
     for times in (2, 4):
         assert bits_beyond(model, data, times) == pytest.approx(8)
-    assert text_model("ape").place.num_embeddings == text_model("sinusoidal").place.num_embeddings == 512
-    assert text_model("urpe").blocks[0].mixer.rel_scale.shape[0] == 128
+    for name in ("ape", "sinusoidal"):
+        assert text_model(name).place.num_embeddings == 4 * TEXT_LENGTH
+    assert text_model("urpe").blocks[0].mixer.rel_scale.shape[0] == TEXT_LENGTH
+
+
+def test_all_positions_of_the_text_study_start_alike_and_as_large_as_tokens():
+    models = {name: text_model(part, vocab=256) for name, (_, part) in TEXT.variants.items()}
+    for name, model in models.items():
+        assert model.embed.weight.std().item() == pytest.approx(1 / 8, rel=0.02), name
+    assert models["ape"].place.weight.square().mean().sqrt().item() == pytest.approx(1 / 8, rel=0.03)
+    assert models["sinusoidal"].place.weight.square().mean().sqrt().item() == pytest.approx(1 / 8, rel=0.03)
+    assert not models["sinusoidal"].place.weight.requires_grad
+    assert all(block.mixer.rotary for block in models["rotary"].blocks)
 
 
 @pytest.mark.parametrize("name", ["ape", "urpe"])

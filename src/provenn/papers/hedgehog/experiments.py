@@ -26,6 +26,7 @@ from provenn.papers.hedgehog.studies import (
     recall_data,
     recall_state,
     runner,
+    scratch_network,
     text_network,
     whole_text,
 )
@@ -63,13 +64,16 @@ SCRATCH = Study(
         "hedgehog": ("Hedgehog", Variant("hedgehog")),
         "performer": ("Performer", Variant("performer")),
     },
-    build=text_network,
-    recipe=Recipe(epochs=1, batch_size=16, max_steps=200, schedule="cosine", warmup_steps=20, clip=1.0),
-    lrs=(2e-3, 6e-3, 1.8e-2),
+    build=scratch_network,
+    recipe=Recipe(
+        betas=(0.9, 0.95), weight_decay=0.1, schedule="cosine", warmup_steps=50, clip=1.0, batch_size=8, epochs=1,
+        max_steps=1000,
+    ),
+    lrs=(1.7e-3, 5e-3, 1.5e-2),
     about="the source of Python's standard library, as bytes",
     kind="map",
     setting={"host": "2 blocks of width 64 with 4 heads, rotary positions, windows of 64 bytes"},
-)
+)  # fmt: skip
 
 # Conversion of a classifier
 

@@ -141,6 +141,19 @@ def text_network(variant: Variant, vocab: int) -> nn.Module:
     return hedgehog_small(vocab, dim=64, layers=2, feature_map=variant.feature_map).requires_grad_(not variant.frozen)
 
 
+def scratch_network(variant: Variant, vocab: int) -> nn.Module:
+    """The same network with torch's own start of its linear maps, and embeddings of spread 1/√width.
+
+    From N(0, 0.02²), the start of wider models, both take hundreds of steps to grow. Feature maps start as they do.
+    """
+    model: Any = text_network(variant, vocab)
+    for part in model.modules():
+        if isinstance(part, nn.Linear):
+            part.reset_parameters()
+    nn.init.normal_(model.embed.weight, std=model.dim**-0.5)
+    return model
+
+
 class LowRank(nn.Module):
     """W x + (α/r) B A x with W frozen, A random and B zero to begin with (Hu et al., 2021, arXiv:2106.09685)."""
 

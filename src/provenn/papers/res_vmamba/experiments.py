@@ -40,7 +40,7 @@ TEXTURES = Study(
     },
     build=built,
     recipe=Recipe(
-        epochs=4,
+        epochs=8,
         batch_size=50,
         optimizer="adamw",
         weight_decay=0.05,
@@ -53,7 +53,8 @@ TEXTURES = Study(
     about="squares of 32 pixels from scikit-image's photographs of four textures at four zooms: 16 classes",
     columns={"parameters": lambda build: count_parameters(build(num_classes=16, in_channels=1))},
     setting={"host": "VMamba of one block a stage, widths 16 to 128, 4 states"},
-    note="Training and test squares come from other columns of the photographs. All learn for 128 steps, few.",
+    note="Training and test squares come from other columns of the photographs. All learn for 512 steps. On the tuning "
+    "seed plain VMamba has 0.42 of the validation images right after 512 steps, and 0.41 after 1,024.",
 )
 
 COPYING = Study(
@@ -84,7 +85,7 @@ OPERATIONS = Timing(
 MEMORY = Timing(
     "memory of a training step of a layer",
     {label: on_maps(make, MAP, training=True) for label, make in LAYERS.items()},
-    sizes=(14, 28, 56),
+    sizes=(40, 56, 80, 112),
     quantity="memory",
     unit="pixels a side",
     setting={"channels": MAP},
@@ -104,6 +105,7 @@ EXPERIMENTS = {
     "residual_is_no_loss": TEXTURES.against("stage", "none"),
     "residual_against_width": TEXTURES.against("stage", "wide"),
     "stem_gain": TEXTURES.against("stem", "none"),
+    "released_gain": TEXTURES.against("random", "none", shown=["stage"]),
     "released_harm": TEXTURES.against("stage", "random", shown=["none"]),
     "released_answers": TEXTURES.figure("random", metric="changed", shown=["stage"]),
     "against_cnn": TEXTURES.against("none", "cnn"),

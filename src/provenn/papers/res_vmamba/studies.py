@@ -60,8 +60,8 @@ def zoomed_textures(split: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def texture_data(seed: int, smoke: bool) -> TaskData:
-    """1,600 images to learn from, 320 to choose a rate by, and 1,200 to test."""
-    counts = {"train": 64, "val": 32, "test": 32} if smoke else {"train": 1600, "val": 320, "test": 1200}
+    """3,200 images to learn from, 320 to choose a rate by, and 1,200 to test."""
+    counts = {"train": 64, "val": 32, "test": 32} if smoke else {"train": 3200, "val": 320, "test": 1200}
     parts = {split: zoomed_textures(split, count, seed) for split, count in counts.items()}
     train, val, test = (TensorDataset(*part) for part in parts.values())
     checksum = fingerprint(*parts["train"])

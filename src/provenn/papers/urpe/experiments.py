@@ -101,17 +101,21 @@ TEXT = Study(
         "none": ("no positions", "none"),
         "ape": ("absolute positions", "ape"),
         "sinusoidal": ("sinusoids", "sinusoidal"),
+        "rotary": ("rotary positions", "rotary"),
         "rpe": ("RPE", "rpe"),
         "urpe": ("URPE", "urpe"),
     },
     build=text_model,
     probes={BEYOND: partial(bits_beyond, times=LONGER)},
-    recipe=Recipe(epochs=1, batch_size=8, max_steps=250, warmup_steps=30, schedule="cosine"),
-    lrs=(1e-3, 3e-3, 1e-2),
+    recipe=Recipe(
+        betas=(0.9, 0.95), weight_decay=0.1, schedule="cosine", warmup_steps=50, clip=1.0, batch_size=8, epochs=1,
+        max_steps=1000,
+    ),
+    lrs=(1.7e-3, 5e-3, 1.5e-2),
     about="the source of Python's standard library, in bytes",
     kind="positions",
     setting={**HOST, "length": TEXT_LENGTH},
-)
+)  # fmt: skip
 GRAPHS: dict[str, Any] = {
     "build": graph_model,
     "recipe": Recipe(epochs=20, optimizer="adam", batch_size=64, max_steps=300, warmup_steps=30, schedule="cosine"),
@@ -151,8 +155,8 @@ DIGITS = Study(
         "urpe": ("URPE", "urpe"),
     },
     build=digit_model,
-    recipe=Recipe(epochs=8, batch_size=32, warmup_steps=30, schedule="cosine"),
-    lrs=(7e-4, 2e-3, 6e-3),
+    recipe=Recipe(epochs=16, batch_size=32, warmup_steps=30, schedule="cosine"),
+    lrs=(2e-3, 6e-3, 1.8e-2),
     about="digits (scikit-learn), 8×8 pixels",
     kind="positions",
     setting={**HOST, "patch": 2},
@@ -174,7 +178,10 @@ MEMORY = Timing(
 )
 
 EXPERIMENTS = {
-    "text_rpe_none": TEXT.against("rpe", "none", shown=["ape", "sinusoidal", "urpe"]),
+    "text_rpe_none": TEXT.against("rpe", "none", shown=["urpe"]),
+    "text_rpe_learned": TEXT.against("rpe", "ape"),
+    "text_rpe_sinusoids": TEXT.against("rpe", "sinusoidal"),
+    "text_rpe_rotary": TEXT.against("rpe", "rotary"),
     "longer_text": TEXT.against("rpe", "ape", metric=BEYOND, shown=["none", "sinusoidal", "urpe"]),
     "places": IDENTIFICATION.against("urpe", "rpe", shown=["none", "ape"], may_guess=CANNOT, picture=True),
     "places_larger_rpe": IDENTIFICATION.against("urpe", "rpe-large", shown=["rpe", "rpe-deep"], may_guess=CANNOT),
@@ -188,7 +195,8 @@ EXPERIMENTS = {
     "time": TIME.against("URPE", "RPE"),
     "memory": MEMORY.against("URPE", "RPE"),
     "text_urpe": TEXT.against("urpe", "rpe"),
-    "digits_urpe": DIGITS.against("urpe", "rpe", shown=["none", "ape"]),
+    "digits_urpe_absolute": DIGITS.against("urpe", "ape", shown=["none", "rpe"]),
+    "digits_urpe": DIGITS.against("urpe", "rpe"),
     "regular_graphs": REGULAR.against("urpe", "rpe", shown=["rpe-virtual", "urpe-virtual"], may_guess=CANNOT),
     "distance_counts": COUNTS.against("urpe", "rpe"),
 }
