@@ -9,6 +9,7 @@ from provenn.papers.titans.studies import (
     MEMORY,
     SEGMENT,
     TEXT_MEMORY,
+    TEXT_WINDOW,
     WINDOW,
     GatedRecurrence,
     bytes_held,
@@ -34,7 +35,9 @@ from provenn.papers.titans.studies import (
     text_data,
     text_memory,
     training_pass,
+    window_and_delta,
     window_attention,
+    window_of_text,
 )
 from provenn.training import Recipe
 
@@ -94,6 +97,27 @@ TEXT = Study(
         "Along texts of 16 times the training length: writing, momentum off, never written.",
         draw_reading,
     ),
+)
+
+BUILT_IN = Study(
+    "reading text, with a memory built in",
+    "language-modelling",
+    data=text_data,
+    variants={
+        "mac": ("MAC", text_memory("mac")),
+        "mag": ("MAG", text_memory("mag")),
+        "mal": ("MAL", text_memory("mal")),
+        "lmm": ("LMM", text_memory("lmm")),
+        "attention": BASELINES["attention"],
+        "window": ("window attention", window_of_text),
+        "delta": ("window attention with a gated delta rule", window_and_delta),
+    },
+    build=reading,
+    recipe=replace(ONE_PASS, max_steps=1000),
+    lrs=(3e-3, 1e-2, 3e-2),
+    about="the standard library's source, bytes, windows of 64",
+    setting={"dim": 32, "blocks": 1, "chunk": 16, "heads": 2, "window": TEXT_WINDOW, **TEXT_MEMORY},
+    note="All variants have 50,000 parameters, by the width of the feed-forward part.",
 )
 
 SERIES = Study(
@@ -160,6 +184,8 @@ EXPERIMENTS = {
     "far_rnn": RECALL.against("lmm", "rnn", metric="at 16 times the length"),
     "gate_beyond_window": RECALL.against("mag", "window", metric="beyond the window", may_guess=OUTSIDE),
     "three_variants": RECALL.against(("mac", "mag", "mal"), "window", shown=("lmm",), may_guess=OUTSIDE),
+    "three_window": BUILT_IN.against(("mac", "mag", "mal"), "window"),
+    "three_rivals": BUILT_IN.against(("mac", "mag", "mal"), ("lmm", "attention", "delta")),
     "momentum_helps": RECALL.against("lmm", "still"),
 }
 

@@ -18,6 +18,7 @@ from provenn.nn.language import PreNormBlock, SwiGLU
 from provenn.nn.streaming import state_bytes
 from provenn.papers.titans.layers import LongTermMemory, NeuralMemory, frozen_memory, observe_surprise
 from provenn.papers.titans.layers.attention import PrefixAttention
+from provenn.papers.titans.layers.variants import Join
 from provenn.papers.titans.model import Forecaster, titans_mixer
 from provenn.tasks import TaskData, get_task
 from provenn.tasks.recall import IGNORED, PairEmbedding
@@ -79,6 +80,72 @@ def start_by_width(model: nn.Module) -> None:
             part.reset_memory()
         if isinstance(part, GatedRecurrence):
             part.reset_parameters()
+
+
+class GatedDeltaRule(nn.Module):
+    """S_t = a_t S_{t−1} (I − b_t k_t k_tᵀ) + b_t v_t k_tᵀ, y_t = S_t q_t (Yang et al., 2024, arXiv:2412.06464).
+
+    Computed whole: with g_t = a_1 ⋯ a_t and what is written u_t = b_t (v_t − a_t S_{t−1} k_t), (I + L) u = b v, where
+    L_ti = b_t (g_t / g_i) k_t·k_i for i < t. Convolution, unit keys, norm and gate are the linear RNN's.
+
+    Shapes: (batch, tokens, dim) to the same.
+    """
+
+    def __init__(self, dim: int, heads: int = 2, kernel: int = 4):
+        super().__init__()
+        self.heads, self.kernel = heads, kernel
+        self.project = nn.Linear(dim, 3 * dim, bias=False)
+        self.convolution = nn.Parameter(torch.empty(kernel, 3 * dim).uniform_(-(kernel**-0.5), kernel**-0.5))
+        self.keep, self.write = nn.Linear(dim, heads), nn.Linear(dim, heads)
+        self.norm = nn.RMSNorm(dim, eps=1e-6)
+        self.gate = nn.Linear(dim, dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+        nn.init.constant_(self.keep.bias, 5.0)
+
+    def forward(
+        self, x: Float[Tensor, "batch tokens dim"], *, mask: Bool[Tensor, "batch tokens"] | None = None
+    ) -> Float[Tensor, "batch tokens dim"]:
+        y = F.pad(self.project(x), (0, 0, self.kernel - 1, 0))
+        y = F.silu(sum((y[:, i : i + x.shape[1]] * tap for i, tap in enumerate(self.convolution)), y.new_zeros(())))
+        q, k, v = y.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = (F.normalize(part, dim=-1, eps=1e-6) for part in (q, k))
+        y = delta_rule(q, k, v, F.logsigmoid(self.keep(x)).mT, self.write(x).sigmoid().mT).transpose(1, 2).flatten(2)
+        return self.out(self.norm(y) * F.silu(self.gate(x)))
+
+
+def delta_rule(
+    q: Float[Tensor, "batch heads tokens key"],
+    k: Float[Tensor, "batch heads tokens key"],
+    v: Float[Tensor, "batch heads tokens value"],
+    log_keep: Float[Tensor, "batch heads tokens"],
+    write: Float[Tensor, "batch heads tokens"],
+) -> Float[Tensor, "batch heads tokens value"]:
+    """The gated delta rule from an empty state, by one triangular system: see `GatedDeltaRule`."""
+    sums = log_keep.cumsum(-1)
+    later = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
+    decay = (sums.unsqueeze(-1) - sums.unsqueeze(-2)).masked_fill(later, -torch.inf).exp()
+    strength = write.unsqueeze(-1)
+    before = (strength * (k @ k.mT) * decay).tril(-1)  # the solver takes the diagonal of ones for granted
+    written = torch.linalg.solve_triangular(before, strength * v, upper=False, unitriangular=True)
+    return (q @ k.mT) * decay @ written
+
+
+class WindowAndDelta(nn.Module):
+    """MAG with a gated delta rule in the place of its memory: window attention, gated by what the rule reads.
+
+    Shapes: (batch, tokens, dim) to the same.
+    """
+
+    def __init__(self, dim: int, window: int, heads: int = 2):
+        super().__init__()
+        self.attention = SlidingWindowAttention(dim, heads=heads, window=window, bias=False, rotary=True)
+        self.rule = GatedDeltaRule(dim, heads)
+        self.join = Join(dim)
+
+    def forward(
+        self, x: Float[Tensor, "batch tokens dim"], *, mask: Bool[Tensor, "batch tokens"] | None = None
+    ) -> Float[Tensor, "batch tokens dim"]:
+        return self.join(self.attention(x), self.rule(x))
 
 
 class Reader(nn.Module):
@@ -213,6 +280,11 @@ def text_memory(variant: str, **options: Any) -> Mixer:
     return titans_mixer(
         variant, **{**MEMORY, "persistent": 4, "window": 16, "chunk": 16, "max_step": None, **TEXT_MEMORY, **options}
     )
+
+
+TEXT_WINDOW = 16  # of every variant that has one
+window_of_text = partial(SlidingWindowAttention, heads=2, window=TEXT_WINDOW, bias=False, rotary=True)
+window_and_delta = partial(WindowAndDelta, window=TEXT_WINDOW)
 
 
 def long_reading(model: nn.Module, data: TaskData) -> tuple[Tensor, Tensor]:
