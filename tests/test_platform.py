@@ -29,7 +29,7 @@ ADAPTERS = {
     "huggingface/sentences.py": "text_classification",
     "huggingface/tuning.py": "language_modelling",
 }
-SHARED_BY_ALL = {"base", "demos", "discovery", "faces", "hosts"}  # modules of `tasks` that are of no task
+SHARED_BY_ALL = {"base", "datasets", "demos", "discovery", "faces", "hosts"}  # modules of `tasks` that are of no task
 
 
 def platform() -> Iterator[tuple[str, ast.Module]]:

@@ -188,7 +188,7 @@ async def drift_best(run: Run) -> Measurement:
     skills: list[Any] = []
     notes: dict[str, None] = {}
     facts: dict[str, Any] = {}
-    settings: dict[str, Any] = {}
+    settings: dict[str, dict[str, Any]] = {}
     means: dict[str, list[Any]] = {label: [label] for label, _ in (LAYER_VARIANTS["gaam"], *RIVALS.values())}
     for strength, study in BY_DRIFT.items():
         reached, facts = await study.measure(run, ("gaam", *RIVALS))
@@ -196,9 +196,9 @@ async def drift_best(run: Run) -> Measurement:
         gains[strength] = [a - b for a, b in zip(reached["gaam"], best, strict=True)]
         skills += facts["skills"]
         notes |= dict.fromkeys([facts["note"]] if facts["note"] else [])
-        settings[f"drift {strength:g}"] = {
-            key: facts["setting"].pop(key) for key in ("lr", "tuned") if key in facts["setting"]
-        }
+        for key in ("lr", "tuned"):
+            if key in facts["setting"]:
+                settings.setdefault(key, {})[f"drift {strength:g}"] = facts["setting"].pop(key)
         for variant, values in reached.items():
             means[study.label(variant)].append(sum(values) / len(values))
     columns = ["over steps", *(f"drift {strength:g}" for strength in DRIFTS)]
