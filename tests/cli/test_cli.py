@@ -430,7 +430,7 @@ BAD = [
     ("compare --slot channel-gate --data digits --budget tiny --out run", "tiny"),
     (f"{MIX} --data text --with softmax,sofmax", "no token-mixer is called 'sofmax', did you mean 'softmax'?"),
     (f"{MIX} --data text --with softmax,linformer", "linformer does not fit a byte language model"),
-    (f"{MIX} --data empty", "empty is an empty folder: expected a .ts file"),
+    (f"{MIX} --data empty", "empty is an empty folder: expected text: a file"),
     (f"{MIX} --data untitled.jsonl", "untitled.jsonl, line 1: expected an object with a text"),
     (f"{MIX} --data prompt.txt --with softmax,none", "prompt.txt: too little text"),
 ]
