@@ -116,6 +116,9 @@ def test_a_commit_is_marked_where_any_file_of_the_package_differs_but_a_record(t
     facts, record = package / "papers" / "one" / "paper.toml", package / "papers" / "one" / "evidence.json"
     facts.write_text("a")
     record.write_text("{}")
+    picture = package / "papers" / "one" / "pictures" / "drawn.png"
+    picture.parent.mkdir()
+    picture.write_text("drawn")
 
     def run(*words: str) -> None:
         settings = ("-c", "user.name=a", "-c", "user.email=a@b.c")
@@ -127,6 +130,7 @@ def test_a_commit_is_marked_where_any_file_of_the_package_differs_but_a_record(t
     clean = commit(package)
     assert len(clean) == 12
     record.write_text("{1}")
+    picture.write_text("drawn anew")
     assert commit(package) == clean
     facts.write_text("b")
     assert commit(package) == f"{clean}+"

@@ -23,7 +23,7 @@ from provenn.evidence.verdict import Verdict, decide, region_of
 SCHEMA_VERSION = 5  # since provenn 0.2; older files are rewritten by scripts/migrate_records.py
 OLDEST_VERSION = 2  # of provenn 0.1's files that do not name theirs
 WIDEST = 200  # characters of a mapping that stands on one line
-WRITTEN = (":!papers/*/evidence.json", ":!papers/*/pictures")  # by runs; git's words for all but these
+WRITTEN = (":!papers/*/evidence.json", ":!papers/*/pictures/*")  # by runs; git's words for all but these
 EVIDENCE, LEDGER, PICTURES = "evidence.json", "ledger.json", "pictures"
 
 
