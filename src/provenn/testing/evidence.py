@@ -149,11 +149,12 @@ def _said(values: tuple[float | None, ...]) -> str:
 
 
 def _faults_of_tuning(measured: Measurement) -> Iterator[str]:
-    """Every variant tried the same rates, and took the best on validation data."""
+    """Every variant tried the same rates, beyond whose ends its own grid may have grown, and took the best."""
     tuned, chosen = measured.setting.get("tuned", {}), measured.setting.get("lr", {})
+    grid = measured.setting.get("lrs") or [-math.inf, math.inf]
     for variants in (value for key, value in tuned.items() if key.startswith("validation")):
         best: Callable = max if next(skill.higher_is_better for skill in measured.skills) else min
-        if len({tuple(rates) for rates in variants.values()}) != 1:
+        if len({tuple(lr for lr in rates if min(grid) <= float(lr) <= max(grid)) for rates in variants.values()}) != 1:
             yield f"unequal tuning: {', '.join(f'{name} at {len(rates)} rates' for name, rates in variants.items())}"
         for variant, rates in variants.items():
             reached = {float(lr): value for lr, value in rates.items() if value is not None}
