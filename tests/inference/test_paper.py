@@ -29,7 +29,7 @@ def test_papers_are_listed_and_found_by_name():
 
 def test_a_name_that_is_none_is_refused(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    with pytest.raises(TypeError, match="named by a string such as 'eca_net', got 3"):
+    with pytest.raises(TypeError, match="named by a string, its slug or arXiv number, got 3"):
         provenn.paper(3)  # type: ignore[arg-type]
 
 
