@@ -18,7 +18,9 @@ from provenn.core.errors import UserError
 from provenn.core.files import atomic_write, output_suffix
 from provenn.data.coco import CocoSet, Labelled, find_coco, read_coco
 from provenn.data.images import SUFFIXES, images_in, read_pixels, resize_pixels, size_of
-from provenn.data.rectangles import RECTANGLE_CLASSES, RECTANGLE_SIDE, rectangles
+from provenn.data.rectangles import RECTANGLE_CLASSES as RECTANGLE_CLASSES
+from provenn.data.rectangles import RECTANGLE_SIDE
+from provenn.data.rectangles import rectangles as rectangles
 from provenn.data.scenes import CLASSES, SIZE, Scene, scenes
 from provenn.nn.detection import DetectionBatch, Detections, pad_batch
 from provenn.nn.detection.boxes import clip

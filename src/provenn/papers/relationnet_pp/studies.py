@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from provenn.core import cost
-from provenn.data.rectangles import RECTANGLE_CLASSES
-from provenn.data.rectangles import rectangles as scenes
 from provenn.nn.detection import ATSS, FCOS, DetectionBatch, FasterRCNN, RetinaNet
 from provenn.papers.relationnet_pp.bridge import attach_bvr
 from provenn.papers.relationnet_pp.layers import (
@@ -22,7 +20,8 @@ from provenn.papers.relationnet_pp.layers import (
     cell_centres,
 )
 from provenn.tasks import Task, TaskData, get_task
-from provenn.tasks.object_detection import data_of_scenes
+from provenn.tasks.object_detection import RECTANGLE_CLASSES, data_of_scenes
+from provenn.tasks.object_detection import rectangles as scenes
 from provenn.training import Fit, Recipe, fit
 
 if TYPE_CHECKING:
