@@ -1,11 +1,12 @@
 """Papers in packages of another name, installed as pip would."""
 
-import importlib
+import importlib.util
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from provenn import catalog
@@ -13,6 +14,15 @@ from provenn.catalog import query, shelf
 from provenn.tasks import datasets
 
 FIXTURES = Path(__file__).parent / "fixtures"
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+def script(name: str) -> ModuleType:
+    """A script of the repository, imported."""
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def install(package: Path, site: Path, points: dict[str, dict[str, str]] | None = None) -> Path:

@@ -1,12 +1,12 @@
 """The documents agree with the code and with each other, and README and CONTRIBUTING stay short."""
 
-import importlib.util
 import re
 import tomllib
 from pathlib import Path
 
 import pytest
 
+import plugins
 import provenn
 from provenn.catalog import slots
 
@@ -21,11 +21,8 @@ def test_the_first_documents_are_short(name):
 
 def test_the_table_of_papers_is_todays():
     """`make readme` writes it."""
-    spec = importlib.util.spec_from_file_location("papers_table", ROOT / "scripts" / "papers_table.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     readme = (ROOT / "README.md").read_text()
-    assert script.with_table(readme) == readme
+    assert plugins.script("papers_table").with_table(readme) == readme
 
 
 def test_one_version_everywhere():

@@ -1,20 +1,13 @@
 """What people read is plain: under 18 words a sentence on average, and none over 35."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 
-FILE = Path(__file__).parents[2] / "scripts" / "count_words.py"
+import plugins
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("count_words", FILE)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return plugins.script("count_words")
 
 
 @pytest.mark.parametrize("kind", ["documents", "stories", "help", "page", "errors"])

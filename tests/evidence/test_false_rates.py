@@ -1,21 +1,14 @@
 """The simulated rates of docs/judging.md: no effect is taken for one more often than an interval of 95 % allows."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 
+import plugins
 from provenn.evidence import Verdict
-
-FILE = Path(__file__).parents[2] / "scripts" / "false_rates.py"
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("false_rates", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return plugins.script("false_rates")
 
 
 def test_no_effect_is_seldom_told_for_one(script):

@@ -1,14 +1,13 @@
 """Records from before grids grew: further rates are tried for their sides, and where the choice stands values stay."""
 
-import importlib.util
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from plugins import script
 from provenn.catalog import Experiment, Region
 from provenn.evidence import Measurement, Run, Study
 from provenn.evidence.measurement import Skill
@@ -16,15 +15,7 @@ from provenn.evidence.record import Record
 from provenn.tasks import Task, TaskData
 from provenn.training import Fit, Recipe
 
-FILE = Path(__file__).parents[2] / "scripts/grow_grids.py"
 BEST = {"inside": 0.03, "beyond": 0.3, "far": math.inf, "at": 0.1}
-
-
-def script():
-    spec = importlib.util.spec_from_file_location("grow_grids", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Slope(Task):
@@ -105,14 +96,14 @@ def score(part: str, lr: float) -> float:
     ],
 )
 def test_a_side_gets_the_rates_that_its_study_would_give_it(part, tried, moved, tmp_path):
-    grow = script()
+    grow = script("grow_grids")
     (side,) = grow.sides_of(STUDY.figure(part), record(part))
     reached = grow.grown(STUDY, Run("p", tmp_path), side)
     assert list(reached) == tried and STUDY.best_rate(reached) == (moved or side.lr)
 
 
 def test_where_the_choice_stands_values_stay_and_the_rates_that_were_tried_are_kept(tmp_path):
-    grow = script()
+    grow = script("grow_grids")
     before = record("at", "inside")
     sides = grow.sides_of(STUDY.against("at", "inside"), before)
     every = {side.label: grow.grown(STUDY, Run("p", tmp_path), side) for side in sides}
@@ -127,7 +118,7 @@ def test_where_the_choice_stands_values_stay_and_the_rates_that_were_tried_are_k
 
 
 def test_a_side_that_stays_at_an_end_supports_nothing(tmp_path):
-    grow = script()
+    grow = script("grow_grids")
     before = record("far", "inside")
     (side, _) = grow.sides_of(STUDY.against("far", "inside"), before)
     after = grow.with_rates(before.measurement, STUDY, {side.label: grow.grown(STUDY, Run("p", tmp_path), side)})

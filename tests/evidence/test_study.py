@@ -22,6 +22,7 @@ from provenn.training import Diverged, Fit, Recipe
 
 BEST = {"a": 0.01, "b": 0.1}  # the rate with which each variant does best on validation data
 SKILL = {"a": 0.9, "b": 0.7}
+THREE = {"a": (0.9, 0.9, 0.9), "b": (0.7, 0.8, 0.6), "c": (0.6, 0.9, 0.5)}  # by part, of three seeds
 
 
 class Answer(nn.Module):
@@ -290,6 +291,43 @@ def test_a_rate_that_diverges_is_not_chosen(tmp_path):
 def test_of_several_systems_the_worst_counts(tmp_path):
     measurement = run_to_end(STUDY.against(("a", "b"), "b")(run_in(tmp_path)))
     assert measurement.values == measurement.baselines and measurement.sides[0] == "worst of variant A, variant B"
+
+
+def of_three(tmp_path, task, *sides):
+    class Scored(type(task)):
+        def evaluate(self, model, dataset, batch_size=256):
+            return {"score": THREE[model.part][model.seed % 3]}
+
+        def dummy_baseline(self, data):
+            return 0.1 if self.higher_is_better else 2.0
+
+    variants = {part: (f"variant {part.upper()}", part) for part in THREE}
+    study = replace(STUDY, task=Scored(), variants=variants, probes={})
+    return run_to_end(study.against(*sides)(run_in(tmp_path, seeds=(0, 1, 2))))
+
+
+def test_of_several_baselines_the_best_of_each_seed_counts(tmp_path):
+    measurement = of_three(tmp_path, Guessing(), "a", ("b", "c"))
+    assert measurement.values == [0.9, 0.9, 0.9] and measurement.baselines == [0.7, 0.9, 0.6]
+    assert measurement.sides == ("variant A", "best of variant B, variant C")
+    assert {skill.variant for skill in measurement.skills} == {"variant A", "variant B", "variant C"}
+    assert [row[0] for row in measurement.tables[0].rows] == ["variant A", "variant B", "variant C"]
+
+
+def test_of_errors_the_best_is_the_least(tmp_path):
+    class Errors(Guessing):
+        higher_is_better = False
+
+    measurement = of_three(tmp_path, Errors(), ("b", "c"), ("a", "c"))
+    assert measurement.values == [0.7, 0.9, 0.6] and measurement.baselines == [0.6, 0.9, 0.5]
+
+
+def test_several_baselines_count_in_the_digest_as_what_they_are():
+    study = replace(STUDY, variants={**STUDY.variants, "c": ("variant C", "c")})
+    both, turned = study.against("a", ("b", "c")), study.against(("a", "b"), "c")
+    assert len({digest(each) for each in (both, turned, study.against("a", "b"))}) == 3
+    with pytest.raises(ValueError, match="no variant 'd'"):
+        study.against("a", ("b", "d"))
 
 
 def test_probes_and_single_variants(tmp_path):

@@ -152,7 +152,7 @@ def _data() -> dict[str, dict[str, Any]]:
     for task in progress.track(task_names(), "embedded data"):
         try:
             kind = get_task(task)
-            face_of(task)
+            face_of(task)  # refuses a file of faces that cannot be read
             if not kind.embedded:
                 status[task] = {"loads": True, "about": f"none; it reads {kind.reads}"}
                 continue

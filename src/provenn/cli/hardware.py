@@ -63,6 +63,12 @@ class RunOptions:
     ] = None
 
     @property
+    def hardware(self) -> dict[str, Any]:
+        """How many devices and processes share the training, and how: arguments of `Hardware` and of `train`."""
+        names = ("devices", "strategy", "workers", "context_parallel")
+        return {**{name: getattr(self, name) for name in names}, "context_method": self.method}
+
+    @property
     def method(self) -> str:
         """How processes share a sequence, with U and W where they are given.
 

@@ -1,7 +1,6 @@
 """Verbs that measure: reproduce, bench, compare."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -134,12 +133,8 @@ def _training(budget: str, run: RunOptions) -> Any:
     from provenn.experiments.at_paper import TrainingOptions
     from provenn.training import Hardware
 
-    hardware = {**asdict(run), "context_method": run.method}
-    for name in ("context_ulysses", "context_windows"):  # which are of the method
-        hardware.pop(name)
-    beside = {name: hardware.pop(name) for name in ("precision", "save_every")}
-    options = TrainingOptions(Hardware(**hardware), **beside)
-    given = {**options.departures, **beside}
+    options = TrainingOptions(Hardware(**run.hardware), run.precision, run.save_every)
+    given = {**options.departures, "precision": run.precision, "save_every": run.save_every}
     for name in (name for name, value in given.items() if value is not None and budget != "paper"):
         raise UserError(f"--{name.replace('_', '-')} is for --budget paper, got --budget {budget}: leave it out")
     return options

@@ -192,7 +192,7 @@ async def drift_best(run: Run) -> Measurement:
     means: dict[str, list[Any]] = {label: [label] for label, _ in (LAYER_VARIANTS["gaam"], *RIVALS.values())}
     for strength, study in BY_DRIFT.items():
         reached, facts = await study.measure(run, ("gaam", *RIVALS))
-        best = [max(values) for values in zip(*(reached[rival] for rival in RIVALS), strict=True)]
+        best = study.against("gaam", tuple(RIVALS)).best(reached)
         gains[strength] = [a - b for a, b in zip(reached["gaam"], best, strict=True)]
         skills += facts["skills"]
         notes |= dict.fromkeys([facts["note"]] if facts["note"] else [])

@@ -279,18 +279,16 @@ def _sized(
     from provenn.distributed import Pattern, method_called
 
     given = {name: size for name, size in sizes.items() if size is not None}
-    if "windows" in given and "ulysses" not in given and ranks % 2 == 0:
-        given["ulysses"] = 2
-    takes = {"usp": ("ulysses",), "loongtrain": ("ulysses", "windows")}
-    options = {}
-    for name in names:
-        own = {key: given[key] for key in takes.get(name, ()) if key in given}
-        if own:
-            method_called(name, **own).check(Pattern.of_documents([1]), ranks, *heads)
-            options[name] = own
-    for key in given.keys() & {key for key, size in sizes.items() if size is not None}:
-        if not any(key in own for own in options.values()):
-            raise UserError(f"{key} is of {' and '.join(n for n, keys in takes.items() if key in keys)} alone")
+    takers = {"ulysses": ("usp", "loongtrain"), "windows": ("loongtrain",)}
+    for key in given:
+        if not {*takers[key]} & {*names}:
+            raise UserError(f"{key} is of {' and '.join(takers[key])} alone")
+    if "windows" in given and ranks % 2 == 0:
+        given.setdefault("ulysses", 2)
+    options = {name: {key: size for key, size in given.items() if name in takers[key]} for name in names}
+    options = {name: own for name, own in options.items() if own}
+    for name, own in options.items():
+        method_called(name, **own).check(Pattern.of_documents([1]), ranks, *heads)
     return options
 
 

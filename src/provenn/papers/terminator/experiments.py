@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -92,10 +93,9 @@ LONGER = Study(
     columns=PARAMETERS,
 )
 
-LARGER = Study(
-    "beside larger ResNets, after six epochs",
-    "image-classification",
-    data=digit_data,
+LARGER = replace(
+    LONGER,
+    name="beside larger ResNets, after six epochs",
     variants={
         "all": KAR3,
         "twice": ("ResNet ×2, AdamW", resnet_of(TWICE, ResNet)),
@@ -103,17 +103,11 @@ LARGER = Study(
         "four": ("ResNet ×4, AdamW", resnet_of(FOUR_TIMES, ResNet)),
         "four kar3": ("ResNet ×4, Kar3", resnet_of(FOUR_TIMES, KarResNet)),
     },
-    build=built,
-    recipe=Recipe(epochs=6, batch_size=50, betas=(0.5, 0.95), schedule="cosine"),
-    lrs=LRS,
-    smoke=SMOKE,
-    about=ABOUT,
-    columns=PARAMETERS,
+    probes={},
 )
-BEST_OF_OTHERS = Study(
-    "beside CCNN and squeeze-excite, after 18 epochs",
-    "image-classification",
-    data=digit_data,
+BEST_OF_OTHERS = replace(
+    LARGER,
+    name="beside CCNN and squeeze-excite, after 18 epochs",
     variants={
         "all": KAR3,
         "ccnn": ("CCNN, AdamW", CCNN),
@@ -121,12 +115,7 @@ BEST_OF_OTHERS = Study(
         "se": ("ResNet with SE, AdamW", resnet_of(WITH_SE, ResNet, SQUEEZE_EXCITE)),
         "se kar3": ("ResNet with SE, Kar3", resnet_of(WITH_SE, KarResNet, SQUEEZE_EXCITE)),
     },
-    build=built,
-    recipe=Recipe(epochs=18, batch_size=50, betas=(0.5, 0.95), schedule="cosine"),
-    lrs=LRS,
-    smoke=SMOKE,
-    about=ABOUT,
-    columns=PARAMETERS,
+    recipe=replace(LONGER.recipe, epochs=18),
     note="18 epochs, as the CCNN still improves after six.",
 )
 

@@ -61,11 +61,25 @@ class GatedRecurrence(nn.Module):
         y = F.silu(sum((y[:, i : i + x.shape[1]] * tap for i, tap in enumerate(self.convolution)), y.new_zeros(())))
         q, k, v = y.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = (F.normalize(part, dim=-1, eps=1e-6) for part in (q, k))
-        logs = F.logsigmoid(self.keep(x)).transpose(1, 2).cumsum(-1)
-        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
-        kept = (logs.unsqueeze(-1) - logs.unsqueeze(-2)).masked_fill(later, -torch.inf).exp()
-        y = ((q @ k.mT) * kept @ v).transpose(1, 2).flatten(2)
+        y = self.read(x, q, k, v).transpose(1, 2).flatten(2)
         return self.out(self.norm(y) * F.silu(self.gate(x)))
+
+    def read(
+        self,
+        x: Float[Tensor, "batch tokens dim"],
+        q: Float[Tensor, "batch heads tokens key"],
+        k: Float[Tensor, "batch heads tokens key"],
+        v: Float[Tensor, "batch heads tokens value"],
+    ) -> Float[Tensor, "batch heads tokens value"]:
+        """S_tᵀ q_t of every token, from an empty state."""
+        return (q @ k.mT) * decay_between(F.logsigmoid(self.keep(x)).mT) @ v
+
+
+def decay_between(log_keep: Float[Tensor, "batch heads tokens"]) -> Float[Tensor, "batch heads tokens tokens"]:
+    """a_{i+1} ⋯ a_t for a token t and an earlier one i, 1 for itself and 0 for later ones."""
+    sums, tokens = log_keep.cumsum(-1), log_keep.shape[-1]
+    later = torch.ones(tokens, tokens, dtype=torch.bool, device=log_keep.device).triu(1)
+    return (sums.unsqueeze(-1) - sums.unsqueeze(-2)).masked_fill(later, -torch.inf).exp()
 
 
 def start_by_width(model: nn.Module) -> None:
@@ -82,35 +96,28 @@ def start_by_width(model: nn.Module) -> None:
             part.reset_parameters()
 
 
-class GatedDeltaRule(nn.Module):
+class GatedDeltaRule(GatedRecurrence):
     """S_t = a_t S_{t−1} (I − b_t k_t k_tᵀ) + b_t v_t k_tᵀ, y_t = S_t q_t (Yang et al., 2024, arXiv:2412.06464).
 
     Computed whole: with g_t = a_1 ⋯ a_t and what is written u_t = b_t (v_t − a_t S_{t−1} k_t), (I + L) u = b v, where
-    L_ti = b_t (g_t / g_i) k_t·k_i for i < t. Convolution, unit keys, norm and gate are the linear RNN's.
+    L_ti = b_t (g_t / g_i) k_t·k_i for i < t. All around it is the linear RNN's.
 
     Shapes: (batch, tokens, dim) to the same.
     """
 
     def __init__(self, dim: int, heads: int = 2, kernel: int = 4):
-        super().__init__()
-        self.heads, self.kernel = heads, kernel
-        self.project = nn.Linear(dim, 3 * dim, bias=False)
-        self.convolution = nn.Parameter(torch.empty(kernel, 3 * dim).uniform_(-(kernel**-0.5), kernel**-0.5))
-        self.keep, self.write = nn.Linear(dim, heads), nn.Linear(dim, heads)
-        self.norm = nn.RMSNorm(dim, eps=1e-6)
-        self.gate = nn.Linear(dim, dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
-        nn.init.constant_(self.keep.bias, 5.0)
+        super().__init__(dim, heads, kernel)
+        self.write = nn.Linear(dim, heads)
 
-    def forward(
-        self, x: Float[Tensor, "batch tokens dim"], *, mask: Bool[Tensor, "batch tokens"] | None = None
-    ) -> Float[Tensor, "batch tokens dim"]:
-        y = F.pad(self.project(x), (0, 0, self.kernel - 1, 0))
-        y = F.silu(sum((y[:, i : i + x.shape[1]] * tap for i, tap in enumerate(self.convolution)), y.new_zeros(())))
-        q, k, v = y.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = (F.normalize(part, dim=-1, eps=1e-6) for part in (q, k))
-        y = delta_rule(q, k, v, F.logsigmoid(self.keep(x)).mT, self.write(x).sigmoid().mT).transpose(1, 2).flatten(2)
-        return self.out(self.norm(y) * F.silu(self.gate(x)))
+    def read(
+        self,
+        x: Float[Tensor, "batch tokens dim"],
+        q: Float[Tensor, "batch heads tokens key"],
+        k: Float[Tensor, "batch heads tokens key"],
+        v: Float[Tensor, "batch heads tokens value"],
+    ) -> Float[Tensor, "batch heads tokens value"]:
+        """S_t q_t of every token, from an empty state."""
+        return delta_rule(q, k, v, F.logsigmoid(self.keep(x)).mT, self.write(x).sigmoid().mT)
 
 
 def delta_rule(
@@ -121,9 +128,7 @@ def delta_rule(
     write: Float[Tensor, "batch heads tokens"],
 ) -> Float[Tensor, "batch heads tokens value"]:
     """The gated delta rule from an empty state, by one triangular system: see `GatedDeltaRule`."""
-    sums = log_keep.cumsum(-1)
-    later = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
-    decay = (sums.unsqueeze(-1) - sums.unsqueeze(-2)).masked_fill(later, -torch.inf).exp()
+    decay = decay_between(log_keep)
     strength = write.unsqueeze(-1)
     before = (strength * (k @ k.mT) * decay).tril(-1)  # the solver takes the diagonal of ones for granted
     written = torch.linalg.solve_triangular(before, strength * v, upper=False, unitriangular=True)
