@@ -12,7 +12,7 @@ from provenn.evidence import Measurement, Run, Study, Table, Timing, measures
 from provenn.nn.resnet import ResNet
 from provenn.papers.terminator import model as presets
 from provenn.papers.terminator.layers import GIBS, HyperKernel, HyperZZWGlobal, LocalHyperKernel, global_product
-from provenn.papers.terminator.rivals import CCNN, FOUR_TIMES, SQUEEZE_EXCITE, TWICE, WITH_SE, KarCCNN, resnet_of
+from provenn.papers.terminator.rivals import CCNN, FOUR_TIMES, SQUEEZE_EXCITE, TWICE, WITH_SE, KarCCNN
 from provenn.papers.terminator.studies import (
     WITHOUT_GLOBAL,
     WITHOUT_LOCAL,
@@ -98,10 +98,10 @@ LARGER = replace(
     name="beside larger ResNets, after six epochs",
     variants={
         "all": KAR3,
-        "twice": ("ResNet ×2, AdamW", resnet_of(TWICE, ResNet)),
-        "twice kar3": ("ResNet ×2, Kar3", resnet_of(TWICE, KarResNet)),
-        "four": ("ResNet ×4, AdamW", resnet_of(FOUR_TIMES, ResNet)),
-        "four kar3": ("ResNet ×4, Kar3", resnet_of(FOUR_TIMES, KarResNet)),
+        "twice": ("ResNet ×2, AdamW", resnet(ResNet, TWICE)),
+        "twice kar3": ("ResNet ×2, Kar3", resnet(KarResNet, TWICE)),
+        "four": ("ResNet ×4, AdamW", resnet(ResNet, FOUR_TIMES)),
+        "four kar3": ("ResNet ×4, Kar3", resnet(KarResNet, FOUR_TIMES)),
     },
     probes={},
 )
@@ -112,8 +112,8 @@ BEST_OF_OTHERS = replace(
         "all": KAR3,
         "ccnn": ("CCNN, AdamW", CCNN),
         "ccnn kar3": ("CCNN, Kar3", KarCCNN),
-        "se": ("ResNet with SE, AdamW", resnet_of(WITH_SE, ResNet, SQUEEZE_EXCITE)),
-        "se kar3": ("ResNet with SE, Kar3", resnet_of(WITH_SE, KarResNet, SQUEEZE_EXCITE)),
+        "se": ("ResNet with SE, AdamW", resnet(ResNet, WITH_SE, SQUEEZE_EXCITE)),
+        "se kar3": ("ResNet with SE, Kar3", resnet(KarResNet, WITH_SE, SQUEEZE_EXCITE)),
     },
     recipe=replace(LONGER.recipe, epochs=18),
     note="18 epochs, as the CCNN still improves after six.",

@@ -1,7 +1,6 @@
 """What Terminator is set against: wider ResNets, one with squeeze-excite, and a CCNN, each with either optimizer."""
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,10 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from provenn.nn.channel_gates import SqueezeExcitation
-from provenn.nn.resnet import BasicBlock, ResNet
 from provenn.papers.terminator.optim import Kar3
 
-Build = Callable[..., nn.Module]
 # Widths of stages. Terminator's parameters are those of (18, 36, 68), to a percent.
 WITH_SE, TWICE, FOUR_TIMES = (18, 36, 67), (26, 50, 96), (36, 72, 136)
 
@@ -113,23 +110,6 @@ class KarCCNN(CCNN):
 
     def optimizers(self, recipe: Any) -> torch.optim.Optimizer:
         return Kar3(self.parameters(), recipe.lr)
-
-
-def resnet_of(widths: tuple[int, int, int], kind: type[ResNet], gate: Any = None) -> Build:
-    """A ResNet of three stages of two blocks."""
-
-    def build(num_classes: int, in_channels: int) -> nn.Module:
-        return kind(
-            BasicBlock,
-            (2, 2, 2),
-            widths=widths,
-            stem="small",
-            num_classes=num_classes,
-            in_channels=in_channels,
-            gate=gate,
-        )
-
-    return build
 
 
 SQUEEZE_EXCITE = partial(SqueezeExcitation, reduction=4)

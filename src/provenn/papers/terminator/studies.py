@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,20 +81,11 @@ def terminator(**overrides: Any) -> Callable[..., nn.Module]:
     return build
 
 
-def resnet(kind: type[ResNet] = ResNet) -> Callable[..., nn.Module]:
-    """As many parameters as the small Terminator, to half a percent."""
-
-    def build(num_classes: int, in_channels: int) -> nn.Module:
-        return kind(
-            BasicBlock,
-            (2, 2, 2),
-            widths=(18, 36, 68),
-            stem="small",
-            num_classes=num_classes,
-            in_channels=in_channels,
-        )
-
-    return build
+def resnet(
+    kind: type[ResNet] = ResNet, widths: tuple[int, int, int] = (18, 36, 68), gate: Callable | None = None
+) -> Callable[..., nn.Module]:
+    """Three stages of two blocks; by default as many parameters as the small Terminator, to half a percent."""
+    return partial(kind, BasicBlock, (2, 2, 2), widths=widths, stem="small", gate=gate)
 
 
 def built(part: Callable[..., nn.Module], **options: Any) -> nn.Module:
