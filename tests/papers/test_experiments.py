@@ -113,7 +113,6 @@ def test_benchmarks_take_their_paths(card: Card) -> None:
 # test, val and test; and why.
 SHARED = {
     "stdlib": ((0.05, 0.01, 0.0), "files of the standard library repeat lines of each other: tables of encodings"),
-    "stdlib, 32 bytes a window": ((0.07, 0.04, 0.01), "so short a window is often one idiom, in other files too"),
     "regular": ((0.02, 0.02, 0.02), "of 8 nodes with three neighbours each there are few graphs: some come twice"),
     "digits, a fifth of the labels wrong": ((1.0, 0.0, 0.0), "the rate is the one that fits the training set best"),
 }
@@ -165,9 +164,7 @@ def sources(dataset: Any) -> set[Any]:
 def test_no_example_of_one_split_is_in_another(card: Card, seed: int) -> None:
     for study in studies(card):
         data = data_of(study, seed)
-        short = isinstance(data.test, TextWindows) and data.test.length <= 32
-        name = f"{data.name}, {data.test.length} bytes a window" if short else data.name
-        shares, _ = SHARED.get(name, ((0.0, 0.0, 0.0), ""))
+        shares, _ = SHARED.get(data.name, ((0.0, 0.0, 0.0), ""))
         asked, cut = ({split: of(getattr(data, split)) for split in SPLITS} for of in (questions, sources))
         for (first, second), share in zip(combinations(SPLITS, 2), shares, strict=True):
             what, common = f"{study.name}: {first} and {second} of seed {seed}", len(asked[first] & asked[second])

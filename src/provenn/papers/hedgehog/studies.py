@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from provenn.nn.attention import SoftmaxAttention
-from provenn.nn.language import FeedForward, PreNormBlock
+from provenn.nn.language import FeedForward, PreNormBlock, init_narrow
 from provenn.nn.streaming import state_bytes
 from provenn.papers.hedgehog.diagnostics import (
     attention_entropy,
@@ -142,16 +142,8 @@ def text_network(variant: Variant, vocab: int) -> nn.Module:
 
 
 def scratch_network(variant: Variant, vocab: int) -> nn.Module:
-    """The same network with torch's own start of its linear maps, and embeddings of spread 1/√width.
-
-    From N(0, 0.02²), the start of wider models, both take hundreds of steps to grow. Feature maps start as they do.
-    """
-    model: Any = text_network(variant, vocab)
-    for part in model.modules():
-        if isinstance(part, nn.Linear):
-            part.reset_parameters()
-    nn.init.normal_(model.embed.weight, std=model.dim**-0.5)
-    return model
+    """The same network at the start of a narrow model; feature maps start as they do."""
+    return init_narrow(text_network(variant, vocab))
 
 
 class LowRank(nn.Module):

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from provenn.core.cost import flops
 from provenn.nn.attention import SoftmaxAttention
-from provenn.nn.language import CausalLM
+from provenn.nn.language import CausalLM, init_narrow
 from provenn.nn.random_features import gaussian, positive_exponents
 from provenn.papers.nprf.baselines import SoftmaxAttentionRPE
 from provenn.papers.nprf.layers import KernelAttentionRPE
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SYMBOLS, LENGTH, BACK = 32, 64, 7
-TEXT_LENGTH, TEXT_WIDTH = 32, 64
+TEXT_LENGTH = 64
 WIDTH = 64  # of the one head that is timed (Figure 1a)
 
 
@@ -74,17 +74,8 @@ def text_data(seed: int, smoke: bool) -> TaskData:
 
 
 def text_model(name: str, **options: Any) -> CausalLM:
-    """The small language model with an attention, of torch's own start of the maps, and embeddings of spread 1/√width.
-
-    From N(0, 0.02²), the start of wider models, both take hundreds of steps to grow.
-    """
-    model = nprf_lm_tiny(attention=name, dim=TEXT_WIDTH, max_length=TEXT_LENGTH, **options)
-    for part in model.modules():
-        if isinstance(part, nn.Linear):
-            part.reset_parameters()
-        if isinstance(part, nn.Embedding):
-            nn.init.normal_(part.weight, std=TEXT_WIDTH**-0.5)
-    return model
+    """The small language model with an attention."""
+    return init_narrow(nprf_lm_tiny(attention=name, max_length=TEXT_LENGTH, **options))
 
 
 def bits_lost(model: nn.Module, data: TaskData) -> float:

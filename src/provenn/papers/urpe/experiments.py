@@ -109,7 +109,7 @@ TEXT = Study(
     probes={BEYOND: partial(bits_beyond, times=LONGER)},
     recipe=Recipe(
         betas=(0.9, 0.95), weight_decay=0.1, schedule="cosine", warmup_steps=50, clip=1.0, batch_size=8, epochs=1,
-        max_steps=1000,
+        max_steps=2000,
     ),
     lrs=(1.7e-3, 5e-3, 1.5e-2),
     about="the source of Python's standard library, in bytes",

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from provenn.core.narrowing import present
 from provenn.nn.attention import SoftmaxAttention, split_heads
-from provenn.nn.language import CausalLM, PreNormBlock
+from provenn.nn.language import CausalLM, PreNormBlock, init_narrow
 from provenn.ops.rescaled_attention.reference import probabilities
 from provenn.papers.urpe.graphs import GraphRegressor, urpe_graph_tiny
-from provenn.papers.urpe.layers import SPREAD, URPEAttention
+from provenn.papers.urpe.layers import URPEAttention
 from provenn.papers.urpe.model import ABSOLUTE, SequenceEncoder, attention_called, urpe_lm_tiny
 from provenn.papers.urpe.model import share as share_tables
 from provenn.papers.urpe.task import EVEN, IDENTIFICATION, TASK
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 
 TOKENS, KINDS = 16, 70  # of a sequence, and the nominal vocabulary: 50 tokens are drawn from
 EVEN_KINDS = 30  # of even-token prediction: 10 tokens are drawn from
-TEXT_LENGTH = 32
-TEXT_WIDTH = 64
+TEXT_LENGTH, TEXT_WIDTH = 64, 64
 LONGER = 4  # times the length of training, at the most, that is tested
 
 
@@ -140,23 +139,16 @@ def text_data(seed: int, smoke: bool) -> TaskData:
 def text_model(name: str, **options: Any) -> nn.Module:
     """The small language model with one of `POSITIONS`, or rotary ones; absolute ones reach beyond training.
 
-    Maps start as torch's own do, embeddings with a spread of 1/√width: from 0.02 both take hundreds of steps to grow.
+    Sinusoids start as large as what is learned.
     """
-    model: Any
+    model: nn.Module
     if name == "rotary":
         mixer = partial(SoftmaxAttention, heads=4, rotary=True)
         model = CausalLM(dim=TEXT_WIDTH, layers=2, mixer=mixer, norm="layer", bias=True, **options)
     else:
         reach = LONGER * TEXT_LENGTH if name in ABSOLUTE else TEXT_LENGTH
         model = urpe_lm_tiny(encoding=name, dim=TEXT_WIDTH, max_length=reach, **options)
-    for part in model.modules():
-        if isinstance(part, nn.Linear):
-            part.reset_parameters()
-    with torch.no_grad():
-        for table in (model.embed, model.place):
-            if table is not None:
-                table.weight.mul_(TEXT_WIDTH**-0.5 / SPREAD)  # sinusoids too, which start as large as what is learned
-    return model
+    return init_narrow(model)
 
 
 @cache
