@@ -30,11 +30,13 @@ from provenn.core.errors import UserError
 from provenn.core.syntax import canonical, node_of
 
 F = TypeVar("F", bound=Callable)
-# Modules that talk to people, or carry values to records: nothing in them decides a value. Effects and intervals are
-# computed again from the values of every record that ships.
+# Modules that talk to people, carry values to records, or serve several processes where one measures: nothing in them
+# decides a value. Effects and intervals are computed again from the values of every record that ships, and tests hold
+# several processes to what one does.
 INERT = (
     *("provenn.core.progress", "provenn.core.errors", "provenn.core.digest", "provenn.core.syntax"),
     *("provenn.evidence.run", "provenn.evidence.record", "provenn.evidence.measurement"),
+    "provenn.training.processes",
 )
 UNREAD = {
     *("__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__annotations__", "__annotate_func__"),
