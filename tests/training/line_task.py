@@ -117,6 +117,13 @@ def resumed_within_an_epoch(out):
     torch.distributed.destroy_process_group()
 
 
+def check_no_thread_left():
+    """A thread of a group that outlives the interpreter aborts the process at times."""
+    tasks = Path("/proc/self/task")
+    names = [(task / "comm").read_text().strip() for task in tasks.iterdir()] if tasks.exists() else []
+    assert not [name for name in names if "gloo" in name], names
+
+
 if __name__ == "__main__":
     if sys.argv[3] == "within":
         resumed_within_an_epoch(Path(sys.argv[1]))
@@ -135,6 +142,9 @@ if __name__ == "__main__":
         )
     except UserError as error:
         sys.exit(f"refused: {error}")
+    finally:
+        if kind in ("trains", "resumes"):
+            check_no_thread_left()
     # Only the first process comes here: a second one would find the file and fail.
     with open(out / "result.pt", "xb") as file:
         torch.save([result.model.state_dict(), result.curve, result.metrics, result.steps], file)

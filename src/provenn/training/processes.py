@@ -15,21 +15,33 @@ from provenn.distributed import rank_lost, speaks_of_lost_rank
 def leave_group(wrapper: nn.Module | None) -> None:
     """Leave the group of processes that train together, where there is one; all of them have to, at the same point.
 
-    Left standing, its threads outlive the interpreter and abort it. Who lets go of it last waits for those threads, and
-    one of them may wait for the interpreter to let go of the tensor that was reduced last. Python's hold of the group
-    frees the interpreter meanwhile, DDP's does not and waits for ever: so DDP's goes first.
+    Left standing, its threads outlive the interpreter and abort it. Who lets go of a group last waits for its threads,
+    and one of them may wait for the interpreter to let go of the tensor that was reduced last. Python's hold of the
+    group frees the interpreter meanwhile, DDP's does not and waits for ever: so DDP's goes first. FSDP's holds outlive
+    its weights, in the mesh that torch keeps with every operation on a divided tensor.
 
     Args:
         wrapper: what the model was trained in.
     """
     if not torch.distributed.is_initialized():
         return
-    group = torch.distributed.group.WORLD
+    groups = list(torch.distributed.distributed_c10d._world.pg_map)
     torch.distributed.barrier()
     for part in ("logger", "reducer", "process_group") if isinstance(wrapper, DistributedDataParallel) else ():
         delattr(wrapper, part)
+    for mesh_info in mesh_infos(wrapper):
+        mesh_info.mesh._get_root_mesh()._pg_registry.clear()
+        mesh_info.shard_process_group = None
     torch.distributed.destroy_process_group()
-    del group
+    del groups
+
+
+def mesh_infos(wrapper: nn.Module | None) -> list[Any]:
+    """What FSDP knows of the groups that divide each module's weights."""
+    from torch.distributed.fsdp import FSDPModule
+
+    divided = [] if wrapper is None else [module for module in wrapper.modules() if isinstance(module, FSDPModule)]
+    return [group.mesh_info for module in divided for group in module._get_fsdp_state()._fsdp_param_groups]
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
