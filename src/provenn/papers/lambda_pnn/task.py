@@ -96,10 +96,10 @@ def observed(truth: Float[Tensor, "bands height width"], sensor: Sensor, seed: i
     return ms, pan
 
 
-def pieces(name: str, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Squares of a photograph as MS, PAN and truth, in the order blue, green, red."""
+def pieces(name: str, seed: int, most: int = SIDE) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Squares of a photograph as MS, PAN and truth, in the order blue, green, red; `most` is the largest side."""
     whole = torch.from_numpy(photograph(name)[..., ::-1].copy()).permute(2, 0, 1).float() / 255
-    side = min(SIDE, *(length // RATIO * RATIO for length in whole.shape[1:]))
+    side = min(most, *(length // RATIO * RATIO for length in whole.shape[1:]))
     for top in range(0, whole.shape[1] - side + 1, side):
         for left in range(0, whole.shape[2] - side + 1, side):
             truth = whole[:, top : top + side, left : left + side]
