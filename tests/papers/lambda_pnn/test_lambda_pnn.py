@@ -10,7 +10,8 @@ from torch import nn
 
 import provenn
 from provenn.core.errors import UserError
-from provenn.papers.lambda_pnn import fusion, indices, layers, losses, model, rasters, sensors, task
+from provenn.papers.lambda_pnn import indices, layers, losses, model, sensors, task
+from provenn.papers.lambda_pnn.task import fusion, rasters
 from provenn.tasks import get_task
 from provenn.testing import seeded_array
 from provenn.testing.golden import assert_values

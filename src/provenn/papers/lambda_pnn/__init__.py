@@ -1,6 +1,5 @@
 """λ-PNN: unsupervised pansharpening with spectral and spatial fidelity (Ciotola et al., 2023, arXiv:2307.14403)."""
 
-from provenn.papers.lambda_pnn.fusion import adapt, fuse, gsa, mtf_glp, reduced, report, stacked
 from provenn.papers.lambda_pnn.indices import d_rho, d_s, d_s_r, ergas, local_correlation, q2n, sam
 from provenn.papers.lambda_pnn.layers import CBAM, ChannelGate, SpatialGate
 from provenn.papers.lambda_pnn.losses import Weights, band_shifts, fusion_loss
@@ -15,6 +14,7 @@ from provenn.papers.lambda_pnn.model import (
     lambda_pnn_wv3,
 )
 from provenn.papers.lambda_pnn.sensors import SENSORS, Sensor, downgrade, sensor_kernels, sensor_of, upsample
+from provenn.papers.lambda_pnn.task.fusion import adapt, fuse, gsa, mtf_glp, reduced, report, stacked
 
 __all__ = [
     "CBAM",

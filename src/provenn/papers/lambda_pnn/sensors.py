@@ -72,8 +72,8 @@ def sensor_kernels(
 ) -> Float[Tensor, "bands side side"]:
     """A low-pass kernel a band whose frequency response has the sensor's gain at Nyquist; float64.
 
-    A Gaussian of σ = (width / 2R) / √(−2 ln g) is read as the response, transformed and windowed by a Kaiser window
-    (β = 0.5) along one axis, as in the authors' code, so that a kernel is not quite symmetric.
+    A Gaussian of σ = (width / 2R) / √(−2 ln g) is read as the response and transformed. A Kaiser window (β = 0.5)
+    along one axis follows, as in the authors' code, so that a kernel is not quite symmetric.
 
     Args:
         gains: g of each band.

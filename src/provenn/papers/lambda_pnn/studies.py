@@ -8,18 +8,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from provenn.data.photographs import NAMES
-from provenn.papers.lambda_pnn.fusion import adapted, fuse, gsa, mtf_glp
 from provenn.papers.lambda_pnn.indices import local_correlation, q2n, sam
 from provenn.papers.lambda_pnn.model import PNN, Adaptation, FusionNetwork, LambdaPNN, PanNet, weights_of
 from provenn.papers.lambda_pnn.sensors import RATIO, SCALE
-from provenn.papers.lambda_pnn.task import Crops, Scenes, pieces
+from provenn.papers.lambda_pnn.task import TEST, TRAIN, VALIDATE, Crops, Scenes, pieces
+from provenn.papers.lambda_pnn.task.fusion import adapted, fuse, gsa, mtf_glp
 from provenn.tasks import Task, TaskData, fingerprint, split_indices
 from provenn.training import Fit, fit
 from provenn.training.loop import NothingToTrain
 
 WIDTH, BANDS, SENSOR = 32, 3, "photographs"
-PHOTOGRAPHS = len(NAMES)
+PHOTOGRAPHS = (*TRAIN, *VALIDATE, *TEST)
 JOINT, SPECTRAL, SPATIAL, Z_PNN = (0.05, 1.25, 3.75), (0.05, 1.25, 0.0), (0.0, 0.0, 3.75), (0.0, 0.0, 3.75, 8.0)
 ADAPTING = Adaptation(steps=100, tiles=3, tile=80, rate=2e-4)
 
@@ -29,7 +28,7 @@ def folds(seed: int, smoke: bool) -> TaskData:
 
     Of each photograph one square of 256 pixels counts in the test, so that large photographs weigh no more.
     """
-    order = [NAMES[i] for part in split_indices(PHOTOGRAPHS, (1.0,), seed) for i in part]
+    order = [PHOTOGRAPHS[i] for part in split_indices(len(PHOTOGRAPHS), (1.0,), seed) for i in part]
     cut = {"test": order[:2], "val": order[2:3], "train": order[3:5] if smoke else order[3:]}
     side = 128 if smoke else 256
     scenes = {part: [next(pieces(name, seed, side)) for name in names] for part, names in cut.items()}
@@ -40,7 +39,7 @@ def folds(seed: int, smoke: bool) -> TaskData:
         Scenes(scenes["test"]),
         fingerprint=fingerprint(*(x for part in scenes.values() for scene in part for x in scene)),
         options={"short": smoke},
-        about=f"{PHOTOGRAPHS} colour photographs, {len(cut['train'])} to train on, one to validate, two to test.",
+        about=f"{len(PHOTOGRAPHS)} colour photographs, {len(cut['train'])} to train on, one to validate, two to test.",
     )
 
 

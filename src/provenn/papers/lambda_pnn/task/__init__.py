@@ -17,12 +17,12 @@ from provenn.core.errors import UserError
 from provenn.core.files import check_no_input, check_output
 from provenn.core.narrowing import of_kind
 from provenn.data.photographs import photograph
-from provenn.papers.lambda_pnn.fusion import adapt, adapted, fuse, reduced, report, stacked
 from provenn.papers.lambda_pnn.indices import ergas
 from provenn.papers.lambda_pnn.losses import fusion_loss
 from provenn.papers.lambda_pnn.model import Adaptation, FusionNetwork
-from provenn.papers.lambda_pnn.rasters import Raster, check_pair, read_raster, write_raster
 from provenn.papers.lambda_pnn.sensors import RATIO, SENSORS, Sensor, downgrade, sensor_kernels, upsample
+from provenn.papers.lambda_pnn.task.fusion import adapt, adapted, fuse, reduced, report, stacked
+from provenn.papers.lambda_pnn.task.rasters import Raster, check_pair, read_raster, write_raster
 from provenn.tasks import Task, TaskData, count_examples, device_of, fingerprint, split_indices
 from provenn.tasks.base import HeldOut, Portable, Scores
 from provenn.tasks.demos import Trial, as_shown
@@ -257,7 +257,7 @@ class Pansharpening(Task):
         bands = of_kind(model, FusionNetwork, "the model").bands
         generator = torch.Generator().manual_seed(0)
         return Portable(
-            model.eval(),
+            Fusing(model).eval(),
             {"stack": torch.rand(2, bands + 1, 44, 52, generator=generator)},
             ["fused"],
             {"stack": {0: "batch", 2: "height", 3: "width"}},
@@ -277,6 +277,21 @@ class Pansharpening(Task):
             axes.set_title(name)
             axes.axis("off")
         return figure
+
+
+class Fusing(nn.Module):
+    """A fusion network under the name of its input.
+
+    Args:
+        network: takes the stack.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, stack: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch bands height width"]:
+        return self.network(stack)
 
 
 def as_colours(image: Float[Tensor, "bands height width"], sensor: Sensor) -> np.ndarray:
