@@ -36,6 +36,7 @@ SIDE, CROP = 256, 128  # of a photograph's piece, and of a crop to train on, in 
 PAN_WEIGHTS = (0.2, 0.45, 0.35)  # of blue, green and red
 NOISE = 0.002
 SMALLEST = 128  # of a PAN: a block of Q2ⁿ is 32 pixels of the MS
+LEAST = 72  # of an MS that is tested four times smaller: Q2ⁿ takes more than 16 pixels
 
 
 class Crops(Dataset):
@@ -301,7 +302,16 @@ def as_colours(image: Float[Tensor, "bands height width"], sensor: Sensor) -> np
 
 
 def by_wald(ms: Tensor, pan: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """MS and PAN four times smaller, and the MS as the truth; of gains of 0.3 a band."""
+    """MS and PAN four times smaller, and the MS as the truth; of gains of 0.3 a band.
+
+    Raises:
+        UserError: what is left is smaller than the indices take.
+    """
+    if min(ms.shape[1:]) < LEAST:
+        raise UserError(
+            f"a scene of {ms.shape[2]}×{ms.shape[1]} multispectral pixels is too small to be tested four times "
+            f"smaller; expected at least {LEAST} a side"
+        )
     sensor = Sensor((0.3,) * len(ms), 0.15, (0, 0, 0))
     cut = [side // RATIO * RATIO for side in ms.shape[1:]]
     ms, pan = ms[:, : cut[0], : cut[1]], pan[:, : RATIO * cut[0], : RATIO * cut[1]]
