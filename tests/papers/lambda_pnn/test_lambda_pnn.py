@@ -224,13 +224,23 @@ def test_losses_and_gradients_are_the_authors(case):
     ergas = indices.ergas(seen, ms).mean()
     khan = indices.q2n(2048 * seen, 2048 * ms, round_inputs=False)
     structural = losses.spatial_loss(y, pan, losses.promised(sensors.upsample(ms), pan, kernels))
-    assert float(ergas) == pytest.approx(case["ergas"], rel=1e-4)
-    assert float(structural) == pytest.approx(case["structural"], rel=1e-4)
+    assert ergas.item() == pytest.approx(case["ergas"], rel=1e-4)
+    assert structural.item() == pytest.approx(case["structural"], rel=1e-4)
     assert khan.tolist() == pytest.approx(case["q2n_unrounded"], rel=1e-4)
     assert indices.q2n(2048 * seen, 2048 * ms).tolist() == pytest.approx(case["q2n"], rel=1e-4)
     for name, loss in (("ergas", ergas), ("khan", 1 - khan.mean()), ("structural", structural)):
         (gradient,) = torch.autograd.grad(loss, y, retain_graph=True)
         assert_values(gradient, case[f"gradient_{name}"], what=f"gradient of {name}")
+
+
+@pytest.mark.parametrize("case", GOLDEN["losses"], ids=[case["sensor"] for case in GOLDEN["losses"]])
+def test_indices_are_the_authors(case):
+    bands, expected = case["bands"], case["indices"]
+    y, ms, pan = drawn([2, bands, 128, 128], "fused"), drawn([2, bands, 32, 32], "ms"), drawn([2, 1, 128, 128], "pan")
+    assert indices.d_s(y, pan, ms).tolist() == pytest.approx(expected["d_s"], rel=1e-3)
+    assert float(indices.d_rho(y, pan).mean()) == pytest.approx(expected["d_rho"], rel=1e-5)
+    assert float(indices.d_s_r(y, pan).mean()) == pytest.approx(expected["d_s_r"], rel=1e-5)
+    assert indices.sam(y, y.roll(1, -1)).tolist() == pytest.approx(expected["sam"], rel=1e-5)
 
 
 @pytest.mark.parametrize("weights", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0, 1)])

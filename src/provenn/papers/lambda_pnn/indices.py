@@ -12,6 +12,7 @@ from provenn.papers.lambda_pnn.sensors import RATIO
 
 BLOCK = 32  # side of Q2ⁿ's blocks
 TINY = 1e-20
+MARGIN = 16  # pixels of the PAN beyond its border; the bicubic kernel reaches 8
 
 
 def ergas(
@@ -204,11 +205,25 @@ def d_s(
 ) -> Float[Tensor, " batch"]:
     """D_S: how much each band's Q to the PAN differs between the scales, |Q(y, PAN) − Q(MS, PAN↓)|; 0 is best.
 
-    Blocks of 32 and 8 pixels. PAN↓ is antialiased bicubic, as in the authors' code (MATLAB's).
+    Blocks of 32 and 8 pixels. PAN↓ is MATLAB's antialiased bicubic, as in the authors' code: mirrored at the border with
+    the edge repeated, where torch's cuts the kernel off.
     """
-    small = F.interpolate(pan.double(), ms.shape[-2:], mode="bicubic", antialias=True, align_corners=False)
+    wide = _mirrored(pan.double(), MARGIN)
+    sides = [side // RATIO for side in wide.shape[-2:]]
+    small = F.interpolate(wide, sides, mode="bicubic", antialias=True, align_corners=False)
+    cut = MARGIN // RATIO
+    small = small[..., cut:-cut, cut:-cut]
     fine, coarse = universal_index(x, pan, BLOCK), universal_index(ms, small, BLOCK // RATIO)
     return (fine - coarse).abs().mean(dim=1)
+
+
+def _mirrored(x: Float[Tensor, "batch bands height width"], margin: int) -> Float[Tensor, "batch bands height2 width2"]:
+    """Continued by its mirror image, the edge repeated."""
+    for axis in (-2, -1):
+        place = torch.arange(-margin, x.shape[axis] + margin, device=x.device)
+        place = torch.where(place < 0, -1 - place, place)
+        x = x.index_select(axis, torch.where(place >= x.shape[axis], 2 * x.shape[axis] - 1 - place, place))
+    return x
 
 
 def d_s_r(
