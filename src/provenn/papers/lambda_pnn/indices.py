@@ -205,8 +205,8 @@ def d_s(
 ) -> Float[Tensor, " batch"]:
     """D_S: how much each band's Q to the PAN differs between the scales, |Q(y, PAN) − Q(MS, PAN↓)|; 0 is best.
 
-    Blocks of 32 and 8 pixels. PAN↓ is MATLAB's antialiased bicubic, as in the authors' code: mirrored at the border with
-    the edge repeated, where torch's cuts the kernel off.
+    Blocks of 32 and 8 pixels. PAN↓ is MATLAB's antialiased bicubic, as in the authors' code: mirrored at the border
+    with the edge repeated, where torch's cuts the kernel off.
     """
     wide = _mirrored(pan.double(), MARGIN)
     sides = [side // RATIO for side in wide.shape[-2:]]
