@@ -512,7 +512,8 @@ def test_a_folder_of_pairs_is_trained_on_and_tested_by_wald_s_protocol(tmp_path)
 def test_the_authors_files_of_eight_bands_are_taken_for_either_sensor():
     card = provenn.catalog.card("lambda_pnn")
     convert = card.resolve("official:convert")
-    assert convert({"conv_1.weight": torch.zeros(64, 9, 3, 3)})[0] == "lambda_pnn_wv3"
+    eight = {"conv_1.weight": torch.zeros(64, 9, 3, 3)}
+    assert convert(eight)[0] == "lambda_pnn_wv3" and convert(eight, preset="lambda_pnn_wv2")[0] == "lambda_pnn_wv2"
     for state, said in (({}, "no λ-PNN|not λ-PNN"), ({"conv_1.weight": torch.zeros(64, 7, 3, 3)}, "6 bands")):
         with pytest.raises(UserError, match=said):
             convert(state)

@@ -18,7 +18,9 @@ _NAMES = [
 PRESETS = {9: "lambda_pnn_wv3", 5: "lambda_pnn_ge1"}
 
 
-def convert(state: dict[str, Tensor]) -> tuple[str, dict[str, object], dict[str, Tensor]]:
+def convert(
+    state: dict[str, Tensor], config: object = None, preset: str | None = None, **options: object
+) -> tuple[str, dict[str, object], dict[str, Tensor]]:
     """The preset that the authors' weights belong to, its options, and the weights under our names.
 
     The files for WV3 and WV2 have the same shapes: weights of eight bands are taken for WV3's; `--preset
@@ -26,6 +28,9 @@ def convert(state: dict[str, Tensor]) -> tuple[str, dict[str, object], dict[str,
 
     Args:
         state: the authors' state dict.
+        config: there is none.
+        preset: which one the user says it is.
+        options: that the user gives.
 
     Raises: UserError for weights of another network or of other bands.
     """
@@ -37,7 +42,8 @@ def convert(state: dict[str, Tensor]) -> tuple[str, dict[str, object], dict[str,
         ) from error
     if channels not in PRESETS:
         raise UserError(f"λ-PNN weights of {channels - 1} bands fit no preset; expected 8 or 4")
-    return PRESETS[channels], {}, {_rename(name): tensor for name, tensor in state.items()}
+    name = preset if channels == 9 and preset == "lambda_pnn_wv2" else PRESETS[channels]
+    return name, {}, {_rename(name): tensor for name, tensor in state.items()}
 
 
 def _rename(name: str) -> str:
