@@ -9,6 +9,7 @@ digest and versions, but for those marked `sample`.
 
 import gc
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -74,6 +75,15 @@ def paper_of(item: pytest.Item, papers: Iterable[str]) -> str | None:
         words = (word.partition(" ")[0] for word in (*path, *asked) if isinstance(word, str))
         return next((word for word in words if word in papers), None)
     return None
+
+
+@pytest.fixture(autouse=True)
+def registered_methods_stay() -> Iterator[None]:
+    """Methods of context parallelism that a test registers are gone after it, whichever test comes next."""
+    yield
+    module = sys.modules.get("provenn.distributed.methods")
+    for name in [name for name in module.METHODS if " with " in name] if module is not None else ():
+        del module.METHODS[name]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
