@@ -419,6 +419,26 @@ def test_a_fused_geotiff_lies_where_the_pan_lies_in_the_type_of_the_ms(tmp_path)
         assert bool((values[:, :32, :32] == 0).all()) and bool((values[:, 40:, 40:] > 0).all())
 
 
+def test_pixels_that_the_ms_lacks_are_not_invented(tmp_path):
+    rasterio = pytest.importorskip("rasterio")
+    ms, pan = rasters_of(tmp_path)
+    with rasterio.open(ms, "r+") as opened:
+        opened.nodata = 0
+        values = opened.read()
+        values[:, :4, 5:9] = 0
+        opened.write(values)
+    TASK.predict(model.lambda_pnn_small().eval(), {}, [ms, pan], tmp_path / "fused.tif")
+    with rasterio.open(tmp_path / "fused.tif") as fused:
+        empty = fused.read() == 0
+    assert bool(empty[:, :16, 20:36].all()) and empty.sum() == 3 * 16 * 16
+
+
+@pytest.mark.parametrize("steps", [float("nan"), float("inf"), 2.5, -1.0])
+def test_steps_that_are_no_number_of_steps_are_refused(tmp_path, steps):
+    with pytest.raises(UserError, match="--adapting takes a whole number"):
+        TASK.predict(model.lambda_pnn_small().eval(), {}, [*tmp_path.parents][:2], tmp_path / "a.npy", adapting=steps)
+
+
 def test_a_fused_file_is_what_the_network_gives(tmp_path):
     ms, pan = scene()
     for name, part in (("ms", ms), ("pan", pan)):

@@ -115,11 +115,6 @@ def each(measure: Callable[[Tensor, Tensor], Tensor]) -> Callable[[nn.Module, Ta
     return probe
 
 
-def spectral_angle(fused: Tensor, truth: Tensor) -> Tensor:
-    """SAM in degrees."""
-    return sam(fused, truth)
-
-
 def missing_detail(fused: Tensor, truth: Tensor) -> Tensor:
     """1 − the correlation of the high-passed bands with the truth's, in windows of 4×4 pixels."""
     return 1 - local_correlation(fused, truth, RATIO // 2).mean(dim=(1, 2, 3))
@@ -130,11 +125,10 @@ def distance_of_q2n(fused: Tensor, truth: Tensor) -> Tensor:
     return 1 - q2n(SCALE * fused, SCALE * truth)
 
 
-PROBES = {"SAM": each(spectral_angle), "missing detail": each(missing_detail), "1 − Q2ⁿ": each(distance_of_q2n)}
-FULL, REDUCED = Variant(), Variant(reduced=True)
+PROBES = {"SAM": each(sam), "missing detail": each(missing_detail), "1 − Q2ⁿ": each(distance_of_q2n)}
 VARIANTS = {
-    "full": ("λ-PNN", FULL),
-    "reduced": ("λ-PNN, trained reduced", REDUCED),
+    "full": ("λ-PNN", Variant()),
+    "reduced": ("λ-PNN, trained reduced", Variant(reduced=True)),
     "plain": ("λ-PNN without attention", Variant(options=(("width", WIDTH), ("attention", False)))),
     "spectral": ("spectral loss alone", Variant(weights=SPECTRAL)),
     "spatial": ("spatial loss alone", Variant(weights=SPATIAL)),

@@ -15,7 +15,7 @@ from provenn.data.images import Picture, read_image, write_image
 from provenn.papers.lambda_pnn.sensors import RATIO
 
 TIFF, PICTURES = (".tif", ".tiff"), (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-SMALLEST = 128  # side of a PAN
+SMALLEST = 128  # side of a PAN: a block of Q2ⁿ is 32 pixels of the MS
 BITS = 11
 
 
@@ -163,7 +163,7 @@ def _scaled(raster: Raster, bits: int | None) -> Tensor:
 def write_raster(file: Path, fused: np.ndarray, ms: Raster, pan: Raster, bits: int | None = None) -> None:
     """Write the fused bands in the type of the MS: a GeoTIFF where the PAN lies, an array, or a picture of three bands.
 
-    Whole numbers are rounded and kept within their type; pixels where the PAN has no data have none.
+    Whole numbers are rounded and kept within their type; pixels where the PAN or the MS has no data have none.
 
     Args:
         file: .tif, .npy or a picture; written whole or not at all.
@@ -199,12 +199,12 @@ def _write_tiff(file: Path, values: np.ndarray, ms: Raster, pan: Raster) -> None
     rasterio = _rasterio()
     profile = {"driver": "GTiff", "compress": "deflate", "tiled": False}
     profile |= {key: pan.profile[key] for key in ("crs", "transform") if pan.profile.get(key) is not None}
-    nodata = ms.profile.get("nodata")
-    if nodata is None and pan.empty.any():
+    nodata, empty = ms.profile.get("nodata"), pan.empty | ms.empty.repeat(RATIO, 0).repeat(RATIO, 1)
+    if nodata is None and empty.any():
         nodata = 0
     if nodata is not None:
         values = np.where(values == nodata, _beside(nodata, values.dtype), values)  # data stay data
-        values[:, pan.empty] = nodata
+        values[:, empty] = nodata
     profile |= {"count": len(values), "height": values.shape[1], "width": values.shape[2], "dtype": values.dtype.name}
     with atomic_write(file) as temporary, rasterio.open(temporary, "w", nodata=nodata, **profile) as opened:
         opened.write(values)
