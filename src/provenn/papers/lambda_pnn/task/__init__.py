@@ -252,7 +252,7 @@ class Pansharpening(Task):
         if ms.shape[1] != network.bands:
             raise UserError(f"{coarse.file} has {ms.shape[1]} bands, these weights are for {network.bands}")
         start = time.perf_counter()
-        with progress.bar("fusing", count_tiles(*pan.shape[-2:], LARGEST, OVERLAP)) as advance:
+        with progress.bar("fusing", count_tiles(pan.shape[-2], pan.shape[-1], LARGEST, OVERLAP)) as advance:
             fused = fuse(network, ms, pan, advance=advance)
         lines = [_said("fused", report(fused, ms, pan, network.sensor))]
         if steps:
