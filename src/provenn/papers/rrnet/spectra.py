@@ -1,0 +1,147 @@
+"""What happens to a spectrum before RRNet sees it: rest frame, grid, cosmic rays, continuum (arXiv:2205.15490)."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Shaped
+
+from provenn.core.errors import UserError
+
+LIGHT = 299_792.458  # km/s
+RADIUS = 3  # pixels of the median against cosmic rays
+BELOW, ABOVE = 3.0, 4.0  # σ that a pixel may lie below and above what is fitted
+ORDER, ROUNDS = 5, 200  # of the polynomial, and fits at most; the authors' loop has no bound
+CLIP = (-0.5, 2.5)
+
+
+class Arm(NamedTuple):
+    """A wavelength range of a grid, in Å; its pixels are start, start + step, …, without the end.
+
+    Args:
+        start, end, step: in Å.
+    """
+
+    start: float
+    end: float
+    step: float = 0.1
+
+    @property
+    def pixels(self) -> int:
+        """How many."""
+        return round((self.end - self.start) / self.step)
+
+    def grid(self) -> Float[np.ndarray, " pixels"]:
+        """Wavelengths, by whole multiples of the step: `arange` may return one too many.
+
+        >>> Arm(4968, 5328).grid()[[0, 1, -1]].round(6).tolist()
+        [4968.0, 4968.1, 5327.9]
+        """
+        return self.start + self.step * np.arange(self.pixels)
+
+
+LAMOST = (Arm(4968, 5328), Arm(6339, 6699))  # the blue and the red arm of medium resolution, 3,600 pixels each
+
+
+def to_rest(wave: Float[np.ndarray, " pixels"], velocity: float) -> Float[np.ndarray, " pixels"]:
+    """Wavelengths at rest, λ/(1 + v/c).
+
+    Args:
+        wave: in Å.
+        velocity: of the star in km/s, away from us.
+    """
+    return wave / (1 + velocity / LIGHT)
+
+
+def resampled(
+    wave: Float[np.ndarray, " pixels"], flux: Shaped[np.ndarray, " pixels"], arm: Arm
+) -> Float[np.ndarray, " pixels2"]:
+    """Flux on the grid of an arm, between neighbours linear.
+
+    Raises:
+        UserError: wavelengths that do not rise or do not cover the arm, or flux that is no number.
+    """
+    if len(wave) != len(flux) or len(wave) < 2:
+        raise UserError(f"a spectrum has as many wavelengths as fluxes, at least 2; got {len(wave)} and {len(flux)}")
+    if not np.isfinite(wave).all() or (np.diff(wave) <= 0).any():
+        raise UserError("wavelengths must be numbers that rise")
+    grid = arm.grid()
+    if wave[0] > grid[0] or wave[-1] < grid[-1]:
+        unit = "; they look like logarithms" if wave[-1] < 10 else ""
+        raise UserError(
+            f"wavelengths from {wave[0]:g} to {wave[-1]:g} do not cover {arm.start:g} to {arm.end:g} Å{unit}"
+        )
+    near = (wave >= arm.start - 10 * arm.step) & (wave <= arm.end + 10 * arm.step)
+    if bad := int((~np.isfinite(flux[near])).sum()):
+        raise UserError(f"{bad} of {int(near.sum())} fluxes between {arm.start:g} and {arm.end:g} Å are no numbers")
+    return np.interp(grid, wave, flux)
+
+
+def without_cosmic_rays(flux: Float[np.ndarray, " pixels"]) -> Float[np.ndarray, " pixels"]:
+    """Flux whose outliers are replaced by the median of three pixels.
+
+    With d = median − flux and σ its standard deviation, d ≥ 3σ or d ≤ −4σ is an outlier. Beyond the ends are zeros.
+    """
+    from scipy.signal import medfilt
+
+    median = medfilt(flux, RADIUS)
+    off = median - flux
+    sigma = off.std()
+    return np.where((off < BELOW * sigma) & (off > -ABOVE * sigma), flux, median)
+
+
+def continuum(wave: Float[np.ndarray, " pixels"], flux: Float[np.ndarray, " pixels"]) -> Float[np.ndarray, " pixels"]:
+    """A polynomial of order 5 in log₁₀ λ, fitted again and again to what is not a line.
+
+    After each fit, pixels 3σ below or 4σ above it are put to the fit, for the next fit alone, until the same pixels are
+    kept. So the fit rises to the true continuum from round to round.
+
+    Raises:
+        UserError: flux that is constant, or does not settle.
+    """
+    angle = np.log10(wave)
+    angle = (angle - angle.mean()) / angle.std()
+    centre, spread = flux.mean(), flux.std()
+    if not spread > 0:
+        return np.full_like(flux, centre)
+    y = (flux - centre) / spread
+    kept = np.ones(len(y), bool)
+    for _ in range(ROUNDS):
+        fit = np.polyval(np.polyfit(angle, y, ORDER), angle)
+        off = fit - y
+        sigma = off.std()
+        now = (off > -ABOVE * sigma) & (off < BELOW * sigma)
+        if (now == kept).all():
+            break
+        # As the authors have it: the pixels whose mark differs from the first round's, which marks all.
+        y = np.where(now, y, fit)
+    return fit * spread + centre
+
+
+def normalise_spectrum(
+    wave: Sequence[Float[np.ndarray, " pixels"]] | Float[np.ndarray, " pixels"],
+    flux: Sequence[Shaped[np.ndarray, " pixels"]] | Shaped[np.ndarray, " pixels"],
+    velocity: float = 0.0,
+    arms: Sequence[Arm] = LAMOST,
+) -> Float[np.ndarray, " pixels2"]:
+    """A spectrum as RRNet takes it before it is standardised: about 1 where there is no line.
+
+    At rest, on the grid of each arm, without cosmic rays, divided by its continuum, arm after arm, in −0.5…2.5.
+
+    Args:
+        wave, flux: of each arm, or one that covers all.
+        velocity: of the star in km/s, away from us.
+        arms: grids.
+
+    Raises:
+        UserError: as of `resampled`.
+    """
+    waves, fluxes = ([part] * len(arms) if isinstance(part, np.ndarray) else list(part) for part in (wave, flux))
+    if not len(waves) == len(fluxes) == len(arms):
+        raise UserError(f"a spectrum has {len(arms)} arms, got {len(waves)} wavelengths and {len(fluxes)} fluxes")
+    parts = []
+    for one_wave, one_flux, arm in zip(waves, fluxes, arms, strict=True):
+        clean = without_cosmic_rays(resampled(to_rest(one_wave, velocity), one_flux, arm))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            parts.append(np.nan_to_num(clean / continuum(arm.grid(), clean), nan=1.0, posinf=CLIP[1], neginf=CLIP[0]))
+    return np.concatenate(parts).clip(*CLIP)
