@@ -1,4 +1,4 @@
-"""RRNet (arXiv:2205.15490): residual stages on a spectrum, a recurrent network over its sub-bands, means and variances."""
+"""RRNet (arXiv:2205.15490): residual stages, a recurrent network over sub-bands, a mean and a variance a label."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
