@@ -136,15 +136,19 @@ class Estimator(nn.Module):
         length: pixels of a spectrum.
         mode: `raw` has no recurrent network, `pre` has one on the spectrum, `post` on the features.
         segments: of the recurrent network.
+        clean: examples of training that are seen without added noise.
     """
 
-    def __init__(self, labels: int, length: int, mode: str, segments: int):
+    examples_seen: Tensor
+
+    def __init__(self, labels: int, length: int, mode: str, segments: int, clean: int = 0):
         super().__init__()
         if mode not in MODES:
             raise UserError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
         if labels < 1:
             raise UserError(f"at least one label is estimated, got {labels}")
-        self.labels, self.length, self.mode, self.segments = labels, length, mode, segments
+        self.labels, self.length, self.mode, self.segments, self.clean = labels, length, mode, segments, clean
+        self.register_buffer("examples_seen", torch.zeros((), dtype=torch.int64))
 
     def check(self, x: Tensor) -> None:
         """Refuse spectra of another length.
@@ -169,6 +173,7 @@ class RRNet(Estimator):
         widths: channels of each stage, at most five.
         segments: of the recurrent network.
         strict: refuse segments that cut a position in two.
+        clean: examples of training that are seen without added noise, published those of five epochs.
 
     Shapes: (batch, length), standardised, to `Normal` of (batch, labels).
 
@@ -185,8 +190,9 @@ class RRNet(Estimator):
         widths: Sequence[int] = (4, 8, 16),
         segments: int = SEGMENTS,
         strict: bool = False,
+        clean: int = 0,
     ):
-        super().__init__(labels, length, mode, segments)
+        super().__init__(labels, length, mode, segments, clean)
         if not 1 <= len(widths) <= 5:
             raise UserError(f"RRNet has one to five stages, got {len(widths)}")
         if length % segments or length % 2 ** len(widths):
@@ -226,14 +232,14 @@ class StarNet(Estimator):
     """StarNet as RRNet's authors have it: two convolutions, max pooling, and the head with a variance.
 
     Args:
-        labels, mode: as of `RRNet`.
+        labels, mode, clean: as of `RRNet`.
         length: pixels of a spectrum, a multiple of 4; with a recurrent network, of its 20 or 80 segments too.
 
     Shapes: as `RRNet`.
     """
 
-    def __init__(self, labels: int = 3, length: int = 7200, *, mode: str = "raw"):
-        super().__init__(labels, length, mode, {"raw": 1, "pre": 20, "post": 80}.get(mode, 1))
+    def __init__(self, labels: int = 3, length: int = 7200, *, mode: str = "raw", clean: int = 0):
+        super().__init__(labels, length, mode, {"raw": 1, "pre": 20, "post": 80}.get(mode, 1), clean)
         if length % 4:
             raise UserError(f"StarNet takes spectra of a multiple of 4 pixels, got {length}")
         features = 4 * length
@@ -330,3 +336,28 @@ class DeepEnsemble(nn.Module):
 
     def forward(self, x: Spectra) -> Normal:
         return mixture(*self.each(x))
+
+
+def rrnet_sp(*, labels: int = 3, length: int = 7200, mode: str = "post", clean: int = 0) -> RRNet:
+    """For effective temperature, gravity and iron, 3,981,994 parameters."""
+    return RRNet(labels, length, mode=mode, clean=clean)
+
+
+def rrnet_ca(*, labels: int = 14, length: int = 7200, mode: str = "post", clean: int = 0) -> RRNet:
+    """For the other fourteen abundances, 3,984,832 parameters."""
+    return RRNet(labels, length, mode=mode, clean=clean)
+
+
+def starnet_sp(*, labels: int = 3, length: int = 7200, mode: str = "raw", clean: int = 0) -> StarNet:
+    """StarNet for effective temperature, gravity and iron, 7,406,950 parameters."""
+    return StarNet(labels, length, mode=mode, clean=clean)
+
+
+def starnet_ca(*, labels: int = 14, length: int = 7200, mode: str = "raw", clean: int = 0) -> StarNet:
+    """StarNet for the other fourteen abundances, 7,409,788 parameters."""
+    return StarNet(labels, length, mode=mode, clean=clean)
+
+
+def rrnet_small(*, labels: int = 7, length: int = 1440, mode: str = "post", clean: int = 0) -> RRNet:
+    """For spectra of 1,440 pixels and seven labels, 784,498 parameters. Ours."""
+    return RRNet(labels, length, mode=mode, clean=clean)

@@ -2,6 +2,7 @@
 
 import re
 
+import torch
 from torch import Tensor
 
 from provenn.core.errors import UserError
@@ -46,7 +47,8 @@ def convert(
         mode = str(options.get("mode", "post")) if star else ("pre" if width == 180 else "post")
     name = ("starnet" if star else "rrnet") + f"_{LABELS.get(labels, 'sp')}"
     built: dict[str, object] = {"mode": mode} | ({} if labels in LABELS else {"labels": labels})
-    return name, built, {_rename(key): tensor for key, tensor in state.items()}
+    converted = {_rename(key): tensor for key, tensor in state.items()}
+    return name, built, converted | {"examples_seen": torch.zeros((), dtype=torch.int64)}
 
 
 def _rename(name: str) -> str:

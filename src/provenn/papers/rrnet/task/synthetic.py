@@ -65,7 +65,9 @@ def stars(count: int, rng: np.random.Generator) -> Float[np.ndarray, "stars labe
     return np.column_stack([temperature, gravity, iron, others])
 
 
-def pure(labels: Float[np.ndarray, "stars labels"], resolution: float = RESOLUTION) -> Float[np.ndarray, "stars pixels"]:
+def pure(
+    labels: Float[np.ndarray, "stars labels"], resolution: float = RESOLUTION
+) -> Float[np.ndarray, "stars pixels"]:
     """Normalised flux without noise: exp(−Σ EW·profile).
 
     An optical depth at the centre, log τ = [X/H] + log gf − θχ + ionisation, with θ = 5040/T_eff; ions weaken with
@@ -79,7 +81,9 @@ def pure(labels: Float[np.ndarray, "stars labels"], resolution: float = RESOLUTI
     lines = line_list()
     temperature, gravity, abundance = labels[:, :1], labels[:, 1:2], labels[:, 2:]
     theta = 5040 / temperature
-    ionisation = np.where(lines.ionised, -0.35 * (gravity - 4.4) - 2.5 * (theta - 5040 / SUN), 2.0 * (theta - 5040 / SUN))
+    ionisation = np.where(
+        lines.ionised, -0.35 * (gravity - 4.4) - 2.5 * (theta - 5040 / SUN), 2.0 * (theta - 5040 / SUN)
+    )
     depth = 10 ** (abundance[:, lines.element] + lines.strength - theta * lines.excitation + ionisation + 3.4)
     width = 0.09 * np.log1p(depth)
     wings = 0.02 * 10 ** (0.25 * (gravity - 4.4))
