@@ -56,7 +56,7 @@ def line_list() -> Lines:
 
 
 def stars(count: int, rng: np.random.Generator) -> Float[np.ndarray, "stars labels"]:
-    """Labels of stars, in the order of `LABELS`: a mixture of dwarfs and giants; the elements go with iron, 0.12 dex."""
+    """Labels of stars, in the order of `LABELS`: dwarfs and giants; elements go with iron, 0.12 dex."""
     temperature = rng.uniform(*TEMPERATURES, count)
     giant = (temperature < 5400) & (rng.random(count) < 0.6)
     gravity = np.where(giant, rng.normal(2.4, 0.5, count), rng.normal(4.4, 0.2, count)).clip(0.5, 5)
