@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from provenn.core.cost import count_parameters
 from provenn.papers.rrnet.model import Estimator, Head, Normal, RRNet, SegmentRNN, StarNet
-from provenn.papers.rrnet.task import TASK, assembled, synthetic
+from provenn.papers.rrnet.task import assembled, synthetic
 from provenn.tasks import Task, TaskData, count_examples
 from provenn.training import Fit, fit
 
@@ -246,6 +246,3 @@ VARIANTS = {
 def parameters(part: str) -> int:
     """How many of a variant learn."""
     return count_parameters(network(part))
-
-
-TASKS = TASK

@@ -34,8 +34,8 @@ def read_spectra(file: Path, arms: Sequence[Arm], velocity: float = 0.0) -> Spec
     """The spectra of a file, normalised for a model.
 
     Args:
-        file: a FITS file of LAMOST, gzipped or not; a table with the columns `wavelength`, in Å, and `flux`; or an array
-            of (spectra, pixels) that is normalised and on the grid of the model.
+        file: a FITS file of LAMOST, gzipped or not; a table with the columns `wavelength`, in Å, and `flux`; or a NumPy
+            array of (spectra, pixels) that is normalised and on the grid of the model.
         arms: the grid.
         velocity: of the star in km/s, away from us, for spectra that are not at rest.
 
