@@ -108,8 +108,10 @@ class SpectraRegression(Task):
         return gaussian_nll(y, *network(x), known=~y.isnan())
 
     def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = BATCH) -> Scores:
-        """Of each spectrum the differences from its labels in units of their spread, their squares over the variance,
-        and negative log-likelihoods, a column each for every label; NaN where a label is missing."""
+        """Of each spectrum and label the error, its square over the variance, and the negative log-likelihood.
+
+        Errors are in spreads of the label; NaN where it is missing.
+        """
         rows = []
         for x, y in _batches(dataset, batch_size):
             told = model(x.to(device_of(model)))
@@ -120,8 +122,11 @@ class SpectraRegression(Task):
         return {"off": off, "squared": squared, "likelihood": likelihood}
 
     def summary(self, scores: Scores) -> dict[str, float]:
-        """The mean absolute error and the standard deviation of the error, in spreads of the labels; how many lie within
-        one σ; the negative log-likelihood without its constant."""
+        """What `scores` comes to, over all known labels.
+
+        The mean absolute error and the standard deviation of the error, in spreads of the labels; how many lie within
+        one σ; the negative log-likelihood without its constant.
+        """
         off, squared = scores["off"], scores["squared"]
         return {
             "error": float(np.nanmean(np.nanmean(np.abs(off), axis=0))),
