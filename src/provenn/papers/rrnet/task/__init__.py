@@ -194,7 +194,8 @@ class SpectraRegression(Task):
             spectra = read_spectra(file, arms, velocity)
             for low in range(0, len(spectra.names), BATCH):
                 mean, deviation = physical(model, known, spectra.flux[low : low + BATCH])
-                for name, means, deviations in zip(spectra.names[low : low + BATCH], mean, deviation, strict=True):
+                names = spectra.names[low : low + BATCH]
+                for name, means, deviations in zip(names, mean.tolist(), deviation.tolist(), strict=True):
                     rows.append([name, *(x for pair in zip(means, deviations, strict=True) for x in pair)])
         seconds = time.perf_counter() - start
         said = f"{len(rows):,} spectra in {seconds:.1f} s"

@@ -82,7 +82,7 @@ def pure(
     temperature, gravity, abundance = labels[:, :1], labels[:, 1:2], labels[:, 2:]
     theta = 5040 / temperature
     ionisation = np.where(
-        lines.ionised, -0.35 * (gravity - 4.4) - 2.5 * (theta - 5040 / SUN), 2.0 * (theta - 5040 / SUN)
+        lines.ionised, -0.35 * (gravity - 4.4) - 2.5 * (theta - 5040 / SUN), 4.0 * (theta - 5040 / SUN)
     )
     depth = 10 ** (abundance[:, lines.element] + lines.strength - theta * lines.excitation + ionisation + 3.4)
     width = 0.09 * np.log1p(depth)
