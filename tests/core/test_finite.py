@@ -39,6 +39,7 @@ INPUTS = {  # of each kind of work: what is given, and where the answer goes
     "language-modelling": ("words", "answer.txt"),
     "accelerated-language-modelling": ("words", "answer.txt"),
     "pansharpening": ("ms.npy pan.npy", "answer.npy"),
+    "spectra-regression": ("spectra.npy", "answer.csv"),
 }
 TRIED = {"pansharpening": "image.png"}  # in the browser, where that is something else
 # A factor under which every parameter has a square in float32, and every model that ships runs out of its range.
@@ -56,6 +57,7 @@ def inputs(tmp_path_factory) -> Path:
         sound.writeframes((8000 * np.sin(np.arange(4000) / 10)).astype("<i2").tobytes())
     graph = {"nodes": ["node"] * 3, "edges": [[0, 1], [1, 2]]}
     (folder / "graph.jsonl").write_text(json.dumps(graph) + "\n")
+    np.save(folder / "spectra.npy", np.random.default_rng(0).random((3, 1440), dtype=np.float32))
     for name, bands, side in (("ms", 3, 32), ("pan", 1, 128)):
         np.save(folder / f"{name}.npy", np.random.default_rng(0).random((bands, side, side), dtype=np.float32))
     (folder / "words").write_text("def main(argument):\n    return argument\n" * 4)
