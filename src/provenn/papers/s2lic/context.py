@@ -110,7 +110,7 @@ class DeformableAttention(nn.Module):
         dim: channels, a multiple of `head`.
         head: channels of a head, published 32.
         stride: how much coarser the sampled grid is; 4 suits large pictures.
-        reach: how far a point may move, in cells of the sampled grid times two.
+        reach: how far a point may move, in half cells of the sampled grid: 2 is one cell.
 
     Shapes: (batch, dim, height, width) to the same.
 
