@@ -478,7 +478,7 @@ def test_without_a_word_it_says_what_there_is(run):
         assert f" {verb} " in out
 
 
-def test_a_narrow_terminal_puts_a_experiment_above_its_figures(run, monkeypatch):
+def test_a_narrow_terminal_puts_an_experiment_above_its_figures(run, monkeypatch):
     from provenn.cli import console
 
     monkeypatch.setattr(console, "PIPED_WIDTH", 50)

@@ -109,6 +109,7 @@ OPENS = {
     "data/text.py": "the standard library's sources, and what it writes",
     "data/trajectories.py": "NumPy and HDF5, behind check_file",
     "data/cifar.py": "np.fromfile, behind check_file",
+    "papers/lambda_pnn/task/rasters.py": "rasterio and NumPy, behind check_file",
     "tasks/demos.py": "what a task writes, and in a closed process what a reader gave",
     "tasks/faces.py": "TOML beside the code of a task",
     "tasks/image_generation.py": "what it writes",

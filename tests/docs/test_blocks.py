@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import rasterio
 import typer
 from PIL import Image
 
@@ -61,7 +62,7 @@ def commands(text: str) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory) -> Path:
-    """The files that the guides name: photographs of two classes, images with masks, a series and a text."""
+    """The files that the guides name: photographs of two classes, images with masks, scenes, a series and a text."""
     folder = tmp_path_factory.mktemp("samples")
     names = {
         "cat.png": "cat.png",
@@ -81,6 +82,14 @@ def samples(tmp_path_factory) -> Path:
         mask = np.kron(rng.integers(0, 3, (4, 4)), np.ones((16, 16))).astype(np.uint8)
         Image.fromarray(np.stack([mask * 80 + 20] * 3, 2)).save(folder / f"masks/images/{number}.png")
         Image.fromarray(mask).save(folder / f"masks/masks/{number}.png")
+    (folder / "scenes").mkdir()
+    for name in ("", "scenes/a_", "scenes/b_", "scenes/c_"):
+        for kind, bands, side in (("ms", 3, 72), ("pan", 1, 288)):
+            counts = rng.integers(200, 1800, (bands, side, side)).astype(np.uint16)
+            place = {"crs": "EPSG:32633", "transform": rasterio.Affine(288 / side, 0, 0, 0, -288 / side, 0)}
+            shape = {"count": bands, "height": side, "width": side, "dtype": "uint16"}
+            with rasterio.open(folder / f"{name}{kind}.tif", "w", driver="GTiff", **shape, **place) as file:
+                file.write(counts)
     for number in range(4):
         (folder / f"text/{number}.txt").write_text("The quick brown fox jumps over the lazy dog. " * 200)
     return folder

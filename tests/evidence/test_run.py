@@ -295,7 +295,7 @@ def test_measuring_one_experiment_keeps_the_records_of_the_others(card, tmp_path
     ]
 
 
-def test_a_experiment_that_is_no_longer_made_leaves_the_file(card, tmp_path):
+def test_an_experiment_that_is_no_longer_made_leaves_the_file(card, tmp_path):
     reproduce(card, out=tmp_path)
     fewer = card.model_copy(update={"experiments": card.experiments[:2]})
     reproduce(fewer, out=tmp_path)
@@ -359,7 +359,7 @@ def peer(site: Path, version: str) -> None:
     importlib.invalidate_caches()
 
 
-def test_a_experiment_about_a_package_is_measured_where_the_package_is(card, site, tmp_path):
+def test_an_experiment_about_a_package_is_measured_where_the_package_is(card, site, tmp_path):
     experiments = [c.model_copy(update={"package": "a-peer"}) if c.id == "better" else c for c in card.experiments]
     against = card.model_copy(update={"experiments": experiments})
 

@@ -182,7 +182,7 @@ def test_where_lower_is_better_the_rate_is_the_one_with_the_lowest_figure(tmp_pa
     assert measurement.setting["lr"] == {"variant A": 0.01, "variant B": 0.1}
 
 
-def test_an_variant_that_has_nothing_to_learn_is_at_no_edge_of_the_rates(tmp_path, monkeypatch):
+def test_a_variant_that_has_nothing_to_learn_is_at_no_edge_of_the_rates(tmp_path, monkeypatch):
     monkeypatch.setitem(BEST, "b", None)  # all rates are alike
     measurement = run_to_end(STUDY.against("a", "b")(run_in(tmp_path)))
     assert set(measurement.setting["tuned"]["validation score"]["variant B"].values()) == {0.5}

@@ -40,7 +40,7 @@ def test_what_is_said_of_an_effect_is_said_of_its_mirror_image(interval, region)
 
 
 @given(intervals, numbers, st.floats(0, 1e6))
-def test_a_larger_effect_never_proves_less_of_a_experiment_that_it_is_large(interval, bound, more):
+def test_a_larger_effect_never_proves_less_of_an_experiment_that_it_is_large(interval, bound, more):
     larger = (interval[0] + more, interval[1] + more)
     above = Region(above=bound)
     assert BETTER.index(locate(larger, above)) >= BETTER.index(locate(interval, above))
@@ -55,7 +55,7 @@ def test_a_wider_interval_never_turns_a_verdict_round(interval, region, more):
 
 
 @given(intervals, numbers)
-def test_a_experiment_and_its_opposite_are_never_both_proven(interval, bound):
+def test_an_experiment_and_its_opposite_are_never_both_proven(interval, bound):
     verdicts = [locate(interval, Region(above=bound)), locate(interval, Region(below=bound))]
     assert verdicts.count(Verdict.SUPPORTED) <= 1
     assert (verdicts[0] is Verdict.SUPPORTED) == (verdicts[1] is Verdict.CONTRADICTED and interval[0] > bound)
@@ -167,7 +167,7 @@ def test_variants_that_guess_show_nothing_be_they_ahead_behind_or_equal():
 
 
 @pytest.mark.parametrize("higher", [True, False])
-def test_an_variant_that_beats_dummy_predictor_has_learned_and_one_that_it_beats_has_not(higher):
+def test_a_variant_that_beats_dummy_predictor_has_learned_and_one_that_it_beats_has_not(higher):
     better, worse = [0.9, 0.91, 0.92], [0.1, 0.11, 0.12]
     learned = skill(better, worse, higher) if higher else skill(worse, better, higher)
     failed = skill(worse, better, higher) if higher else skill(better, worse, higher)

@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset
 from provenn.core.errors import UserError
 from provenn.tasks import Task, TaskData
 from provenn.training import Hardware, Recipe, Saving, fit
+from provenn.training.processes import leave_group
 
 
 class Line(Task):
@@ -114,7 +115,8 @@ def resumed_within_an_epoch(out):
             )
     if results:
         torch.save([[result.model.state_dict(), result.curve] for result in results], out / "result.pt")
-    torch.distributed.destroy_process_group()
+    leave_group(None)
+    check_no_thread_left()
 
 
 def check_no_thread_left():

@@ -138,7 +138,7 @@ def test_without_javascript_a_button_does_the_same(browser, url):
     context.close()
 
 
-def test_a_experiment_that_is_linked_to_is_unfolded(tab):
+def test_an_experiment_that_is_linked_to_is_unfolded(tab):
     tab.goto("/papers/eca_net")
     link = tab.locator(".measured a").first
     target = link.get_attribute("href")

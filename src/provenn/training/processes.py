@@ -1,5 +1,6 @@
 """What a training over several processes needs besides Lightning: whole weights, random states, a clean end."""
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,14 +22,16 @@ def leave_group(wrapper: nn.Module | None) -> None:
     its weights, in the mesh that torch keeps with every operation on a divided tensor.
 
     Args:
-        wrapper: what the model was trained in.
+        wrapper: what the model was trained in; None lets go of every wrapper by DDP that is left.
     """
     if not torch.distributed.is_initialized():
         return
     groups = list(torch.distributed.distributed_c10d._world.pg_map)
     torch.distributed.barrier()
-    for part in ("logger", "reducer", "process_group") if isinstance(wrapper, DistributedDataParallel) else ():
-        delattr(wrapper, part)
+    for left in gc.get_objects() if wrapper is None else [wrapper]:
+        if type(left) is DistributedDataParallel:
+            for part in ("logger", "reducer", "process_group"):
+                vars(left).pop(part, None)
     for mesh_info in mesh_infos(wrapper):
         mesh_info.mesh._get_root_mesh()._pg_registry.clear()
         mesh_info.shard_process_group = None

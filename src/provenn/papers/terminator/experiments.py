@@ -153,7 +153,7 @@ EXPERIMENTS = {
     "regulariser": PARTS.against("all", "no regulariser"),
     "zero_mean_blocks": PARTS.against("all", "resnet", metric="distance of means from zero"),
     "slow_loss": PARTS.against("all", "no slow loss"),
-    "first_epoch": FIRST.against("all", "resnet", shown=["resnet kar3"]),
+    "first_epoch": FIRST.against("all", ("resnet", "resnet kar3")),
     "second_epoch": PARTS.against("all", "resnet", shown=PARTS.variants),
     "after_training": LONGER.against("all", "resnet"),
     "beside_larger": LARGER.against("all", ("twice", "twice kar3", "four", "four kar3")),
