@@ -1,7 +1,8 @@
 """S2LIC (arXiv:2403.14471): transforms, hyperprior and the walk over slices in two checkerboard passes each."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import cast
 
@@ -38,7 +39,8 @@ def _chain(layers: list[nn.Module]) -> nn.Sequential:
 class Sizes:
     """Sizes of an S2LIC network; the defaults are the paper's.
 
-    `width` is N, `latent` is M, `growth` is of the dense blocks, `stride` of the sampled grid of the global context.
+    `width` is N, `latent` is M, `growth` and `dense` are of the dense blocks, `stride` of the sampled grid of the global
+    context, `entropy` and `correction` the inner widths of the entropy parameters and of the residual prediction.
     With `intra_slice` a slice's second pass sees the contexts of its decoded anchors too, as the paper's figure shows
     (inferred); without, both passes see the same context, as in the released file.
     """
@@ -49,7 +51,10 @@ class Sizes:
     depths: tuple[int, int, int] = (1, 2, 3)
     heads: tuple[int, int, int] = (4, 8, 16)
     growth: int = 32
+    dense: int = 64
     stride: int = 2
+    entropy: tuple[int, ...] = (320, 256, 128)
+    correction: tuple[int, ...] = (224, 128)
     intra_slice: bool = False
 
 
@@ -62,8 +67,8 @@ class Coded:
     z: Tensor
 
     def bits(self) -> Tensor:
-        """The estimated rate of the whole batch in bits."""
-        return -(self.y.log2().sum() + self.z.log2().sum())
+        """The estimated rate of each picture of the batch in bits."""
+        return -(self.y.log2().flatten(1).sum(1) + self.z.log2().flatten(1).sum(1))
 
 
 class SliceCoder(nn.Module):
@@ -71,20 +76,16 @@ class SliceCoder(nn.Module):
 
     Args:
         sizes: sizes of the network.
-        seen: channels that the contexts see, 0 for none.
+        context: channels of the contexts, 0 for none.
         before: channels decoded before the slice.
     """
 
-    def __init__(self, sizes: Sizes, seen: int, before: int):
+    def __init__(self, sizes: Sizes, context: int, before: int):
         super().__init__()
         part = sizes.latent // sizes.slices
-        self.parameters_of = _chain(
-            [
-                nn.Conv2d(i, o, 1)
-                for i, o in ((2 * sizes.latent + 96 * bool(seen), 320), (320, 256), (256, 128), (128, 2 * part))
-            ]
-        )
-        widths = (sizes.latent + before + part, 224, 128, part)
+        widths = (2 * sizes.latent + context, *sizes.entropy, 2 * part)
+        self.parameters_of = _chain([nn.Conv2d(i, o, 1) for i, o in pairwise(widths)])
+        widths = (sizes.latent + before + part, *sizes.correction, part)
         self.correction_of = _chain([_conv(i, o, 3, 1) for i, o in pairwise(widths)])
 
     def forward(self, context: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,62 +99,61 @@ class SliceCoder(nn.Module):
 
 
 class Contexts(nn.Module):
-    """AC and AG side by side: (batch, dim, height, width) to (batch, 96, height, width)."""
+    """AC and AG side by side: (batch, dim, height, width) to (batch, 96, height, width).
 
-    def __init__(self, dim: int, head: int, stride: int):
+    Args:
+        dim: channels decoded so far.
+        sizes: sizes of the network.
+    """
+
+    out = 96
+
+    def __init__(self, dim: int, sizes: Sizes):
         super().__init__()
-        self.channel, self.inter = ChannelContext(dim), GlobalContext(dim, head=head, stride=stride)
+        head = sizes.latent // sizes.slices
+        self.channel, self.inter = ChannelContext(dim), GlobalContext(dim, head=head, stride=sizes.stride)
 
     def forward(self, u: Tensor) -> Tensor:
         return torch.cat([self.channel(u), self.inter(u)], 1)
 
 
-class S2LIC(nn.Module):
-    """Learned image compression; sides of a picture are multiples of 64, values in 0…1.
+class LatentCoder(nn.Module):
+    """S2LIC's entropy model: the hyperprior, and the walk over the slices of y in two checkerboard passes each.
 
     Args:
         sizes: sizes of the network.
+        context: makes the context of `dim` decoded channels, `context(dim, sizes)`; its `out` are its channels. None
+            has the hyperprior alone decide.
 
-    Shapes: (batch, 3, height, width) to a `Coded` whose picture has the same shape, y (batch, M, height/16, width/16)
-    and z (batch, N, height/64, width/64).
+    Shapes: y (batch, M, height, width) to the decoded y, the likelihoods of y, and those of z (batch, N, height/4,
+    width/4); the sides are multiples of 4.
 
     Raises:
-        UserError: a side is no multiple of 64, or M is no multiple of the number of slices.
+        UserError: M is no multiple of the number of slices.
     """
 
-    def __init__(self, sizes: Sizes = Sizes()):
+    def __init__(self, sizes: Sizes = Sizes(), context: Callable[[int, Sizes], nn.Module] | None = Contexts):
         super().__init__()
         if sizes.latent % sizes.slices:
             raise UserError(f"{sizes.latent} latent channels do not divide into {sizes.slices} slices")
         self.sizes, n, m = sizes, sizes.width, sizes.latent
-        one, two, three = sizes.depths
-        # The released list of depths is (1, 2, 3, 1, 1): eight rates; the decoder reads on from the reversed list.
-        rates = torch.linspace(0, 0.1, sum(sizes.depths) + 2, device="cpu").tolist()
-        down = [rates[:one], rates[one : one + two], rates[one + two : -2]]
-        up = [rates[2 : 2 + three], rates[2 + three : 2 + three + two], rates[2 + three + two :]]
-        groups = [RS2TB(n, h, d) for h, d in zip(sizes.heads, down, strict=True)]
-        self.encoder = nn.Sequential(
-            DenseEnhancement(growth=sizes.growth), _conv(3, n, 5), groups[0], _conv(n, n), groups[1], _conv(n, n),
-            groups[2], _conv(n, m),
-        )  # fmt: skip
-        groups = [RS2TB(n, h, d) for h, d in zip(sizes.heads[::-1], up, strict=True)]
-        self.decoder = nn.Sequential(
-            _deconv(m, n), groups[0], _deconv(n, n), groups[1], _deconv(n, n), groups[2], _subpel(n, 3),
-            DenseEnhancement(growth=sizes.growth),
-        )  # fmt: skip
         plain = [_conv(m, n, 3, 1), _conv(n, n, 3, 1), _conv(n, n), _conv(n, n, 3, 1), _conv(n, n)]
         self.hyper_encoder = _chain(list(plain))
         half = 3 * m // 2
         rising = [_conv(n, m, 3, 1), _subpel(m, m), _conv(m, half, 3, 1), _subpel(half, half), _conv(half, 2 * m, 3, 1)]
         self.hyper_decoder = _chain(list(rising))
         self.prior = FactorizedPrior(n)
-        part, intra = m // sizes.slices, sizes.intra_slice
+        part = m // sizes.slices
         before = [part * i for i in range(sizes.slices)]
-        self.contexts = nn.ModuleList(Contexts(d, part, sizes.stride) for d in before[1:])
-        inner = [Contexts(d + part, part, sizes.stride) for d in before] if intra else []
-        self.intra_contexts = nn.ModuleList(inner)
-        self.first = nn.ModuleList(SliceCoder(sizes, d, d) for d in before)
-        self.second = nn.ModuleList(SliceCoder(sizes, d + part * intra, d) for d in before)
+        self.contexts, self.intra_contexts = nn.ModuleList(), nn.ModuleList()
+        if context is not None:
+            self.contexts.extend(context(d, sizes) for d in before[1:])
+            self.intra_contexts.extend(context(d + part, sizes) for d in before if sizes.intra_slice)
+        # A slice coder is told how many channels of context it gets: the first slice's first pass gets none.
+        outs = [0, *(int(module.out) for module in self.contexts)] if context is not None else [0] * sizes.slices
+        again = [int(module.out) for module in self.intra_contexts] or outs
+        self.first = nn.ModuleList(SliceCoder(sizes, out, d) for out, d in zip(outs, before, strict=True))
+        self.second = nn.ModuleList(SliceCoder(sizes, out, d) for out, d in zip(again, before, strict=True))
 
     def walk(self, hyper: Tensor, read: Reader) -> Tensor:
         """Decode y: `read` is asked once a pass, with mean and scale that rest on decoded values alone.
@@ -164,11 +164,11 @@ class S2LIC(nn.Module):
         means = hyper.chunk(2, 1)[1]
         done: list[Tensor] = []
         for i in range(self.sizes.slices):
-            context = torch.cat([self.contexts[i - 1](torch.cat(done, 1)), hyper], 1) if i else hyper
+            context = torch.cat([self.contexts[i - 1](torch.cat(done, 1)), hyper], 1) if i and self.contexts else hyper
             value = torch.zeros_like(hyper[:, :1])
             for anchor, passes, mask in ((True, self.first, odd), (False, self.second, 1 - odd)):
                 coder = cast(SliceCoder, passes[i])
-                if not anchor and self.sizes.intra_slice:
+                if not anchor and self.intra_contexts:
                     context = torch.cat([self.intra_contexts[i](torch.cat([*done, value], 1)), hyper], 1)
                 mean, scale = coder(context)
                 value = value + (read(i, anchor, mean, scale) + mean) * mask
@@ -176,10 +176,7 @@ class S2LIC(nn.Module):
             done.append(value)
         return torch.cat(done, 1)
 
-    def forward(self, x: Tensor) -> Coded:
-        if x.shape[-1] % 64 or x.shape[-2] % 64:
-            raise UserError(f"the sides of a picture must be multiples of 64, got {x.shape[-2]}×{x.shape[-1]}")
-        y = self.encoder(x)
+    def forward(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z = self.hyper_encoder(y)
         median = self.prior.median()
         rounded = round_through(z - median) + median
@@ -196,14 +193,81 @@ class S2LIC(nn.Module):
         decoded = self.walk(self.hyper_decoder(rounded), read)
         odd = anchors(y)
         likelihood = torch.cat([a * odd + b * (1 - odd) for a, b in zip(rates[::2], rates[1::2], strict=True)], 1)
-        return Coded(self.decoder(decoded), likelihood, self.prior.likelihood(noisy))
+        return decoded, likelihood, self.prior.likelihood(noisy)
 
-    def training_loss(self, x: Tensor, weight: float = 0.013) -> Tensor:
-        """Rate and distortion, weight·255²·MSE + bits a pixel, of a batch of pictures."""
+
+class S2LIC(nn.Module):
+    """Learned image compression; sides of a picture are multiples of 64, values in 0…1.
+
+    Args:
+        sizes: sizes of the network.
+        lam: λ of the loss, the price of distortion.
+
+    Shapes: (batch, 3, height, width) to a `Coded` whose picture has the same shape, y (batch, M, height/16, width/16)
+    and z (batch, N, height/64, width/64).
+
+    Raises:
+        UserError: a side is no multiple of 64, λ is not positive, or M is no multiple of the number of slices.
+    """
+
+    def __init__(self, sizes: Sizes = Sizes(), lam: float = 0.013):
+        super().__init__()
+        if not 0 < lam < math.inf:
+            raise UserError(f"lam is the price of distortion, a number above 0; got {lam:g}")
+        self.sizes, self.lam, n, m = sizes, lam, sizes.width, sizes.latent
+        one, two, three = sizes.depths
+        # The released list of depths is (1, 2, 3, 1, 1): eight rates; the decoder reads on from the reversed list.
+        rates = torch.linspace(0, 0.1, sum(sizes.depths) + 2, device="cpu").tolist()
+        down = [rates[:one], rates[one : one + two], rates[one + two : -2]]
+        up = [rates[2 : 2 + three], rates[2 + three : 2 + three + two], rates[2 + three + two :]]
+        groups = [RS2TB(n, h, d) for h, d in zip(sizes.heads, down, strict=True)]
+        self.encoder = nn.Sequential(
+            DenseEnhancement(3, sizes.dense, sizes.growth), _conv(3, n, 5), groups[0], _conv(n, n), groups[1],
+            _conv(n, n), groups[2], _conv(n, m),
+        )  # fmt: skip
+        groups = [RS2TB(n, h, d) for h, d in zip(sizes.heads[::-1], up, strict=True)]
+        self.decoder = nn.Sequential(
+            _deconv(m, n), groups[0], _deconv(n, n), groups[1], _deconv(n, n), groups[2], _subpel(n, 3),
+            DenseEnhancement(3, sizes.dense, sizes.growth),
+        )  # fmt: skip
+        self.coder = LatentCoder(sizes)
+
+    def forward(self, x: Tensor) -> Coded:
+        if x.shape[-1] % 64 or x.shape[-2] % 64:
+            raise UserError(f"the sides of a picture must be multiples of 64, got {x.shape[-2]}×{x.shape[-1]}")
+        decoded, y, z = self.coder(self.encoder(x))
+        return Coded(self.decoder(decoded), y, z)
+
+    def training_loss(self, x: Tensor) -> Tensor:
+        """Rate and distortion of a batch of pictures, λ·255²·MSE + bits a pixel, and the prior's auxiliary loss.
+
+        The auxiliary loss trains the quantiles alone. Adam's steps do not depend on its factor of 1e-3, which keeps it
+        out of the norm of the other gradients.
+        """
         coded = self(x)
-        return weight * 255**2 * (coded.picture - x).square().mean() + coded.bits() / (x.numel() / 3)
+        cost = self.lam * 255**2 * (coded.picture - x).square().mean() + coded.bits().sum() / (x.numel() / 3)
+        return cost + 1e-3 * self.coder.prior.auxiliary_loss()
 
 
-def s2lic(intra_slice: bool = False) -> S2LIC:
+def s2lic(*, lam: float = 0.013, intra_slice: bool = False, stride: int = 2) -> S2LIC:
     """S2LIC at the paper's size, 73.9 M parameters in the released form."""
-    return S2LIC(Sizes(intra_slice=intra_slice))
+    return S2LIC(Sizes(intra_slice=intra_slice, stride=stride), lam)
+
+
+SMALL = Sizes(
+    width=32,
+    latent=40,
+    slices=5,
+    depths=(1, 1, 1),
+    heads=(2, 4, 4),
+    growth=8,
+    dense=16,
+    entropy=(40, 32, 24),
+    correction=(16, 8),
+    intra_slice=True,
+)
+
+
+def s2lic_small(*, lam: float = 0.013, intra_slice: bool = True, stride: int = 2) -> S2LIC:
+    """Narrow, with five slices and the intra-slice contexts of the paper's figure. Ours."""
+    return S2LIC(replace(SMALL, intra_slice=intra_slice, stride=stride), lam)
