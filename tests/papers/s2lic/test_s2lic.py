@@ -238,7 +238,7 @@ def test_no_mean_or_scale_sees_what_is_not_yet_decoded(intra):
 def test_a_forward_gives_a_picture_and_a_finite_loss_that_reaches_every_weight():
     model = small(True).train()
     x = torch.rand(2, 3, 64, 128)
-    model.training_loss(x).backward()
+    model.rate_distortion(x).backward()
     without = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()}
     assert without == set()
     coded = model.eval()(x)

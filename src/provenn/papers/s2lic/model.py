@@ -39,8 +39,8 @@ def _chain(layers: list[nn.Module]) -> nn.Sequential:
 class Sizes:
     """Sizes of an S2LIC network; the defaults are the paper's.
 
-    `width` is N, `latent` is M, `growth` and `dense` are of the dense blocks, `stride` of the sampled grid of the global
-    context, `entropy` and `correction` the inner widths of the entropy parameters and of the residual prediction.
+    `width` is N, `latent` is M; `growth` and `dense` are of the dense blocks, `stride` of the grid that the global
+    context samples, `entropy` and `correction` the inner widths of the entropy parameters and of the residual prediction.
     With `intra_slice` a slice's second pass sees the contexts of its decoded anchors too, as the paper's figure shows
     (inferred); without, both passes see the same context, as in the released file.
     """
@@ -238,7 +238,7 @@ class S2LIC(nn.Module):
         decoded, y, z = self.coder(self.encoder(x))
         return Coded(self.decoder(decoded), y, z)
 
-    def training_loss(self, x: Tensor) -> Tensor:
+    def rate_distortion(self, x: Tensor) -> Tensor:
         """Rate and distortion of a batch of pictures, λ·255²·MSE + bits a pixel, and the prior's auxiliary loss.
 
         The auxiliary loss trains the quantiles alone. Adam's steps do not depend on its factor of 1e-3, which keeps it
