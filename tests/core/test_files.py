@@ -193,6 +193,7 @@ ELSEWHERE = {
             *("web/worker.py:main", "web/worker.py:_inside", "tasks/demos.py:save_shown"),
             *("tasks/super_resolution.py:answer", "tasks/semantic_segmentation.py:answer"),
             "papers/lambda_pnn/task/__init__.py:answer",
+            "papers/s2lic/task/__init__.py:answer",
         ],
         "in a worker's own folder",
     ),

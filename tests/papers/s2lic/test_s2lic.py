@@ -1,6 +1,8 @@
 """S2LIC's blocks against their definitions, its counts, and that a latent is decoded from what was coded alone."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from provenn.papers.s2lic.context import anchors, squeeze, unsqueeze
 from provenn.papers.s2lic.entropy import FactorizedPrior, gaussian_likelihood, round_through
 from provenn.papers.s2lic.model import s2lic
 from provenn.papers.s2lic.transforms import SwinV2Block, WindowAttention
+from provenn.testing import seeded_array, seeded_state
 
 SLICES, LATENT = 5, 40
 
@@ -247,3 +250,20 @@ def test_a_forward_gives_a_picture_and_a_finite_loss_that_reaches_every_weight()
         model(x[..., :60])
     with pytest.raises(UserError, match="do not divide"):
         S2LIC(Sizes(latent=321))
+
+
+def test_the_walk_is_that_of_the_released_file():
+    """Values of its class around our layers, with weights drawn by name; in double precision."""
+    golden = json.loads(Path(__file__).with_name("s2lic_released.json").read_text())
+    model = S2LIC(Sizes(width=16, growth=4, dense=8)).double().eval()
+    state = seeded_state({name: list(tensor.shape) for name, tensor in model.state_dict().items()}, 0)
+    model.load_state_dict({name: t.double() if t.is_floating_point() else t for name, t in state.items()})
+    x = torch.from_numpy((seeded_array([1, 3, 64, 128], "x", 0) / math.sqrt(3) + 1) / 2).requires_grad_()
+    coded = model(x)
+    weight = torch.from_numpy(seeded_array(list(x.shape), "gradient", 0))
+    (gradient,) = torch.autograd.grad((coded.picture * weight).sum() + coded.bits().sum(), x)
+    found = {"picture": coded.picture, "y": coded.y, "z": coded.z, "gradient": gradient}
+    for name, tensor in found.items():
+        expected = torch.tensor(golden[name]["value"], dtype=torch.float64)
+        torch.testing.assert_close(tensor.detach().flatten()[golden[name]["index"]], expected, rtol=1e-7, atol=1e-9)
+    assert coded.bits().item() == pytest.approx(golden["bits"], rel=1e-9)

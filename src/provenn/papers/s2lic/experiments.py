@@ -53,7 +53,7 @@ CODECS_AT_RATES = Study(
 )
 
 
-def _decoding(make: Callable[[], torch.nn.Module]) -> Callable[[int, str], Callable[[], Any]]:
+def _decoding(make: Callable[[], LatentCoder]) -> Callable[[int, str], Callable[[], Any]]:
     """What decodes a latent of a square of so many pixels, without the range coder."""
 
     def runner(size: int, device: str) -> Callable[[], Any]:

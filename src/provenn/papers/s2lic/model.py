@@ -40,8 +40,8 @@ class Sizes:
     """Sizes of an S2LIC network; the defaults are the paper's.
 
     `width` is N, `latent` is M; `growth` and `dense` are of the dense blocks, `stride` of the grid that the global
-    context samples, `entropy` and `correction` the inner widths of the entropy parameters and of the residual prediction.
-    With `intra_slice` a slice's second pass sees the contexts of its decoded anchors too, as the paper's figure shows
+    context samples, `entropy` and `correction` the inner widths of entropy parameters and residual prediction. With
+    `intra_slice` a slice's second pass sees the contexts of its decoded anchors too, as the paper's figure shows
     (inferred); without, both passes see the same context, as in the released file.
     """
 
@@ -117,6 +117,10 @@ class Contexts(nn.Module):
         return torch.cat([self.channel(u), self.inter(u)], 1)
 
 
+def _channels(contexts: nn.ModuleList) -> list[int]:
+    return [cast(int, module.out) for module in contexts]
+
+
 class LatentCoder(nn.Module):
     """S2LIC's entropy model: the hyperprior, and the walk over the slices of y in two checkerboard passes each.
 
@@ -150,8 +154,8 @@ class LatentCoder(nn.Module):
             self.contexts.extend(context(d, sizes) for d in before[1:])
             self.intra_contexts.extend(context(d + part, sizes) for d in before if sizes.intra_slice)
         # A slice coder is told how many channels of context it gets: the first slice's first pass gets none.
-        outs = [0, *(int(module.out) for module in self.contexts)] if context is not None else [0] * sizes.slices
-        again = [int(module.out) for module in self.intra_contexts] or outs
+        outs = [0, *_channels(self.contexts)] if context is not None else [0] * sizes.slices
+        again = _channels(self.intra_contexts) or outs
         self.first = nn.ModuleList(SliceCoder(sizes, out, d) for out, d in zip(outs, before, strict=True))
         self.second = nn.ModuleList(SliceCoder(sizes, out, d) for out, d in zip(again, before, strict=True))
 
@@ -180,7 +184,7 @@ class LatentCoder(nn.Module):
         z = self.hyper_encoder(y)
         median = self.prior.median()
         rounded = round_through(z - median) + median
-        noisy = z + torch.rand_like(z) - 0.5 if self.training else rounded
+        noisy = z + torch.rand_like(z) - 0.5 if self.training else rounded.detach()
         slices = y.chunk(self.sizes.slices, 1)
         rates = []
 

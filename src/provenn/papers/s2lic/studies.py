@@ -425,7 +425,7 @@ class Sweeping(ImageCompression):
 
 
 def _first(model: nn.Module) -> S2LIC:
-    return of_kind(model.members[0] if isinstance(model, Sweep) else model, S2LIC, "the model")  # type: ignore[index]
+    return of_kind(model.members[0] if isinstance(model, Sweep) else model, S2LIC, "the model")
 
 
 PRICES, TUNING = (0.004, 0.04), 200  # the other λ of a sweep, and the steps of tuning to them

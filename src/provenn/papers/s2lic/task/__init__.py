@@ -53,7 +53,7 @@ class Estimate(NamedTuple):
 def estimate(model: S2LIC, pixels: Pixels, side: int = SIDE) -> Estimate:
     """Decoded picture and rate in tiles, as a file has them, up to what rounding on several threads changes."""
     shown, bits = np.empty_like(pixels), 0.0
-    for rows, columns in tiles(*pixels.shape[:2], side):
+    for rows, columns in tiles(pixels.shape[0], pixels.shape[1], side):
         part = pixels[rows, columns]
         height, width = part.shape[:2]
         x = as_tensor(part).to(device_of(model))
@@ -270,7 +270,7 @@ def as_8_bits(picture: Picture) -> tuple[Pixels, str]:
 def _coded(codec: Codec, source: Path, target: Path, side: int) -> str:
     pixels, left = as_8_bits(read_image(source))
     start = time.perf_counter()
-    with progress.bar(f"coding {source.name}", sum(1 for _ in tiles(*pixels.shape[:2], side))) as advance:
+    with progress.bar(f"coding {source.name}", len(list(tiles(pixels.shape[0], pixels.shape[1], side)))) as advance:
         content, shown = codec.compress(pixels, side, advance)
     with atomic_write(target) as temporary:
         temporary.write_bytes(content)
