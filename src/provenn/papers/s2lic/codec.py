@@ -274,7 +274,10 @@ class Codec:
             tiles(header.height, header.width, header.side), header.lengths, strict=True
         ):
             shape = (rows.stop - rows.start, columns.stop - columns.start)
-            pixels[rows, columns] = self.decompress_tile(payload[at : at + length], *shape)
+            try:
+                pixels[rows, columns] = self.decompress_tile(payload[at : at + length], *shape)
+            except (AssertionError, ValueError):  # the range coder's, for words that no encoder writes
+                raise UserError(f"{name} is damaged: its content is of no encoder") from None
             at += length
             advance()
         if zlib.crc32(pixels.tobytes()) != header.pixels:

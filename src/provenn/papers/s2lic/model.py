@@ -214,7 +214,7 @@ class S2LIC(nn.Module):
         UserError: a side is no multiple of 64, λ is not positive, or M is no multiple of the number of slices.
     """
 
-    def __init__(self, sizes: Sizes = Sizes(), lam: float = 0.013):
+    def __init__(self, sizes: Sizes = Sizes(), lam: float | int = 0.013):
         super().__init__()
         if not 0 < lam < math.inf:
             raise UserError(f"lam is the price of distortion, a number above 0; got {lam:g}")
@@ -253,7 +253,7 @@ class S2LIC(nn.Module):
         return cost + 1e-3 * self.coder.prior.auxiliary_loss()
 
 
-def s2lic(*, lam: float = 0.013, intra_slice: bool = False, stride: int = 2) -> S2LIC:
+def s2lic(*, lam: float | int = 0.013, intra_slice: bool = False, stride: int = 2) -> S2LIC:
     """S2LIC at the paper's size, 73.9 M parameters in the released form."""
     return S2LIC(Sizes(intra_slice=intra_slice, stride=stride), lam)
 
@@ -266,12 +266,12 @@ SMALL = Sizes(
     heads=(2, 4, 4),
     growth=8,
     dense=16,
-    entropy=(40, 32, 24),
-    correction=(16, 8),
+    entropy=(32, 24, 16),
+    correction=(10, 8),
     intra_slice=True,
 )
 
 
-def s2lic_small(*, lam: float = 0.013, intra_slice: bool = True, stride: int = 2) -> S2LIC:
+def s2lic_small(*, lam: float | int = 0.013, intra_slice: bool = True, stride: int = 2) -> S2LIC:
     """Narrow, with five slices and the intra-slice contexts of the paper's figure. Ours."""
     return S2LIC(replace(SMALL, intra_slice=intra_slice, stride=stride), lam)

@@ -351,7 +351,7 @@ class ResidualGDN(nn.Module):
         return x + self.net(x)
 
 
-def codec(part: str, *, lam: float = 0.013) -> S2LIC:
+def codec(part: str, *, lam: float | int = 0.013) -> S2LIC:
     """A whole codec of the study: `full`, `convolutions`, `no dense`, `channel` or `hyperprior`."""
     model = S2LIC(SMALL, lam)
     if part == "convolutions":
@@ -439,7 +439,7 @@ def swept(build: Callable[[], nn.Module], task: Task, data: TaskData, recipe: An
     steps = min(TUNING, recipe.max_steps or TUNING)
     for lam in PRICES:
 
-        def start(lam: float = lam) -> nn.Module:
+        def start(lam: float | int = lam) -> nn.Module:
             model = of_kind(build(), S2LIC, "the model")
             model.load_state_dict(state)
             model.lam = lam

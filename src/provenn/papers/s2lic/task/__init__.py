@@ -86,7 +86,7 @@ class ImageCompression(Task):
         source: str | Path,
         *,
         seed: int = 0,
-        lam: float = LAM,
+        lam: float | int = LAM,
         patch: int = PATCH,
         crops: int = 64,
         skip_broken: bool = False,
@@ -164,7 +164,7 @@ class ImageCompression(Task):
         inputs: Sequence[Path],
         output: Path | None,
         *,
-        tile: float | None = None,
+        tile: float | int | None = None,
     ) -> str:
         """Images to .s2l files and .s2l files to images: a file to a file, several or a folder to a folder.
 
@@ -179,7 +179,8 @@ class ImageCompression(Task):
             raise UserError(f"--tile takes a multiple of 64 from 64 to 16320, got {tile:g}")
         jobs = list(_destinations(inputs, output))
         for source, target in jobs:
-            check_output(target)
+            if target == output:
+                check_output(target)
             check_no_input(target, [str(file) for file, _ in jobs])
             if not source.exists():
                 raise UserError(f"{source} does not exist")

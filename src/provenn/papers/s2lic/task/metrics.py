@@ -14,6 +14,7 @@ from torch import Tensor
 
 SHARES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the five scales of MS-SSIM
 SMALLEST = 161  # side that MS-SSIM takes: 11 pixels are left at the fifth scale
+Numbers = Sequence[float | int]
 Pixels = UInt8[np.ndarray, "height width 3"]
 
 
@@ -81,9 +82,7 @@ def in_db(value: float) -> float:
     return math.inf if value >= 1 else round(-10 * math.log10(1 - value), 10)
 
 
-def bd_rate(
-    rates: Sequence[float], qualities: Sequence[float], than: Sequence[float], qualities_of_that: Sequence[float]
-) -> float:
+def bd_rate(rates: Numbers, qualities: Numbers, than: Numbers, qualities_of_that: Numbers) -> float:
     """Bjøntegaard's mean difference of rates at equal quality, in per cent; below 0 the first codec needs fewer bits.
 
     The logarithm of the rate is interpolated over quality by piecewise cubics (PCHIP), and the difference of the two is
