@@ -399,7 +399,7 @@ CODECS = {
 class Sweep(nn.Module):
     """A codec at several prices of distortion: the first, which was trained whole, and those tuned from it."""
 
-    def __init__(self, members: Sequence[S2LIC]):
+    def __init__(self, members: Sequence[nn.Module]):
         super().__init__()
         self.members = nn.ModuleList(members)
 
