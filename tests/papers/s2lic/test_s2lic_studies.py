@@ -34,7 +34,7 @@ def coder(name):
         ("channel", "stack for AC"),
         ("both", "channel, stack"),
         ("both", "stack, inter"),
-        ("intra", "intra stack"),
+        ("intra", "intra plain"),
         ("intra", "parallel"),
         ("intra", "fixed"),
         ("intra", "window"),
@@ -84,7 +84,7 @@ def test_in_one_pass_the_second_half_of_a_slice_sees_nothing_of_the_first():
     y = 3 * torch.randn(1, 40, 8, 8, generator=torch.Generator().manual_seed(1))
     changed = y.clone()
     changed[:, 16:24] += 7 * anchors(y)
-    for name, sees in (("parallel", False), ("intra", True), ("intra stack", True)):
+    for name, sees in (("parallel", False), ("intra", True), ("intra plain", True)):
         model = coder(name)
         model.hyper_decoder = Always(torch.zeros(1, 80, 8, 8))
         other = (1 - anchors(y)).bool().expand(8, -1, -1)

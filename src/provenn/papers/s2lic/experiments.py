@@ -129,7 +129,7 @@ EXPERIMENTS = {
     ),
     "channel_context_saves": ENTROPY.against("channel", "stack for AC", shown=("hyperprior",)),
     "global_context_saves": ENTROPY.against("both", "channel, stack"),
-    "intra_slice_saves": ENTROPY.against("intra", "intra stack", shown=("both",)),
+    "intra_slice_saves": ENTROPY.against("intra", "intra plain", shown=("both",)),
     "two_passes_save": ENTROPY.against("intra", "parallel", shown=("serial",)),
     "deformable_saves": ENTROPY.against("intra", "fixed", shown=("window", "pointwise")),
     "decodes_faster_than_serial": STEPS_TIME.against("two passes a slice", "serial context"),

@@ -111,12 +111,19 @@ def latents(seed: int, smoke: bool) -> TaskData:
 
 
 class Stack(nn.Module):
-    """Two 1×1 convolutions with GELU between, as many parameters as `like` has: what a context is without its idea."""
+    """Two plain convolutions with GELU between, as many parameters as `like` has: a context without its idea.
 
-    def __init__(self, dim: int, out: int, like: nn.Module):
+    Args:
+        dim, out: channels.
+        like: whose size it has.
+        kernel: side of the first; the second is 1×1.
+    """
+
+    def __init__(self, dim: int, out: int, like: nn.Module, kernel: int = 1):
         super().__init__()
-        inner = max(1, round((count_parameters(like) - out) / (dim + out + 1)))
-        self.net = nn.Sequential(nn.Conv2d(dim, inner, 1), nn.GELU(), nn.Conv2d(inner, out, 1))
+        inner = max(1, round((count_parameters(like) - out) / (kernel**2 * dim + out + 1)))
+        first = nn.Conv2d(dim, inner, kernel, padding=kernel // 2)
+        self.net = nn.Sequential(first, nn.GELU(), nn.Conv2d(inner, out, 1))
 
     def forward(self, u: Tensor) -> Tensor:
         return self.net(u)
@@ -275,7 +282,7 @@ CODERS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "stack, inter": ("AG and a 1×1 stack for AC", lambda: LatentCoder(ONE, _side("stack", "own"))),
     "both": ("AC and AG", lambda: LatentCoder(ONE)),
     "intra": ("AC, AG, intra-slice", lambda: LatentCoder(SMALL)),
-    "intra stack": ("AC, AG, 1×1 stacks on the anchors", lambda: WithStacks(SMALL)),
+    "intra plain": ("AC, AG, 5×5 convolutions on the anchors", lambda: WithConvolutions(SMALL)),
     "parallel": ("AC, AG, one pass a slice", lambda: Parallel(SMALL)),
     "serial": ("serial masked context", lambda: Serial(SMALL)),
     "fixed": ("AG with offsets fixed at 0", lambda: LatentCoder(SMALL, _side("own", "fixed"))),
@@ -284,14 +291,17 @@ CODERS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
 }
 
 
-class WithStacks(LatentCoder):
-    """AC and AG on decoded slices; of a slice's own anchors 1×1 stacks of equal size tell."""
+class WithConvolutions(LatentCoder):
+    """AC and AG on decoded slices; of a slice's own anchors plain 5×5 convolutions of equal size tell.
+
+    A 1×1 convolution would see nothing of them: at the sites of the second pass they are zero.
+    """
 
     def __init__(self, sizes: Sizes):
         super().__init__(sizes)
         part = sizes.latent // sizes.slices
         for i, own in enumerate(self.intra_contexts):
-            self.intra_contexts[i] = Stack(part * (i + 1), Contexts.out, own)
+            self.intra_contexts[i] = Stack(part * (i + 1), Contexts.out, own, 5)
 
 
 # Whole codecs
