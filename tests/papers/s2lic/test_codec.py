@@ -76,6 +76,19 @@ def test_another_process_with_other_threads_decodes_the_same(codec, tmp_path):
         assert np.array_equal(np.asarray(image), shown)
 
 
+def test_the_writer_s_threads_are_the_reader_s_and_come_back(codec):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        content, shown = codec.compress(CAT[:64, :128])
+        torch.set_num_threads(2)
+        assert Header.unpack(content, "it")[0].threads == 3
+        assert np.array_equal(codec.decompress(content), shown)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_other_weights_devices_and_formats_are_refused(codec, trained):
     content, _ = codec.compress(CAT[:64, :64])
     other = Codec(s2lic_small())

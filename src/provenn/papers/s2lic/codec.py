@@ -27,9 +27,10 @@ SCALES = np.exp(np.linspace(math.log(FLOOR), math.log(256), 64))  # as CompressA
 REACH = 8  # a table holds values up to so many scales and so many more; rarer ones are written out
 BOUND = 2**15  # a value that is written out is clamped to it
 DEVICES = ("cpu", "cuda")
-# version, device, height, width, side of a tile / 64, λ, weights and tables, pixels, name of the preset
-HEADER = struct.Struct("<BBHHBf6sI15s")
+# version, device, threads, height, width, side of a tile / 64, λ, weights and tables, pixels, name of the preset
+HEADER = struct.Struct("<BBBHHBf6sI15s")
 START = len(MAGIC) + 4  # the checksum of all that follows stands after the magic
+MOST = 128  # threads
 SIDE = 1024  # of a tile: what bounds the memory of a large photograph
 
 
@@ -38,6 +39,7 @@ class Header(NamedTuple):
 
     Args:
         device: class of devices that decode it.
+        threads: that sums are divided among.
         height, width: of the picture.
         side: of a tile, a multiple of 64.
         lam: λ that the network was trained with.
@@ -48,6 +50,7 @@ class Header(NamedTuple):
     """
 
     device: str
+    threads: int
     height: int
     width: int
     side: int
@@ -60,8 +63,8 @@ class Header(NamedTuple):
     def pack(self, payload: bytes) -> bytes:
         """The whole file."""
         fixed = HEADER.pack(
-            VERSION, DEVICES.index(self.device), self.height, self.width, self.side // 64, self.lam, self.weights,
-            self.pixels, self.preset.encode(),
+            VERSION, DEVICES.index(self.device), self.threads, self.height, self.width, self.side // 64, self.lam,
+            self.weights, self.pixels, self.preset.encode(),
         )  # fmt: skip
         rest = fixed + struct.pack(f"<{len(self.lengths)}I", *self.lengths) + payload
         return MAGIC + struct.pack("<I", zlib.crc32(rest)) + rest
@@ -81,8 +84,8 @@ class Header(NamedTuple):
             raise UserError(f"{name} has format {content[START]}; this version of provenn reads format {VERSION}")
         if struct.unpack_from("<I", content, len(MAGIC))[0] != zlib.crc32(content[START:]):
             raise UserError(f"{name} is damaged: its checksum is not that of its content")
-        _, device, height, width, tile, lam, weights, pixels, preset = HEADER.unpack_from(content, START)
-        if device >= len(DEVICES) or not (height and width and tile) or not 0 < lam < math.inf:
+        _, device, threads, height, width, tile, lam, weights, pixels, preset = HEADER.unpack_from(content, START)
+        if device >= len(DEVICES) or not (0 < threads <= MOST and height and width and tile) or not 0 < lam < math.inf:
             raise UserError(f"{name} is damaged: its header makes no sense")
         place = START + HEADER.size
         count = math.ceil(height / (64 * tile)) * math.ceil(width / (64 * tile))
@@ -93,7 +96,7 @@ class Header(NamedTuple):
         if sum(lengths) != len(payload) or any(length % 4 for length in lengths):
             raise UserError(f"{name} is damaged: its tiles do not fill it")
         called = preset.rstrip(b"\0").decode("ascii", "replace")
-        return cls(DEVICES[device], height, width, 64 * tile, lam, weights, pixels, called, lengths), payload
+        return cls(DEVICES[device], threads, height, width, 64 * tile, lam, weights, pixels, called, lengths), payload
 
 
 def _constriction() -> Any:
@@ -105,15 +108,15 @@ def _constriction() -> Any:
 
 
 @contextmanager
-def repeatable() -> Iterator[None]:
-    """One thread and no autocast: sums are taken in the same order on both sides."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def repeatable(threads: int) -> Iterator[None]:
+    """So many threads, whatever the process has, and no autocast: sums are taken in the same order on both sides."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def gaussian_table(scale: float) -> np.ndarray:
@@ -194,8 +197,8 @@ class Book:
 class Codec:
     """Pictures to bytes and back, with the weights of a network.
 
-    What is decoded rests on integer tables, on scales that are computed in float64, and on one thread, so that another
-    process on the same class of devices gets the same pixels.
+    What is decoded rests on integer tables, on scales that are computed in float64, and on as many threads as the
+    writer had, so that another process on the same class of devices gets the same pixels.
 
     Args:
         model: its weights, in eval mode, are those of every file.
@@ -208,6 +211,8 @@ class Codec:
         self.model = copy.deepcopy(model).eval().float().requires_grad_(False)
         self.coder: LatentCoder = copy.deepcopy(self.model.coder).double()
         self.device = next(model.parameters()).device
+        if self.device.type not in DEVICES:
+            raise UserError(f"S2LIC's files are written on {' or '.join(DEVICES)}, got {self.device.type}")
         self.scales = Book([gaussian_table(scale) for scale in SCALES])
         self.sites = Book(prior_tables(self.model.coder.prior))
         # Half-way between two scales, in their logarithm.
@@ -241,14 +246,16 @@ class Codec:
         if not 0 < min(height, width) <= max(height, width) < 2**16:
             raise UserError(f"a picture's sides are from 1 to 65535 pixels, got {width}×{height}")
         parts, decoded = [], np.empty_like(pixels)
-        for rows, columns in tiles(height, width, side):
-            part, shown = self.compress_tile(pixels[rows, columns])
-            parts.append(part)
-            decoded[rows, columns] = shown
-            advance()
+        threads = min(torch.get_num_threads(), MOST)
+        with repeatable(threads):
+            for rows, columns in tiles(height, width, side):
+                part, shown = self._write(pixels[rows, columns])
+                parts.append(part)
+                decoded[rows, columns] = shown
+                advance()
         header = Header(
-            self.device.type, height, width, side, self.model.lam, self.checksum, zlib.crc32(decoded.tobytes()),
-            preset_of(self.model.sizes), tuple(len(part) for part in parts),
+            self.device.type, threads, height, width, side, self.model.lam, self.checksum,
+            zlib.crc32(decoded.tobytes()), preset_of(self.model.sizes), tuple(len(part) for part in parts),
         )  # fmt: skip
         return header.pack(b"".join(parts)), decoded
 
@@ -270,58 +277,56 @@ class Codec:
             raise UserError(f"{name} was written on {header.device} and is decoded there; this is {self.device.type}")
         pixels = np.empty((header.height, header.width, 3), np.uint8)
         at = 0
-        for (rows, columns), length in zip(
-            tiles(header.height, header.width, header.side), header.lengths, strict=True
-        ):
-            shape = (rows.stop - rows.start, columns.stop - columns.start)
-            try:
-                pixels[rows, columns] = self.decompress_tile(payload[at : at + length], *shape)
-            except (AssertionError, ValueError):  # the range coder's, for words that no encoder writes
-                raise UserError(f"{name} is damaged: its content is of no encoder") from None
-            at += length
-            advance()
+        places = tiles(header.height, header.width, header.side)
+        with repeatable(header.threads):
+            for (rows, columns), length in zip(places, header.lengths, strict=True):
+                shape = (rows.stop - rows.start, columns.stop - columns.start)
+                try:
+                    pixels[rows, columns] = self._read(payload[at : at + length], *shape)
+                except (AssertionError, ValueError):  # the range coder's, for words that no encoder writes
+                    raise UserError(f"{name} is damaged: its content is of no encoder") from None
+                at += length
+                advance()
         if zlib.crc32(pixels.tobytes()) != header.pixels:
             raise UserError(
                 f"{name} decodes to other pixels here than where it was written: numbers are summed otherwise"
             )
         return pixels
 
-    def compress_tile(self, pixels: UInt8[np.ndarray, "height width 3"]) -> tuple[bytes, np.ndarray]:
+    def _write(self, pixels: UInt8[np.ndarray, "height width 3"]) -> tuple[bytes, np.ndarray]:
         """The range coder's bytes of one tile, and the pixels that they decode to."""
         height, width = pixels.shape[:2]
         x = torch.from_numpy(np.array(pixels)).to(self.device).permute(2, 0, 1)[None].float() / 255
-        with repeatable():
-            y = self.model.encoder(F.pad(x, (0, -width % 64, 0, -height % 64), mode="replicate"))
-            z = self.coder.hyper_encoder(y.double()) - self.coder.prior.median()
-            if not (y.isfinite().all() and z.isfinite().all()):
-                raise UserError("the network gives numbers that are none for this picture: its weights are no use")
-            encoder = _constriction().stream.queue.RangeEncoder()
-            whole = z.round().clamp(-BOUND, BOUND - 1)
-            self.sites.write(encoder, _flat(whole), self._channels(whole.shape))
-            slices = y.double().chunk(self.coder.sizes.slices, 1)
+        y = self.model.encoder(F.pad(x, (0, -width % 64, 0, -height % 64), mode="replicate"))
+        z = self.coder.hyper_encoder(y.double()) - self.coder.prior.median()
+        if not (y.isfinite().all() and z.isfinite().all()):
+            raise UserError("the network gives numbers that are none for this picture: its weights are no use")
+        encoder = _constriction().stream.queue.RangeEncoder()
+        whole = z.round().clamp(-BOUND, BOUND - 1)
+        self.sites.write(encoder, _flat(whole), self._channels(whole.shape))
+        slices = y.double().chunk(self.coder.sizes.slices, 1)
 
-            def write(i: int, anchor: bool, mean: Tensor, scale: Tensor) -> Tensor:
-                symbols = (slices[i] - mean).round().nan_to_num().clamp(-BOUND, BOUND - 1)
-                self.scales.write(encoder, _flat(squeeze(symbols, anchor)), self._index(scale, anchor))
-                return symbols
+        def write(i: int, anchor: bool, mean: Tensor, scale: Tensor) -> Tensor:
+            symbols = (slices[i] - mean).round().nan_to_num().clamp(-BOUND, BOUND - 1)
+            self.scales.write(encoder, _flat(squeeze(symbols, anchor)), self._index(scale, anchor))
+            return symbols
 
-            shown = self._shown(whole, write, height, width)
-            return encoder.get_compressed().astype("<u4").tobytes(), shown
+        shown = self._shown(whole, write, height, width)
+        return encoder.get_compressed().astype("<u4").tobytes(), shown
 
-    def decompress_tile(self, content: bytes, height: int, width: int) -> np.ndarray:
+    def _read(self, content: bytes, height: int, width: int) -> np.ndarray:
         """The pixels of one tile."""
         decoder = _constriction().stream.queue.RangeDecoder(np.frombuffer(content, "<u4"))
         shape = (1, self.coder.sizes.width, math.ceil(height / 64), math.ceil(width / 64))
-        with repeatable():
-            whole = torch.from_numpy(self.sites.read(decoder, self._channels(shape)).reshape(shape))
+        whole = torch.from_numpy(self.sites.read(decoder, self._channels(shape)).reshape(shape))
 
-            def read(i: int, anchor: bool, mean: Tensor, scale: Tensor) -> Tensor:
-                index = self._index(scale, anchor)
-                half = (*mean.shape[:-1], mean.shape[-1] // 2)
-                symbols = torch.from_numpy(self.scales.read(decoder, index).reshape(half))
-                return unsqueeze(symbols.to(mean), anchor)
+        def read(i: int, anchor: bool, mean: Tensor, scale: Tensor) -> Tensor:
+            index = self._index(scale, anchor)
+            half = (*mean.shape[:-1], mean.shape[-1] // 2)
+            symbols = torch.from_numpy(self.scales.read(decoder, index).reshape(half))
+            return unsqueeze(symbols.to(mean), anchor)
 
-            return self._shown(whole.to(self.device).double(), read, height, width)
+        return self._shown(whole.to(self.device).double(), read, height, width)
 
     def _shown(self, whole: Tensor, read: Callable[..., Tensor], height: int, width: int) -> np.ndarray:
         hyper = self.coder.hyper_decoder(whole + self.coder.prior.median())

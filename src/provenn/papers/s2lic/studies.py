@@ -17,23 +17,17 @@ from torch.utils.data import Dataset, TensorDataset
 from provenn.core.cost import count_parameters
 from provenn.core.errors import UserError
 from provenn.core.narrowing import of_kind
-from provenn.data.photographs import photograph
 from provenn.papers.s2lic.context import ChannelContext, DeformableAttention, GlobalContext, anchors
 from provenn.papers.s2lic.entropy import gaussian_likelihood, round_through
 from provenn.papers.s2lic.model import S2LIC, SMALL, Contexts, LatentCoder, Reader, Sizes
 from provenn.papers.s2lic.task import ImageCompression, estimate
 from provenn.papers.s2lic.task.metrics import bd_rate, in_db, psnr, similarity
+from provenn.papers.s2lic.task.pictures import SIDE, TEST, TRAIN, VALIDATE, middle, squares, whole
 from provenn.tasks import Task, TaskData, count_examples, device_of, fingerprint, split_indices
 from provenn.tasks.base import Scores
 from provenn.tasks.super_resolution import Crops, Whole
 from provenn.training import Fit, fit, weights
 
-TRAIN, VALIDATE, TEST = (
-    ("astronaut", "coffee", "rocket", "china", "hubble"),
-    ("motorcycle",),
-    ("chelsea", "flower", "ihc"),
-)
-SIDE = 256  # of a picture whose latent is coded: 16×16 sites
 SHIPPED = Path(__file__).with_name("weights") / "s2lic_small.safetensors"
 NOTHING: dict[str, str] = {}
 
@@ -97,10 +91,7 @@ def latents(seed: int, smoke: bool) -> TaskData:
         rng = np.random.default_rng(3 * seed + part)
         rows = []
         for name in names[:2] if smoke else names:
-            photo = photograph(name)
-            for _ in range(count):
-                top, left = (int(rng.integers(length - SIDE + 1)) for length in photo.shape[:2])
-                square = np.ascontiguousarray(photo[top : top + SIDE, left : left + SIDE])
+            for square in squares(name, count, rng):
                 seen.append(square)
                 x = torch.from_numpy(square).permute(2, 0, 1)[None].float() / 255
                 with torch.no_grad():
@@ -312,21 +303,16 @@ def folds(seed: int, smoke: bool) -> TaskData:
     names = (*TRAIN, *VALIDATE, *TEST)
     order = [names[i] for part in split_indices(len(names), (1.0,), seed) for i in part]
     cut = {"test": order[:2], "val": order[2:3], "train": order[3:5] if smoke else order[3:]}
-    squares = {part: [_middle(photograph(name)) for name in chosen] for part, chosen in cut.items()}
-    whole = [photograph(name) for name in cut["train"]]
+    tested = {part: [middle(name) for name in cut[part]] for part in ("val", "test")}
+    train = whole(cut["train"])
     return TaskData(
         "photographs",
-        Crops(whole, 64, 4 if smoke else 64),
-        Whole(squares["val"]),
-        Whole(squares["test"]),
-        fingerprint=fingerprint(*whole, *squares["val"], *squares["test"]),
+        Crops(train, 64, 4 if smoke else 64),
+        Whole(tested["val"]),
+        Whole(tested["test"]),
+        fingerprint=fingerprint(*train, *tested["val"], *tested["test"]),
         options={"lam": 0.013},
     )
-
-
-def _middle(photo: np.ndarray) -> np.ndarray:
-    top, left = ((length - SIDE) // 2 for length in photo.shape[:2])
-    return np.ascontiguousarray(photo[top : top + SIDE, left : left + SIDE])
 
 
 class GDN(nn.Module):
