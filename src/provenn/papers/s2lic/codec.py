@@ -24,7 +24,7 @@ from provenn.papers.s2lic.model import S2LIC, SMALL, LatentCoder, Sizes
 MAGIC, VERSION = b"\x93S2L", 1
 WHOLE = 2**22  # what the masses of a table sum to, before constriction brings them to its own precision
 SCALES = np.exp(np.linspace(math.log(FLOOR), math.log(256), 64))  # as CompressAI has them
-REACH = 8  # a table holds values up to so many scales and so many more; rarer ones are written out
+REACH, MORE = 8, 64  # a table holds values up to so many scales and so many more; rarer ones are written out
 BOUND = 2**15  # a value that is written out is clamped to it
 DEVICES = ("cpu", "cuda")
 # version, device, threads, height, width, side of a tile / 64, λ, weights and tables, pixels, name of the preset
@@ -120,12 +120,12 @@ def repeatable(threads: int) -> Iterator[None]:
 
 
 def gaussian_table(scale: float) -> np.ndarray:
-    """Integer masses of −T…T, T = ⌈8·scale⌉ + 8, of a Gaussian over unit bins, and of all else as the last entry.
+    """Integer masses of −T…T, T = ⌈8·scale⌉ + 64, of a Gaussian over unit bins, and of all else as the last entry.
 
-    >>> gaussian_table(0.11).tolist()[7:12]
+    >>> gaussian_table(0.11).tolist()[63:68]
     [1, 11, 4194281, 11, 1]
     """
-    reach = math.ceil(REACH * scale) + REACH
+    reach = math.ceil(REACH * scale) + MORE
     edges = (np.arange(-reach, reach + 2) - 0.5) / (scale * math.sqrt(2))
     below = torch.special.erfc(torch.from_numpy(-np.minimum(edges, -edges))).numpy() / 2  # of the nearer tail
     mass = np.abs(np.diff(np.where(edges < 0, below, -below)))

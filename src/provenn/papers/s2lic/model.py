@@ -66,9 +66,10 @@ class Coded:
     y: Tensor
     z: Tensor
 
-    def bits(self) -> Tensor:
-        """The estimated rate of each picture of the batch in bits."""
-        return -(self.y.log2().flatten(1).sum(1) + self.z.log2().flatten(1).sum(1))
+    def bits(self, least: float = 0.0) -> Tensor:
+        """The estimated rate of each picture of the batch in bits, where no value is less likely than `least`."""
+        y, z = (part.clamp(min=least).log2().flatten(1).sum(1) for part in (self.y, self.z))
+        return -(y + z)
 
 
 class SliceCoder(nn.Module):

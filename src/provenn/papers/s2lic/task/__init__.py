@@ -21,7 +21,7 @@ from provenn.core.files import atomic_write, check_no_input, check_output, is_st
 from provenn.core.inputs import read_bytes
 from provenn.core.narrowing import of_kind
 from provenn.data.images import Picture, images_in, read_image, write_image
-from provenn.papers.s2lic.codec import SIDE, Codec, tiles
+from provenn.papers.s2lic.codec import SIDE, WHOLE, Codec, tiles
 from provenn.papers.s2lic.model import S2LIC
 from provenn.papers.s2lic.task.metrics import PILLOW, SMALLEST, Pixels, in_db, pillow_curve, psnr, similarity
 from provenn.tasks import Task, TaskData, count_examples, device_of, get_task
@@ -51,7 +51,10 @@ class Estimate(NamedTuple):
 
 @torch.no_grad()
 def estimate(model: S2LIC, pixels: Pixels, side: int = SIDE) -> Estimate:
-    """Decoded picture and rate in tiles, as a file has them, up to what rounding on several threads changes."""
+    """Decoded picture and rate in tiles, as a file has them, up to what rounding on several threads changes.
+
+    No value is taken for less likely than the rarest of a table, 2⁻²².
+    """
     shown, bits = np.empty_like(pixels), 0.0
     for rows, columns in tiles(pixels.shape[0], pixels.shape[1], side):
         part = pixels[rows, columns]
@@ -60,7 +63,7 @@ def estimate(model: S2LIC, pixels: Pixels, side: int = SIDE) -> Estimate:
         coded = model(F.pad(x, (0, -width % 64, 0, -height % 64), mode="replicate"))
         decoded = coded.picture[0, :, :height, :width].clamp(0, 1)
         shown[rows, columns] = (255 * decoded).round().byte().permute(1, 2, 0).cpu().numpy()
-        bits += float(coded.bits().sum())
+        bits += float(coded.bits(1 / WHOLE).sum())
     return Estimate(shown, bits)
 
 
