@@ -177,3 +177,8 @@ def test_latents_are_those_of_the_shipped_encoder():
     x = torch.from_numpy(photo[top : top + 256, left : left + 256].copy()).permute(2, 0, 1)[None].float() / 255
     with torch.no_grad():
         torch.testing.assert_close(studies.frozen()(x)[0], data.test[0][0])
+
+
+def test_without_a_shared_quality_the_nearest_are_compared(monkeypatch):
+    monkeypatch.setattr(studies, "estimate", lambda model, pixels: (255 - pixels, studies._jpeg(pixels, 1)[1] * 2))
+    assert studies.against_jpeg(psnr)(nn.Identity(), studies.folds(0, True)) == pytest.approx(100)

@@ -197,8 +197,8 @@ class Book:
 class Codec:
     """Pictures to bytes and back, with the weights of a network.
 
-    What is decoded rests on integer tables, on scales that are computed in float64, and on as many threads as the
-    writer had, so that another process on the same class of devices gets the same pixels.
+    What is decoded rests on integer tables and on scales in float64, summed by as many threads as the writer had. So
+    another process on the same class of devices gets the same pixels.
 
     Args:
         model: its weights, in eval mode, are those of every file.

@@ -447,17 +447,23 @@ def swept(build: Callable[[], nn.Module], task: Task, data: TaskData, recipe: An
 
 
 def against_jpeg(measure: Callable[[np.ndarray, np.ndarray], float]) -> Callable[[nn.Module, TaskData], float]:
-    """A probe: the BD-rate of a sweep against JPEG on the pictures of the test, in per cent, by means over them."""
+    """A probe: the BD-rate of a sweep against JPEG on the pictures of the test, in per cent, by means over them.
+
+    Where the two share no quality, the rates at the qualities that are nearest to each other are compared.
+    """
 
     def probe(model: nn.Module, data: TaskData) -> float:
         pictures = [data.test[index].permute(1, 2, 0).numpy() for index in range(count_examples(data.test))]
-        points = [
-            _point(pictures, measure, lambda pixels, m=member: estimate(m, pixels))
-            for member in model.members  # type: ignore[union-attr]
-        ]
-        theirs = [_point(pictures, measure, partial(_jpeg, quality=q)) for q in (3, 6, 12, 25, 50, 75, 90)]
+        members = list(model.members) if isinstance(model, Sweep) else [model]
+        points = [_point(pictures, measure, partial(estimate, member)) for member in members]  # type: ignore[arg-type]
+        theirs = [_point(pictures, measure, partial(_jpeg, quality=q)) for q in (1, 3, 6, 12, 25, 50, 75, 90)]
         ours = sorted(set(points), key=lambda point: point[1])
-        return bd_rate(*zip(*ours), *zip(*theirs))
+        try:
+            return bd_rate(*zip(*ours), *zip(*theirs))
+        except ValueError:
+            rates, qualities = (np.array(column) for column in zip(*theirs))
+            near = [rate / np.exp(np.interp(quality, qualities, np.log(rates))) for rate, quality in ours]
+            return 100 * (float(np.exp(np.mean(np.log(near)))) - 1)
 
     return probe
 
