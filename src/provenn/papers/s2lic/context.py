@@ -132,16 +132,16 @@ class DeformableAttention(nn.Module):
     def forward(self, u: Map) -> Map:
         batch, dim, height, width = u.shape
         q = self.q(u)
-        moved = self.offsets(q.reshape(batch * self.heads, -1, height, width))
+        moved = self.offsets(q.reshape(batch * self.heads, dim // self.heads, height, width))
         rows, columns = moved.shape[-2:]
         size = moved.new_tensor([rows, columns])
         y, x = ((2 * torch.arange(n, device=u.device, dtype=u.dtype) + 1) / n - 1 for n in (rows, columns))
         at = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1)
         at = at + moved.permute(0, 2, 3, 1).tanh() * self.reach / size
-        parts = u.reshape(batch * self.heads, -1, height, width)
+        parts = u.reshape(batch * self.heads, dim // self.heads, height, width)
         sampled = F.grid_sample(parts, at.flip(-1), align_corners=False).reshape(batch, dim, rows, columns)
         q, k, v = (
-            m.reshape(batch, self.heads, dim // self.heads, -1).transpose(2, 3)
+            m.flatten(2).unflatten(1, (self.heads, dim // self.heads)).transpose(2, 3)
             for m in (q, self.k(sampled), self.v(sampled))
         )
         return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(u.shape)

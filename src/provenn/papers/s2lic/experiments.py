@@ -44,6 +44,7 @@ CODECS_AT_RATES = Study(
     build=codec,
     recipe=Recipe(epochs=8, batch_size=8, optimizer="adam", schedule="onecycle", clip=1.0),
     lrs=(3e-4, 1e-3, 3e-3),
+    smoke=Recipe(epochs=1, max_steps=2, batch_size=2, optimizer="adam"),
     probes=PROBES,
     trained=swept,
     kind="codec",

@@ -1,10 +1,11 @@
 """S2LIC (arXiv:2403.14471): transforms, hyperprior and the walk over slices in two checkerboard passes each."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +59,7 @@ class Sizes:
     intra_slice: bool = False
 
 
-@dataclass
-class Coded:
+class Coded(NamedTuple):
     """What a forward gives: the picture, and the likelihood of each value of y and of z."""
 
     picture: Tensor
@@ -187,18 +187,19 @@ class LatentCoder(nn.Module):
         rounded = round_through(z - median) + median
         noisy = z + torch.rand_like(z) - 0.5 if self.training else rounded.detach()
         slices = y.chunk(self.sizes.slices, 1)
-        rates = []
-
-        def read(i: int, anchor: bool, mean: Tensor, scale: Tensor) -> Tensor:
-            rest = slices[i] - mean
-            rated = rest + torch.rand_like(rest) - 0.5 if self.training else rest.round()
-            rates.append(gaussian_likelihood(rated, scale))
-            return round_through(rest)
-
-        decoded = self.walk(self.hyper_decoder(rounded), read)
+        rates: list[Tensor] = []
+        decoded = self.walk(self.hyper_decoder(rounded), partial(self._rated, slices, rates))
         odd = anchors(y)
         likelihood = torch.cat([a * odd + b * (1 - odd) for a, b in zip(rates[::2], rates[1::2], strict=True)], 1)
         return decoded, likelihood, self.prior.likelihood(noisy)
+
+    def _rated(
+        self, slices: Sequence[Tensor], rates: list[Tensor], i: int, anchor: bool, mean: Tensor, scale: Tensor
+    ) -> Tensor:
+        """What is coded of a slice, rounded; its likelihood is appended to `rates`."""
+        rest = slices[i] - mean
+        rates.append(gaussian_likelihood(rest + torch.rand_like(rest) - 0.5 if self.training else rest.round(), scale))
+        return round_through(rest)
 
 
 class S2LIC(nn.Module):

@@ -91,7 +91,7 @@ def latents(seed: int, smoke: bool) -> TaskData:
         rng = np.random.default_rng(3 * seed + part)
         rows = []
         for name in names[:2] if smoke else names:
-            for square in squares(name, count, rng):
+            for square in squares(name, count, rng, 128 if smoke else SIDE):
                 seen.append(square)
                 x = torch.from_numpy(square).permute(2, 0, 1)[None].float() / 255
                 with torch.no_grad():
@@ -303,7 +303,7 @@ def folds(seed: int, smoke: bool) -> TaskData:
     names = (*TRAIN, *VALIDATE, *TEST)
     order = [names[i] for part in split_indices(len(names), (1.0,), seed) for i in part]
     cut = {"test": order[:2], "val": order[2:3], "train": order[3:5] if smoke else order[3:]}
-    tested = {part: [middle(name) for name in cut[part]] for part in ("val", "test")}
+    tested = {part: [middle(name, 192 if smoke else SIDE) for name in cut[part]] for part in ("val", "test")}
     train = whole(cut["train"])
     return TaskData(
         "photographs",

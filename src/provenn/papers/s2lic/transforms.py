@@ -10,6 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from provenn.core.errors import UserError
+from provenn.nn.arguments import check_whole
+from provenn.nn.padding import PadToMultiple
 
 Map = Float[Tensor, "batch channels height width"]
 Out = Float[Tensor, "batch out height width"]
@@ -78,12 +80,8 @@ class WindowAttention(nn.Module):
 
     def _mask(self, height: int, width: int, device: torch.device) -> Tensor:
         """−100 between positions that only the cyclic shift made neighbours: (windows, 1, sites, sites)."""
-
-        def regions(size: int) -> Tensor:
-            at = torch.arange(size, device=device)
-            return (at >= size - self.window).int() + (at >= size - self.shift).int()
-
-        region = (3 * regions(height)[:, None] + regions(width)[None])[None, ..., None]
+        rows, columns = (_regions(size, self.window, self.shift, device) for size in (height, width))
+        region = (3 * rows[:, None] + columns[None])[None, ..., None]
         region = self._windows(region)[0, ..., 0]
         return -100.0 * (region[:, None, :, None] != region[:, None, None, :])
 
@@ -97,13 +95,20 @@ class WindowAttention(nn.Module):
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(self._windows(x), self.qkv.weight, bias)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5)
-        logits = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * self.logit_scale()
-        logits = logits + 16 * self.bias(self.offsets)[self.index].permute(2, 0, 1).sigmoid()
+        # In half precision a small norm would vanish, and its gradient overflow.
+        unit_q, unit_k = (F.normalize(m.float() if m.element_size() < 4 else m, dim=-1) for m in (q, k))
+        logits = unit_q @ unit_k.transpose(-2, -1) * self.logit_scale()
+        logits = logits + 16 * self.bias(self.offsets.to(self.qkv.weight.dtype))[self.index].permute(2, 0, 1).sigmoid()
         if self.shift:
             logits = logits + self._mask(height, width, x.device)
-        y = self.out((logits.softmax(-1) @ v).transpose(2, 3).flatten(3))
+        y = self.out((logits.softmax(-1).to(v.dtype) @ v).transpose(2, 3).flatten(3))
         y = y.view(batch, height // w, width // w, w, w, dim).transpose(2, 3).reshape(batch, height, width, dim)
         return y.roll((self.shift, self.shift), (1, 2)) if self.shift else y
+
+
+def _regions(size: int, window: int, shift: int, device: torch.device) -> Tensor:
+    at = torch.arange(size, device=device)
+    return (at >= size - window).int() + (at >= size - shift).int()
 
 
 class SwinV2Block(nn.Module):
@@ -154,6 +159,14 @@ class RS2TB(nn.Module):
 
     def forward(self, x: Map) -> Map:
         return x + self.blocks(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def padded_rs2tb(dim: int, heads: int = 4, *, depth: int = 2, window: int = 8) -> PadToMultiple:
+    """An RS2TB for maps of any size, continued by their mirror image where a window is not full. Slot: map-mixer."""
+    check_whole(dim=dim, heads=heads, depth=depth, window=window)
+    if min(dim, heads, depth, window) < 1:
+        raise ValueError(f"dim, heads, depth and window are at least 1, got {dim}, {heads}, {depth} and {window}")
+    return PadToMultiple(RS2TB(dim, heads, (0.0,) * depth, window), window)
 
 
 class DenseBlock(nn.Module):

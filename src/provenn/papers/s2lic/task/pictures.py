@@ -12,19 +12,19 @@ TEST = ("chelsea", "flower", "ihc")
 SIDE = 256
 
 
-def squares(name: str, count: int, rng: np.random.Generator) -> Iterator[Pixels]:
-    """So many squares of 256 pixels of a photograph, where the generator says."""
+def squares(name: str, count: int, rng: np.random.Generator, side: int = SIDE) -> Iterator[Pixels]:
+    """So many squares of a photograph, where the generator says."""
     photo = photograph(name)
     for _ in range(count):
-        top, left = (int(rng.integers(length - SIDE + 1)) for length in photo.shape[:2])
-        yield np.ascontiguousarray(photo[top : top + SIDE, left : left + SIDE])
+        top, left = (int(rng.integers(length - side + 1)) for length in photo.shape[:2])
+        yield np.ascontiguousarray(photo[top : top + side, left : left + side])
 
 
-def middle(name: str) -> Pixels:
-    """The 256 pixels in the middle of a photograph."""
+def middle(name: str, side: int = SIDE) -> Pixels:
+    """The square in the middle of a photograph."""
     photo = photograph(name)
-    top, left = ((length - SIDE) // 2 for length in photo.shape[:2])
-    return np.ascontiguousarray(photo[top : top + SIDE, left : left + SIDE])
+    top, left = ((length - side) // 2 for length in photo.shape[:2])
+    return np.ascontiguousarray(photo[top : top + side, left : left + side])
 
 
 def whole(names: Sequence[str]) -> list[Pixels]:
