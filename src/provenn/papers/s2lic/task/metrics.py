@@ -123,7 +123,7 @@ PILLOW: dict[str, tuple[str, str, tuple[Any, ...], dict[str, Any]]] = {
 }
 
 
-def pillow_curve(name: str, pictures: Sequence[Pixels]) -> list[tuple[float, float]]:
+def pillow_curve(name: str, pictures: Sequence[np.ndarray]) -> list[tuple[float, float]]:
     """Bits a pixel and PSNR of a codec of `PILLOW`, means over the pictures, a point for each setting.
 
     A codec that this Pillow was built without gives no points.

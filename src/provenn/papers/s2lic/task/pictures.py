@@ -27,6 +27,6 @@ def middle(name: str, side: int = SIDE) -> Pixels:
     return np.ascontiguousarray(photo[top : top + side, left : left + side])
 
 
-def whole(names: Sequence[str]) -> list[Pixels]:
+def whole(names: Sequence[str]) -> list[np.ndarray]:
     """Photographs as they are."""
     return [photograph(name) for name in names]
