@@ -39,6 +39,7 @@ INPUTS = {  # of each kind of work: what is given, and where the answer goes
     "language-modelling": ("words", "answer.txt"),
     "accelerated-language-modelling": ("words", "answer.txt"),
     "pansharpening": ("ms.npy pan.npy", "answer.npy"),
+    "image-compression": ("image.png", "answer.s2l"),
     "spectra-regression": ("spectra.npy", "answer.csv"),
 }
 TRIED = {"pansharpening": "image.png"}  # in the browser, where that is something else

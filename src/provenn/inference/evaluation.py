@@ -1,7 +1,9 @@
 """How good a trained model is on data: each metric of its task with an interval, and what classes are taken for."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +23,7 @@ from provenn.tasks.base import LABEL, PREDICTED, HeldOut, Scores, Task, count_ex
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-METRICS, CLASSES, CONFUSION = "evaluation.json", "classes.csv", "confusion.png"
+METRICS, CLASSES, CONFUSION, PICTURE = "evaluation.json", "classes.csv", "confusion.png", "evaluation.png"
 DRAWS = 2000
 MOST_CELLS = 30  # classes whose counts are written into the picture
 # What presets publish, as our metrics are called.
@@ -52,6 +54,7 @@ class Evaluation:
         classes: names of the classes, where examples have some.
         confusion: (classes, classes) how often the row's class was taken for the column's.
         by_class: columns and rows of the table of classes, where the task makes one of its own.
+        figure: draws the task's own picture of them, where it has one.
     """
 
     title: str
@@ -64,6 +67,7 @@ class Evaluation:
     classes: list[str] = field(default_factory=list)
     confusion: Int[np.ndarray, "classes classes"] | None = None
     by_class: tuple[list[str], list[list[Any]]] | None = None
+    figure: "Callable[[], Figure] | None" = None
 
     def table(self) -> Table:
         """A row a metric: its value, its interval, and the published figure."""
@@ -159,6 +163,9 @@ class Evaluation:
         if picture is not None:
             save_figure(picture, folder / CONFUSION)
             written.append(folder / CONFUSION)
+        if self.figure is not None:
+            save_figure(self.figure(), folder / PICTURE)
+            written.append(folder / PICTURE)
         return written
 
 
@@ -223,8 +230,19 @@ def evaluate(
     classes = list((meta or {}).get("classes", []))
     classes += [f"class {index}" for index in range(len(classes), 0 if confusion is None else len(confusion))]
     by_class = task.class_scores(scores, classes) if scores else None
+    draw = getattr(task, "evaluated", None)  # a task that draws what it scored says so
     return Evaluation(
-        title, held_out.about, count, metrics, intervals, method, published or {}, classes, confusion, by_class
+        title,
+        held_out.about,
+        count,
+        metrics,
+        intervals,
+        method,
+        published or {},
+        classes,
+        confusion,
+        by_class,
+        None if draw is None else partial(draw, model, held_out.dataset),
     )
 
 

@@ -6,6 +6,7 @@ The `answer` of a task's form (`provenn.tasks.faces.Demo`) is a function from a 
   a `size` where a picture was classified.
 - `table`: `columns` and `rows`, each of which begins with a name. `each` says what a row is; `left` rows are left out.
 - `text`: `text`.
+- `compared`: `before.png` and `after.png` under two `names`, of one `size`, and a line of `text` below.
 - `enlarged`, `mask`, `boxes`, `drawing` and `forecast`: as their tasks write them.
 """
 

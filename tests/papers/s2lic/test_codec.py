@@ -1,0 +1,308 @@
+"""Files of S2LIC: the same pixels again, the size that was estimated, one line for whatever is no such file."""
+
+import builtins
+import contextlib
+import math
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import provenn
+from provenn.core.errors import UserError
+from provenn.data.photographs import photograph
+from provenn.papers.s2lic import Codec, Header, Sizes, bd_rate, ms_ssim, s2lic_small
+from provenn.papers.s2lic.codec import BOUND, HEADER, MAGIC, SCALES, START, Book, gaussian_table, prior_tables
+from provenn.papers.s2lic.entropy import FactorizedPrior, gaussian_likelihood
+from provenn.papers.s2lic.model import S2LIC
+from provenn.papers.s2lic.task import estimate
+from provenn.papers.s2lic.task.metrics import PILLOW, pillow_curve, psnr
+from provenn.tasks import get_task
+from provenn.tasks.super_resolution import Whole
+from provenn.testing import seeded_array
+
+TASK = get_task("image-compression")
+CAT = photograph("chelsea")
+
+
+@pytest.fixture(scope="module")
+def trained() -> S2LIC:
+    model = provenn.create("s2lic_small", pretrained=True)
+    assert isinstance(model, S2LIC)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def codec(trained) -> Codec:
+    return Codec(trained)
+
+
+@pytest.mark.parametrize(("height", "width", "side"), [(1, 1, 1024), (63, 65, 64), (130, 64, 1024), (100, 150, 128)])
+def test_a_file_decodes_to_the_pixels_that_its_writer_saw(codec, height, width, side):
+    picture = CAT[50 : 50 + height, 80 : 80 + width]
+    content, shown = codec.compress(picture, side)
+    assert shown.shape == picture.shape
+    assert np.array_equal(codec.decompress(content), shown)
+
+
+def test_a_file_shows_the_picture_that_a_forward_gives(codec, trained):
+    picture = CAT[:128, :192]
+    _, shown = codec.compress(picture)
+    expected = estimate(trained, picture).pixels
+    assert np.abs(shown.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["chelsea", "flower"])
+def test_a_file_is_as_large_as_estimated(codec, trained, name):
+    picture = photograph(name)[:256, :320]
+    content, _ = codec.compress(picture)
+    expected = estimate(trained, picture).bits / 8
+    assert abs(len(content) - expected) <= max(64, 0.01 * expected)
+
+
+def test_another_process_with_other_threads_decodes_the_same(codec, tmp_path):
+    content, shown = codec.compress(CAT[:96, :160])
+    (tmp_path / "cat.s2l").write_bytes(content)
+    script = "from provenn.cli import main; main(['predict', 's2lic', 'cat.s2l', '-o', 'cat.png'])"
+    environment = {"OMP_NUM_THREADS": "3", "PYTHONPATH": str(Path(provenn.__file__).parents[1]), "HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, timeout=300)
+    with Image.open(tmp_path / "cat.png") as image:
+        assert np.array_equal(np.asarray(image), shown)
+
+
+def test_the_writer_s_threads_are_the_reader_s_and_come_back(codec):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        content, shown = codec.compress(CAT[:64, :128])
+        torch.set_num_threads(2)
+        assert Header.unpack(content, "it")[0].threads == 3
+        assert np.array_equal(codec.decompress(content), shown)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_other_weights_devices_and_formats_are_refused(codec, trained):
+    content, _ = codec.compress(CAT[:64, :64])
+    other = Codec(s2lic_small())
+    with pytest.raises(UserError, match="written with other weights"):
+        other.decompress(content)
+    header, payload = Header.unpack(content, "it")
+    assert (header.height, header.width, header.preset, header.device) == (64, 64, "s2lic_small", "cpu")
+    assert header.lam == pytest.approx(trained.lam)
+    with pytest.raises(UserError, match="on cuda and is decoded there"):
+        codec.decompress(header._replace(device="cuda").pack(payload))
+    with pytest.raises(UserError, match="other pixels here"):
+        codec.decompress(header._replace(pixels=header.pixels ^ 1).pack(payload))
+    newer = bytearray(content)
+    newer[START] = 2
+    with pytest.raises(UserError, match="has format 2; this version of provenn reads format 1"):
+        codec.decompress(bytes(newer))
+    with pytest.raises(UserError, match="no S2LIC file"):
+        codec.decompress(b"\x89PNG\r\n" + content)
+    with pytest.raises(UserError, match="within its header"):
+        codec.decompress(content[: START + 3])
+    with pytest.raises(UserError, match="is damaged"):
+        codec.decompress(content[:-1])
+
+
+def test_ten_thousand_mutated_files_are_refused(codec):
+    """Headers alone: what passes them is decoded in the test below."""
+    content, _ = codec.compress(CAT[:64, :64])
+    rng = np.random.default_rng(0)
+    for number in range(10_000):
+        broken = bytearray(content)
+        if number % 3 == 0:
+            broken = broken[: rng.integers(len(broken))]
+        elif number % 3 == 1:
+            broken[rng.integers(len(broken))] ^= 1 << rng.integers(8)
+        else:
+            at = rng.integers(len(broken))
+            broken[at:at] = rng.bytes(int(rng.integers(1, 9)))
+        with pytest.raises(UserError):
+            Header.unpack(bytes(broken), "it")
+
+
+def resealed(content: bytes) -> bytes:
+    rest = content[START:]
+    return MAGIC + struct.pack("<I", zlib.crc32(rest)) + rest
+
+
+def test_files_that_lie_under_a_right_checksum_decode_or_are_refused(codec):
+    content, shown = codec.compress(CAT[:64, :64])
+    rng = np.random.default_rng(1)
+    decoded = 0
+    for number in range(60):
+        broken = bytearray(content)
+        where = slice(START, START + HEADER.size + 4) if number % 2 else slice(START + HEADER.size + 4, len(content))
+        broken[rng.integers(where.start, where.stop)] ^= 1 << rng.integers(8)
+        with contextlib.suppress(UserError):
+            decoded += np.array_equal(codec.decompress(resealed(bytes(broken))).shape, shown.shape)
+    assert decoded < 30  # what is decoded to other pixels is refused by their checksum
+
+
+def test_a_header_that_promises_more_than_the_file_holds_allocates_nothing(codec):
+    content, _ = codec.compress(CAT[:64, :64])
+    header, payload = Header.unpack(content, "it")
+    huge = header._replace(height=65_535, width=65_535, side=64).pack(payload)
+    with pytest.raises(UserError, match="within its table of 1048576 tiles"):
+        codec.decompress(huge)
+
+
+def test_tables_are_masses_and_every_whole_number_can_be_coded():
+    import constriction
+
+    for scale in SCALES[::9]:
+        table = gaussian_table(float(scale))
+        reach = len(table) // 2 - 1
+        bins = torch.arange(-reach, reach + 1).double()
+        expected = gaussian_likelihood(bins, torch.full_like(bins, float(scale))).numpy()
+        assert np.allclose(table[:-1] / 2**22, expected, atol=2.5e-7)
+        assert np.array_equal(table[:-1], table[-2::-1])
+    tables = prior_tables(FactorizedPrior(3))
+    assert len(tables) == 3 and all(table.min() >= 1 for table in tables)
+    book = Book([gaussian_table(float(scale)) for scale in SCALES])
+    rng = np.random.default_rng(0)
+    index = rng.integers(len(SCALES), size=4000)
+    values = np.rint(rng.standard_cauchy(4000) * 9).clip(-BOUND, BOUND - 1).astype(np.int64)
+    encoder = constriction.stream.queue.RangeEncoder()
+    book.write(encoder, values, index)
+    read = book.read(constriction.stream.queue.RangeDecoder(encoder.get_compressed()), index)
+    assert np.array_equal(read, values)
+
+
+def test_what_cannot_be_coded_is_refused(codec):
+    with pytest.raises(UserError, match="multiple of 64"):
+        codec.compress(CAT, 100)
+    with pytest.raises(UserError, match="from 1 to 65535"):
+        codec.compress(np.zeros((1, 65_536, 3), np.uint8))
+    broken = s2lic_small()
+    with torch.no_grad():
+        broken.encoder[1].weight.fill_(math.nan)
+    with pytest.raises(UserError, match="weights are no use"):
+        Codec(broken).compress(CAT[:64, :64])
+    with pytest.raises(UserError, match="above 0"):
+        S2LIC(Sizes(), lam=0)
+
+
+def test_without_the_extra_files_are_refused_and_the_rest_works(monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *rest, **options):
+        if name == "constriction":
+            raise ImportError(name)
+        return real(name, *rest, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(UserError, match=r"pip install 'provenn\[compression\]'"):
+        Codec(s2lic_small())
+    assert math.isfinite(estimate(s2lic_small().eval(), CAT[:64, :64]).bits)
+
+
+# Measures
+
+
+def test_ms_ssim_is_the_field_s():
+    """Values of pytorch-msssim 1.0.0, whose window is in single precision."""
+    for shape, expected in (((2, 3, 176, 203), [0.8742792, 0.8717738]), ((1, 3, 161, 161), [0.8767295])):
+        a, b = (torch.from_numpy(seeded_array(list(shape), name, 0) / np.sqrt(3)).double() for name in "ab")
+        a = ((a + 1).float() / 2).double()
+        assert ms_ssim(a, (a + 0.3 * b).clamp(0, 1)).tolist() == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(ValueError, match="at least 161"):
+        ms_ssim(torch.zeros(1, 3, 160, 200), torch.zeros(1, 3, 160, 200))
+
+
+def test_bd_rate_is_the_mean_of_the_logarithms():
+    qualities = [28.0, 31, 33, 36]
+    rates = [0.1, 0.3, 0.5, 1.1]
+    assert bd_rate(rates, qualities, rates, qualities) == pytest.approx(0)
+    assert bd_rate([0.8 * r for r in rates], qualities, rates, qualities) == pytest.approx(-20)
+    assert bd_rate(rates[::-1], qualities[::-1], [2 * r for r in rates], qualities) == pytest.approx(-50)
+    # log rate linear in quality on both sides: the mean of the difference over the shared qualities 31 to 33
+    assert bd_rate([1, math.exp(4)], [29, 33], [1, math.exp(6)], [31, 37]) == pytest.approx(100 * math.expm1(2))
+    with pytest.raises(ValueError, match="share no quality"):
+        bd_rate([1, 2], [30, 31], [1, 2], [32, 33])
+    with pytest.raises(ValueError, match="two points"):
+        bd_rate([1, 2], [30, 30], [1, 2], [30, 33])
+
+
+@pytest.mark.parametrize("name", ["JPEG", "WebP", "JPEG 2000"])
+def test_curves_of_pillow_rise(name):
+    points = pillow_curve(name, [CAT[:128, :128]])
+    assert len(points) == len(PILLOW[name][2])
+    assert points == sorted(points) and [q for _, q in points] == sorted(q for _, q in points)
+
+
+# Command line
+
+
+def test_folders_go_to_folders_and_back(tmp_path, trained, capsys):
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    Image.fromarray(CAT[:70, :90]).save(tmp_path / "in" / "a.png")
+    Image.fromarray(CAT[:64, :64]).convert("L").save(tmp_path / "in" / "deep" / "grey.jpg")
+    said = TASK.predict(trained, {}, [tmp_path / "in"], tmp_path / "coded")
+    assert said.count("bits a pixel") == 2
+    TASK.predict(trained, {}, [tmp_path / "coded"], tmp_path / "out")
+    with Image.open(tmp_path / "out" / "a.png") as image:
+        assert image.size == (90, 70)
+        assert psnr(np.asarray(image), CAT[:70, :90]) > 20
+    assert (tmp_path / "out" / "deep" / "grey.png").is_file()
+
+
+def test_what_is_left_behind_is_said(tmp_path, trained):
+    deep = (CAT[:64, :64].astype(np.uint16) * 257)[..., 0]
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    alpha = np.dstack([CAT[:64, :64], CAT[:64, :64, :1]])
+    Image.fromarray(alpha, "RGBA").save(tmp_path / "alpha.png")
+    for name, words in (("deep.png", "8 of its 16 bits"), ("alpha.png", "its alpha channel")):
+        said = TASK.predict(trained, {}, [tmp_path / name], tmp_path / "x.s2l")
+        assert f"left behind: {words}" in said
+
+
+def test_paths_that_do_not_fit_are_refused(tmp_path, trained):
+    Image.fromarray(CAT[:64, :64]).save(tmp_path / "a.png")
+    Image.fromarray(CAT[:64, :64]).save(tmp_path / "a.jpg")
+    (tmp_path / "b.s2l").write_bytes(b"none")
+    for inputs, output, words in (
+        (["a.png"], "a.zip", "written to .s2l, got a.zip"),
+        (["b.s2l"], "b.jpg", "written to .png or .tif or .tiff or .bmp"),
+        (["b.s2l"], "b.png", "no S2LIC file"),
+        (["a.png", "a.jpg"], "folder", "both be written"),
+        (["a.png", "b.s2l"], "b.s2l", "several need a folder"),
+        (["missing.png"], "folder", "does not exist"),
+    ):
+        with pytest.raises(UserError, match=words):
+            TASK.predict(trained, {}, [tmp_path / name for name in inputs], tmp_path / output)
+    with pytest.raises(UserError, match="give one that ends in"):
+        TASK.predict(trained, {}, [tmp_path / "a.png"], None)
+    with pytest.raises(UserError, match="--tile takes"):
+        TASK.predict(trained, {}, [tmp_path / "a.png"], tmp_path / "a.s2l", tile=100)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jpg", "a.png", "b.s2l"]
+
+
+def test_lambda_is_the_data_s_and_the_dummy_baseline_s():
+    data = TASK.load("photographs", lam=0.05)
+    assert data.options == {"lam": 0.05}
+    assert TASK.dummy_baseline(data) == pytest.approx(TASK.dummy_baseline(TASK.load("photographs")) * 0.05 / 0.013)
+    with pytest.raises(UserError, match="multiple of 64"):
+        TASK.load("photographs", patch=100)
+
+
+def test_scores_are_of_the_8_bit_picture_and_of_real_files(trained):
+    photo = CAT[:192, :192]
+    scores = TASK.scores(trained, Whole([photo]))
+    shown, bits = estimate(trained, photo)
+    assert scores["psnr"][0] == pytest.approx(psnr(shown, photo))
+    error = np.mean((shown.astype(float) - photo) ** 2)
+    assert scores["cost"][0] == pytest.approx(trained.lam * error + bits / 192**2)
+    assert abs(scores["file_bpp"][0] - scores["bpp"][0]) * photo[..., 0].size / 8 <= 64
+    assert {"ms_ssim", "seconds_to_encode", "seconds_to_decode"} <= scores.keys()
+    small = TASK.scores(trained, Whole([photo[:64, :64]]))
+    assert "ms_ssim" not in small
