@@ -249,7 +249,9 @@ def test_folders_go_to_folders_and_back(tmp_path, trained, capsys):
     Image.fromarray(CAT[:64, :64]).convert("L").save(tmp_path / "in" / "deep" / "grey.jpg")
     said = TASK.predict(trained, {}, [tmp_path / "in"], tmp_path / "coded")
     assert said.count("bits a pixel") == 2
-    TASK.predict(trained, {}, [tmp_path / "coded"], tmp_path / "out")
+    Image.fromarray(CAT[:64, :64]).save(tmp_path / "coded" / "beside.png")
+    with pytest.warns(UserWarning, match="left out 1 image.* beside 2 .s2l file"):
+        TASK.predict(trained, {}, [tmp_path / "coded"], tmp_path / "out")
     with Image.open(tmp_path / "out" / "a.png") as image:
         assert image.size == (90, 70)
         assert psnr(np.asarray(image), CAT[:70, :90]) > 20

@@ -20,7 +20,7 @@ from provenn.core.errors import UserError
 from provenn.core.files import atomic_write, check_no_input, check_output, is_stream
 from provenn.core.inputs import read_bytes
 from provenn.core.narrowing import of_kind
-from provenn.data.images import Picture, images_in, read_image, write_image
+from provenn.data.images import SUFFIXES, Picture, images_in, read_image, write_image
 from provenn.papers.s2lic.codec import SIDE, WHOLE, Codec, tiles
 from provenn.papers.s2lic.model import S2LIC
 from provenn.papers.s2lic.task.metrics import PILLOW, SMALLEST, Pixels, in_db, pillow_curve, psnr, similarity
@@ -319,6 +319,11 @@ def _destinations(inputs: Sequence[Path], output: Path) -> Iterator[tuple[Path, 
     for given in inputs:
         inside = given if given.is_dir() else given.parent
         coded = sorted(given.rglob(f"*{SUFFIX}")) if given.is_dir() else []
+        others = [f for f in given.rglob("*") if f.suffix.lower() in SUFFIXES] if coded else []
+        if others:
+            progress.say(
+                f"{given}: left out {len(others)} image(s) beside {len(coded)} {SUFFIX} file(s), which are decoded"
+            )
         for source in coded or (images_in(given) if given.is_dir() else [given]):
             target = output / source.relative_to(inside).with_suffix(".png" if _is_coded(source) else SUFFIX)
             if target in taken:
