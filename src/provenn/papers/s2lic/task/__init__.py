@@ -59,9 +59,9 @@ def estimate(model: S2LIC, pixels: Pixels, side: int = SIDE) -> Estimate:
     for rows, columns in tiles(pixels.shape[0], pixels.shape[1], side):
         part = pixels[rows, columns]
         height, width = part.shape[:2]
-        x = as_tensor(part).to(device_of(model))
+        x = as_tensor(part).to(device_of(model), next(model.parameters()).dtype)
         coded = model(F.pad(x, (0, -width % 64, 0, -height % 64), mode="replicate"))
-        decoded = coded.picture[0, :, :height, :width].clamp(0, 1)
+        decoded = coded.picture[0, :, :height, :width].float().clamp(0, 1)
         shown[rows, columns] = (255 * decoded).round().byte().permute(1, 2, 0).cpu().numpy()
         bits += float(coded.bits(1 / WHOLE).sum())
     return Estimate(shown, bits)
@@ -114,7 +114,8 @@ class ImageCompression(Task):
 
     def loss(self, model: nn.Module, batch: UInt8[Tensor, "batch 3 side side"]) -> Float[Tensor, ""]:
         """The network's own: rate and distortion at its λ."""
-        return of_kind(model, S2LIC, "the model").rate_distortion(batch.float() / 255)
+        dtype = next(model.parameters()).dtype  # of a network in half precision throughout
+        return of_kind(model, S2LIC, "the model").rate_distortion((batch.float() / 255).to(dtype))
 
     def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
         """Cost, bits a pixel and PSNR of each picture, MS-SSIM where all are large enough; of files size and seconds.
