@@ -284,7 +284,7 @@ def test_paths_that_do_not_fit_are_refused(tmp_path, trained):
             TASK.predict(trained, {}, [tmp_path / name for name in inputs], tmp_path / output)
     with pytest.raises(UserError, match="give one that ends in"):
         TASK.predict(trained, {}, [tmp_path / "a.png"], None)
-    with pytest.raises(UserError, match="--tile takes"):
+    with pytest.raises(UserError, match="side of a tile is a multiple of 64"):
         TASK.predict(trained, {}, [tmp_path / "a.png"], tmp_path / "a.s2l", tile=100)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jpg", "a.png", "b.s2l"]
 
