@@ -211,12 +211,14 @@ class Parallel(LatentCoder):
 class Serial(LatentCoder):
     """The serial context (Minnen et al., 2018): site by site, a masked 5×5 convolution over what is decoded.
 
-    Its parameters are about those of the contexts that it replaces, by the width of its convolution.
+    Args:
+        sizes: of the network.
+        widths: of the convolution in units of M; Minnen's is 2, and 6 has about the parameters of S2LIC's contexts.
     """
 
-    def __init__(self, sizes: Sizes):
+    def __init__(self, sizes: Sizes, widths: int = 2):
         super().__init__(replace(sizes, intra_slice=False), None)
-        m, inner = sizes.latent, 6 * sizes.latent
+        m, inner = sizes.latent, widths * sizes.latent
         self.masked = nn.Conv2d(m, inner, 5, padding=2)
         self.register_buffer("before", (torch.arange(25) < 12).view(5, 5).float(), persistent=False)
         self.parameters_of = nn.Sequential(
@@ -270,7 +272,7 @@ CODERS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "intra": ("AC, AG, intra-slice", lambda: LatentCoder(SMALL)),
     "intra plain": ("AC, AG, 5×5 convolutions on the anchors", lambda: WithConvolutions(SMALL)),
     "parallel": ("AC, AG, one pass a slice", lambda: Parallel(SMALL)),
-    "serial": ("serial masked context", lambda: Serial(SMALL)),
+    "serial": ("serial masked context", lambda: Serial(SMALL, 6)),
     "fixed": ("AG with offsets fixed at 0", lambda: LatentCoder(SMALL, _side("own", "fixed"))),
     "window": ("AG with window attention", lambda: LatentCoder(SMALL, _side("own", "window"))),
     "pointwise": ("AG without attention", lambda: LatentCoder(SMALL, _side("own", "pointwise"))),
