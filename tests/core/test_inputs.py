@@ -110,7 +110,6 @@ OPENS = {
     "data/trajectories.py": "NumPy and HDF5, behind check_file",
     "data/cifar.py": "np.fromfile, behind check_file",
     "papers/lambda_pnn/task/rasters.py": "rasterio and NumPy, behind check_file",
-    "papers/s2lic/studies.py": "what Pillow wrote to memory",
     "papers/s2lic/task/metrics.py": "what Pillow wrote to memory",
     "papers/rrnet/task/__init__.py": "NumPy, behind check_file",
     "papers/rrnet/task/files.py": "astropy and NumPy, behind check_file",

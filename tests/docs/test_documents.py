@@ -51,3 +51,11 @@ def test_every_task_has_a_page_whose_commands_have_their_options(monkeypatch):
         for block in BLOCK.finditer(page):
             for words in commands(block[3]):
                 parse(words[1:])
+
+
+def test_every_guide_is_in_the_navigation():
+    """`make docs` is strict: a page that the navigation leaves out ends it."""
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    docs = ROOT / "docs"
+    pages = [str(page.relative_to(docs)) for folder in ("guides", "author") for page in (docs / folder).glob("*.md")]
+    assert pages and [page for page in pages if page not in navigation] == []

@@ -18,6 +18,7 @@ from provenn.core.errors import UserError
 from provenn.core.files import save_figure, strict_json, write_atomically
 from provenn.evidence.interval import Interval, resampled
 from provenn.evidence.measurement import Table
+from provenn.tasks import face_of
 from provenn.tasks.base import LABEL, PREDICTED, HeldOut, Scores, Task, count_examples
 
 if TYPE_CHECKING:
@@ -230,7 +231,8 @@ def evaluate(
     classes = list((meta or {}).get("classes", []))
     classes += [f"class {index}" for index in range(len(classes), 0 if confusion is None else len(confusion))]
     by_class = task.class_scores(scores, classes) if scores else None
-    draw = getattr(task, "evaluated", None)  # a task that draws what it scored says so
+    face = face_of(task.name)
+    draw = None if face.evaluation is None else partial(face.resolve(face.evaluation), model, held_out.dataset, scores)
     return Evaluation(
         title,
         held_out.about,
@@ -242,7 +244,7 @@ def evaluate(
         classes,
         confusion,
         by_class,
-        None if draw is None else partial(draw, model, held_out.dataset),
+        draw,
     )
 
 

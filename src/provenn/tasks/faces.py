@@ -135,6 +135,7 @@ class Face(_Strict):
     Args:
         package: where its targets are looked up.
         demo: its form in the browser.
+        evaluation: draws what `provenn evaluate --out` scored: a function of model, data set and `Scores`.
         hosts: by slot, the network in which mechanisms are compared: see `provenn.tasks.hosts`.
         materials: what a pretrained model of Hugging Face is converted and tuned on, classes as
             `provenn.huggingface.Text`; of several, a metric chooses.
@@ -145,6 +146,7 @@ class Face(_Strict):
 
     package: str
     demo: Demo | None = None
+    evaluation: Target | None = None
     hosts: dict[str, Target] = Field(default_factory=dict)
     materials: tuple[Target, ...] = ()
     datasets: dict[str, DataSet] = Field(default_factory=dict)

@@ -249,7 +249,9 @@ def test_folders_go_to_folders_and_back(tmp_path, trained, capsys):
     Image.fromarray(CAT[:64, :64]).convert("L").save(tmp_path / "in" / "deep" / "grey.jpg")
     said = TASK.predict(trained, {}, [tmp_path / "in"], tmp_path / "coded")
     assert said.count("bits a pixel") == 2
-    TASK.predict(trained, {}, [tmp_path / "coded"], tmp_path / "out")
+    Image.fromarray(CAT[:64, :64]).save(tmp_path / "coded" / "beside.png")
+    with pytest.warns(UserWarning, match="left out 1 image.* beside 2 .s2l file"):
+        TASK.predict(trained, {}, [tmp_path / "coded"], tmp_path / "out")
     with Image.open(tmp_path / "out" / "a.png") as image:
         assert image.size == (90, 70)
         assert psnr(np.asarray(image), CAT[:70, :90]) > 20
@@ -282,7 +284,7 @@ def test_paths_that_do_not_fit_are_refused(tmp_path, trained):
             TASK.predict(trained, {}, [tmp_path / name for name in inputs], tmp_path / output)
     with pytest.raises(UserError, match="give one that ends in"):
         TASK.predict(trained, {}, [tmp_path / "a.png"], None)
-    with pytest.raises(UserError, match="--tile takes"):
+    with pytest.raises(UserError, match="side of a tile is a multiple of 64"):
         TASK.predict(trained, {}, [tmp_path / "a.png"], tmp_path / "a.s2l", tile=100)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jpg", "a.png", "b.s2l"]
 

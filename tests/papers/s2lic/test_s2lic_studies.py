@@ -14,7 +14,7 @@ from provenn.papers.s2lic import studies
 from provenn.papers.s2lic.context import anchors
 from provenn.papers.s2lic.model import SMALL
 from provenn.papers.s2lic.task import pictures
-from provenn.papers.s2lic.task.metrics import psnr
+from provenn.papers.s2lic.task.metrics import Coded, psnr, through_pillow
 from provenn.tasks import TaskData
 
 
@@ -155,16 +155,20 @@ def test_a_bd_rate_against_jpeg_is_zero_for_jpeg(monkeypatch):
             super().__init__()
             self.quality = quality
 
-    monkeypatch.setattr(studies, "estimate", lambda model, pixels: studies._jpeg(pixels, model.quality))
+    monkeypatch.setattr(
+        studies, "estimate", lambda model, pixels: through_pillow(pixels, "JPEG", quality=model.quality)
+    )
     data = studies.folds(0, True)
     sweep = studies.Sweep([Member(q) for q in (12, 25, 50)])
     assert studies.against_jpeg(psnr)(sweep, data) == pytest.approx(0, abs=3)
-    monkeypatch.setattr(studies, "estimate", lambda model, pixels: half(studies._jpeg(pixels, model.quality)))
+    monkeypatch.setattr(
+        studies, "estimate", lambda model, pixels: half(through_pillow(pixels, "JPEG", quality=model.quality))
+    )
     assert studies.against_jpeg(psnr)(sweep, data) == pytest.approx(-50, abs=2)
 
 
 def half(coded):
-    return coded[0], coded[1] / 2
+    return Coded(coded.pixels, coded.bits / 2)
 
 
 def test_latents_are_those_of_the_shipped_encoder():
@@ -180,5 +184,9 @@ def test_latents_are_those_of_the_shipped_encoder():
 
 
 def test_without_a_shared_quality_the_nearest_are_compared(monkeypatch):
-    monkeypatch.setattr(studies, "estimate", lambda model, pixels: (255 - pixels, studies._jpeg(pixels, 1)[1] * 2))
+    monkeypatch.setattr(
+        studies,
+        "estimate",
+        lambda model, pixels: Coded(255 - pixels, through_pillow(pixels, "JPEG", quality=1).bits * 2),
+    )
     assert studies.against_jpeg(psnr)(nn.Identity(), studies.folds(0, True)) == pytest.approx(100)

@@ -8,12 +8,13 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from provenn.core.errors import UserError
@@ -194,6 +195,12 @@ class Book:
         return values
 
 
+@cache
+def scale_book() -> Book:
+    """The tables of the 64 scales, which no weights change."""
+    return Book([gaussian_table(scale) for scale in SCALES])
+
+
 class Codec:
     """Pictures to bytes and back, with the weights of a network.
 
@@ -217,7 +224,7 @@ class Codec:
         self.device = next(model.parameters()).device
         if self.device.type not in DEVICES:
             raise UserError(f"S2LIC's files are written on {' or '.join(DEVICES)}, got {self.device.type}")
-        self.scales = Book([gaussian_table(scale) for scale in SCALES])
+        self.scales = scale_book()
         self.sites = Book(prior_tables(self.model.coder.prior))
         # Half-way between two scales, in their logarithm.
         self.cuts = torch.from_numpy(np.sqrt(SCALES[1:] * SCALES[:-1])).to(self.device)
@@ -244,8 +251,7 @@ class Codec:
         Raises:
             UserError: the picture or the tile is too large, or the network gives numbers that are none.
         """
-        if side % 64 or not 64 <= side <= 255 * 64:
-            raise UserError(f"the side of a tile is a multiple of 64 from 64 to 16320, got {side}")
+        check_side(side)
         height, width = pixels.shape[:2]
         if not 0 < min(height, width) <= max(height, width) < 2**16:
             raise UserError(f"a picture's sides are from 1 to 65535 pixels, got {width}×{height}")
@@ -300,8 +306,7 @@ class Codec:
     def _write(self, pixels: UInt8[np.ndarray, "height width 3"]) -> tuple[bytes, np.ndarray]:
         """The range coder's bytes of one tile, and the pixels that they decode to."""
         height, width = pixels.shape[:2]
-        x = torch.from_numpy(np.array(pixels)).to(self.device).permute(2, 0, 1)[None].float() / 255
-        y = self.model.encoder(F.pad(x, (0, -width % 64, 0, -height % 64), mode="replicate"))
+        y = self.model.encoder(as_input(pixels).to(self.device))
         z = self.coder.hyper_encoder(y.double()) - self.coder.prior.median()
         if not (y.isfinite().all() and z.isfinite().all()):
             raise UserError("the network gives numbers that are none for this picture: its weights are no use")
@@ -334,14 +339,37 @@ class Codec:
 
     def _shown(self, whole: Tensor, read: Callable[..., Tensor], height: int, width: int) -> np.ndarray:
         hyper = self.coder.hyper_decoder(whole + self.coder.prior.median())
-        x = self.model.decoder(self.coder.walk(hyper, read).float())[0, :, :height, :width]
-        return (255 * x.nan_to_num().clamp(0, 1)).round().byte().permute(1, 2, 0).cpu().numpy()
+        return as_pixels(self.model.decoder(self.coder.walk(hyper, read).float()), height, width)
 
     def _index(self, scale: Tensor, anchor: bool) -> np.ndarray:
         return _flat(torch.bucketize(squeeze(scale, anchor).contiguous(), self.cuts))
 
     def _channels(self, shape: Any) -> np.ndarray:
         return np.repeat(np.arange(shape[1]), shape[2] * shape[3])
+
+
+def as_input(pixels: UInt8[np.ndarray, "height width 3"]) -> Float[Tensor, "1 3 height2 width2"]:
+    """A picture as the network takes it: in 0…1, its last row and column repeated up to multiples of 64."""
+    height, width = pixels.shape[:2]
+    x = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None].float() / 255
+    return F.pad(x, (0, -width % 64, 0, -height % 64), mode="replicate")
+
+
+def as_pixels(x: Float[Tensor, "1 3 height2 width2"], height: int, width: int) -> UInt8[np.ndarray, "rows columns 3"]:
+    """The inverse, rounded to 8 bits; what is no number is 0."""
+    x = x[0, :, :height, :width].float().nan_to_num().clamp(0, 1)
+    return (255 * x).round().byte().permute(1, 2, 0).cpu().numpy()
+
+
+def check_side(side: float | int) -> int:
+    """The side of a tile.
+
+    Raises:
+        UserError: it is no multiple of 64, or too large.
+    """
+    if side % 64 or not 64 <= side <= 255 * 64:
+        raise UserError(f"the side of a tile is a multiple of 64 from 64 to 16320, got {side:g}")
+    return int(side)
 
 
 def _flat(x: Tensor) -> np.ndarray:

@@ -24,6 +24,11 @@ def gaussian_likelihood(residual: Tensor, scale: Tensor) -> Tensor:
     return (0.5 * (torch.erfc(lower) - torch.erfc(upper))).clamp(min=LEAST)
 
 
+def bits(*likelihoods: Tensor, least: float = 0.0) -> Tensor:
+    """−Σ log₂ p of each example of a batch, where no value is less likely than `least`: (batch,)."""
+    return -torch.stack([part.clamp(min=least).log2().flatten(1).sum(1) for part in likelihoods]).sum(0)
+
+
 class FactorizedPrior(nn.Module):
     """A learned density for each channel of z, the same at each site, with filters 3-3-3-3.
 

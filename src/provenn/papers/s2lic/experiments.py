@@ -1,13 +1,14 @@
 """What S2LIC's authors say, and what building it brought to light, as measurements."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from provenn.core.cost import count_parameters
 from provenn.evidence import Measurement, Run, Study, Table, Timing, measures
-from provenn.papers.s2lic.model import SMALL, Contexts, LatentCoder, Sizes, s2lic
+from provenn.papers.s2lic.model import SMALL, LatentCoder, Sizes, s2lic
 from provenn.papers.s2lic.studies import (
     CODECS,
     CODERS,
@@ -15,6 +16,7 @@ from provenn.papers.s2lic.studies import (
     PROBES,
     LatentCoding,
     Serial,
+    Side,
     Sweeping,
     codec,
     folds,
@@ -87,35 +89,12 @@ STEPS_TIME = Timing(
 )
 
 
-def _whole(context: Callable[[int, Sizes], torch.nn.Module] | None) -> Callable[[int, str], Callable[[], Any]]:
-    """The entropy model of the paper's size, with both contexts, with the channel-wise one, or with none."""
-    return _decoding(lambda: LatentCoder(Sizes(), context))
-
-
-class ChannelOnly(torch.nn.Module):
-    """AC alone.
-
-    Args:
-        dim: channels decoded so far.
-        sizes: of the network.
-    """
-
-    out = 64
-
-    def __init__(self, dim: int, sizes: Sizes):
-        super().__init__()
-        self.channel = Contexts(dim, sizes).channel
-
-    def forward(self, u: torch.Tensor) -> torch.Tensor:
-        return self.channel(u)
-
-
 FULL_TIME = Timing(
     "time of decoding the latent at the paper's size",
     {
-        "S2LIC": _whole(Contexts),
-        "channel-only": _whole(ChannelOnly),
-        "hyperprior": _whole(None),
+        "S2LIC": _decoding(lambda: LatentCoder(Sizes())),
+        "channel-only": _decoding(lambda: LatentCoder(Sizes(), partial(Side, channel="own", inter=""))),
+        "hyperprior": _decoding(lambda: LatentCoder(Sizes(), None)),
         "serial context": _decoding(lambda: Serial(Sizes())),
     },
     sizes=(256, 640),  # 640×640 has about the pixels of 512×768

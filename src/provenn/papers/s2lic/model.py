@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from provenn.core.errors import UserError
 from provenn.papers.s2lic.context import ChannelContext, GlobalContext, anchors
-from provenn.papers.s2lic.entropy import FactorizedPrior, gaussian_likelihood, round_through
+from provenn.papers.s2lic.entropy import FactorizedPrior, bits, gaussian_likelihood, round_through
 from provenn.papers.s2lic.transforms import RS2TB, DenseEnhancement
 
 # (slice, is it the anchor pass, mean, scale) to what is coded: value − mean, on the sites of the pass.
@@ -68,8 +68,7 @@ class Coded(NamedTuple):
 
     def bits(self, least: float = 0.0) -> Tensor:
         """The estimated rate of each picture of the batch in bits, where no value is less likely than `least`."""
-        y, z = (part.clamp(min=least).log2().flatten(1).sum(1) for part in (self.y, self.z))
-        return -(y + z)
+        return bits(self.y, self.z, least=least)
 
 
 class SliceCoder(nn.Module):
@@ -172,26 +171,35 @@ class LatentCoder(nn.Module):
             context = torch.cat([self.contexts[i - 1](torch.cat(done, 1)), hyper], 1) if i and self.contexts else hyper
             value = torch.zeros_like(hyper[:, :1])
             for anchor, passes, mask in ((True, self.first, odd), (False, self.second, 1 - odd)):
-                coder = cast(SliceCoder, passes[i])
+                coder, seen = cast(SliceCoder, passes[i]), self.seen(value)
                 if not anchor and self.intra_contexts:
-                    context = torch.cat([self.intra_contexts[i](torch.cat([*done, value], 1)), hyper], 1)
+                    context = torch.cat([self.intra_contexts[i](torch.cat([*done, seen], 1)), hyper], 1)
                 mean, scale = coder(context)
-                value = value + (read(i, anchor, mean, scale) + mean) * mask
-                value = value + coder.correct(means, torch.cat([*done, value], 1)) * mask
+                own = (read(i, anchor, mean, scale) + mean) * mask
+                value = value + own + coder.correct(means, torch.cat([*done, seen + own], 1)) * mask
             done.append(value)
         return torch.cat(done, 1)
 
-    def forward(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def seen(self, value: Tensor) -> Tensor:
+        """What a slice's second pass sees of the first."""
+        return value
+
+    def hyperprior(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """What the decoder gets by way of z, (batch, 2M, height, width), and the likelihoods of z."""
         z = self.hyper_encoder(y)
         median = self.prior.median()
         rounded = round_through(z - median) + median
         noisy = z + torch.rand_like(z) - 0.5 if self.training else rounded.detach()
+        return self.hyper_decoder(rounded), self.prior.likelihood(noisy)
+
+    def forward(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        hyper, likelihood_of_z = self.hyperprior(y)
         slices = y.chunk(self.sizes.slices, 1)
         rates: list[Tensor] = []
-        decoded = self.walk(self.hyper_decoder(rounded), partial(self._rated, slices, rates))
+        decoded = self.walk(hyper, partial(self._rated, slices, rates))
         odd = anchors(y)
         likelihood = torch.cat([a * odd + b * (1 - odd) for a, b in zip(rates[::2], rates[1::2], strict=True)], 1)
-        return decoded, likelihood, self.prior.likelihood(noisy)
+        return decoded, likelihood, likelihood_of_z
 
     def _rated(
         self, slices: Sequence[Tensor], rates: list[Tensor], i: int, anchor: bool, mean: Tensor, scale: Tensor

@@ -1,6 +1,6 @@
 """Data, networks and probes of S2LIC's experiments: latents of one frozen transform, and whole codecs."""
 
-import io
+from bisect import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -10,18 +10,17 @@ from typing import Any, cast
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from provenn.core.cost import count_parameters
 from provenn.core.errors import UserError
 from provenn.core.narrowing import of_kind
-from provenn.papers.s2lic.context import ChannelContext, DeformableAttention, GlobalContext, anchors
-from provenn.papers.s2lic.entropy import gaussian_likelihood, round_through
-from provenn.papers.s2lic.model import S2LIC, SMALL, Contexts, LatentCoder, Reader, Sizes
-from provenn.papers.s2lic.task import ImageCompression, estimate
-from provenn.papers.s2lic.task.metrics import bd_rate, in_db, psnr, similarity
+from provenn.papers.s2lic.context import ChannelContext, DeformableAttention, GlobalContext
+from provenn.papers.s2lic.entropy import bits, gaussian_likelihood
+from provenn.papers.s2lic.model import S2LIC, SMALL, Contexts, LatentCoder, Sizes
+from provenn.papers.s2lic.task import LAM, ImageCompression, estimate, judged, pictures_of
+from provenn.papers.s2lic.task.metrics import bd_rate, in_db, mean_point, psnr, similarity, through_pillow
 from provenn.papers.s2lic.task.pictures import SIDE, TEST, TRAIN, VALIDATE, middle, squares, whole
 from provenn.tasks import Task, TaskData, count_examples, device_of, fingerprint, split_indices
 from provenn.tasks.base import Scores
@@ -50,14 +49,14 @@ class LatentCoding(Task):
         """Bits a pixel, and the prior's auxiliary loss as `S2LIC.rate_distortion` has it."""
         coder = cast(LatentCoder, model)
         _, y, z = coder(batch[0])
-        return -(y.log2().sum() + z.log2().sum()) / (len(y) * SIDE**2) + 1e-3 * coder.prior.auxiliary_loss()
+        return bits(y, z).mean() / SIDE**2 + 1e-3 * coder.prior.auxiliary_loss()
 
     def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
         """Bits a pixel of each latent, its values rounded."""
         rows = []
         for index in range(count_examples(dataset)):
             _, y, z = model(dataset[index][0][None].to(device_of(model)))
-            rows.append(-float(y.log2().sum() + z.log2().sum()) / SIDE**2)
+            rows.append(float(bits(y, z)) / SIDE**2)
         return {"bpp": np.array(rows)}
 
     def dummy_baseline(self, data: TaskData) -> float:
@@ -101,23 +100,38 @@ def latents(seed: int, smoke: bool) -> TaskData:
     return TaskData("latents", train, val, test, fingerprint=fingerprint(SHIPPED.read_bytes(), *seen))
 
 
-class Stack(nn.Module):
-    """Two plain convolutions with GELU between, as many parameters as `like` has: a context without its idea.
+def fitted(make: Callable[[int], nn.Module], parameters: int) -> nn.Module:
+    """`make(width)` at the width with most parameters that are not more than so many."""
+    with torch.device("meta"):
+        width = bisect(range(1, 4097), parameters, key=lambda width: count_parameters(make(width)))
+    return make(max(1, width))
+
+
+def stack(dim: int, out: int, like: nn.Module, kernel: int = 1) -> nn.Module:
+    """Two plain convolutions with GELU between, the second 1×1, of the size of `like`: a context without its idea."""
+
+    def make(width: int) -> nn.Module:
+        first = nn.Conv2d(dim, width, kernel, padding=kernel // 2)
+        return nn.Sequential(first, nn.GELU(), nn.Conv2d(width, out, 1))
+
+    return fitted(make, count_parameters(like))
+
+
+class Residual(nn.Module):
+    """x + conv3×3(between(conv3×3(x))).
 
     Args:
-        dim, out: channels.
-        like: whose size it has.
-        kernel: side of the first; the second is 1×1.
+        dim: channels.
+        width: channels inside.
+        between: what lies between.
     """
 
-    def __init__(self, dim: int, out: int, like: nn.Module, kernel: int = 1):
+    def __init__(self, dim: int, width: int, between: nn.Module):
         super().__init__()
-        inner = max(1, round((count_parameters(like) - out) / (kernel**2 * dim + out + 1)))
-        first = nn.Conv2d(dim, inner, kernel, padding=kernel // 2)
-        self.net = nn.Sequential(first, nn.GELU(), nn.Conv2d(inner, out, 1))
+        self.net = nn.Sequential(nn.Conv2d(dim, width, 3, padding=1), between, nn.Conv2d(width, dim, 3, padding=1))
 
-    def forward(self, u: Tensor) -> Tensor:
-        return self.net(u)
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.net(x)
 
 
 class Fixed(DeformableAttention):
@@ -180,7 +194,7 @@ class Side(nn.Module):
         self.parts = nn.ModuleList()
         for chosen, own, out in ((channel, ac, 64), (inter, ag, 32)):
             if chosen:
-                self.parts.append(Stack(dim, out, own) if chosen == "stack" else own)
+                self.parts.append(stack(dim, out, own) if chosen == "stack" else own)
         self.out = 64 * bool(channel) + 32 * bool(inter)
 
     def forward(self, u: Tensor) -> Tensor:
@@ -190,36 +204,23 @@ class Side(nn.Module):
 class Parallel(LatentCoder):
     """A slice in one pass: as `LatentCoder`, but nothing of the second half sees the first."""
 
-    def walk(self, hyper: Tensor, read: Reader) -> Tensor:
-        odd, means = anchors(hyper), hyper.chunk(2, 1)[1]
-        done: list[Tensor] = []
-        for i in range(self.sizes.slices):
-            before = torch.cat([self.contexts[i - 1](torch.cat(done, 1)), hyper], 1) if i else hyper
-            nothing = hyper.new_zeros(len(hyper), self.sizes.latent // self.sizes.slices, *hyper.shape[2:])
-            again = torch.cat([self.intra_contexts[i](torch.cat([*done, nothing], 1)), hyper], 1)
-            value: Tensor = nothing
-            for anchor, coder, context, mask in (
-                (True, self.first[i], before, odd),
-                (False, self.second[i], again, 1 - odd),
-            ):
-                mean, scale = coder(context)
-                own = (read(i, anchor, mean, scale) + mean) * mask
-                value = value + own + coder.correct(means, torch.cat([*done, own], 1)) * mask  # type: ignore[operator]
-            done.append(value)
-        return torch.cat(done, 1)
+    def seen(self, value: Tensor) -> Tensor:
+        return torch.zeros_like(value)
 
 
 class Serial(LatentCoder):
     """The serial context (Minnen et al., 2018): site by site, a masked 5×5 convolution over what is decoded.
 
-    Its parameters are about those of the contexts that it replaces, by the width of its convolution.
+    Args:
+        sizes: of the network.
+        widths: of the convolution in units of M; Minnen's is 2, and 6 has about the parameters of S2LIC's contexts.
     """
 
-    def __init__(self, sizes: Sizes):
+    def __init__(self, sizes: Sizes, widths: int = 2):
         super().__init__(replace(sizes, intra_slice=False), None)
-        m, inner = sizes.latent, 6 * sizes.latent
+        m, inner = sizes.latent, widths * sizes.latent
         self.masked = nn.Conv2d(m, inner, 5, padding=2)
-        self.register_buffer("seen", (torch.arange(25) < 12).view(5, 5).float(), persistent=False)
+        self.register_buffer("before", (torch.arange(25) < 12).view(5, 5).float(), persistent=False)
         self.parameters_of = nn.Sequential(
             nn.Conv2d(inner + 2 * m, inner, 1),
             nn.GELU(),
@@ -229,26 +230,22 @@ class Serial(LatentCoder):
         )
         del self.first, self.second
 
-    seen: Tensor
+    before: Tensor
 
     def around(self, decoded: Tensor) -> Tensor:
         """What the sites decoded before each site say of it."""
-        return nn.functional.conv2d(decoded, self.masked.weight * self.seen, self.masked.bias, padding=2)
+        return nn.functional.conv2d(decoded, self.masked.weight * self.before, self.masked.bias, padding=2)
 
     def forward(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        z = self.hyper_encoder(y)
-        median = self.prior.median()
-        rounded = round_through(z - median) + median
-        noisy = z + torch.rand_like(z) - 0.5 if self.training else rounded
+        hyper, likelihood_of_z = self.hyperprior(y)
         decoded = y + torch.rand_like(y) - 0.5 if self.training else y.round()
-        told = torch.cat([self.around(decoded), self.hyper_decoder(rounded)], 1)
-        scale, mean = self.parameters_of(told).chunk(2, 1)
-        return decoded, gaussian_likelihood(decoded - mean, scale), self.prior.likelihood(noisy)
+        scale, mean = self.parameters_of(torch.cat([self.around(decoded), hyper], 1)).chunk(2, 1)
+        return decoded, gaussian_likelihood(decoded - mean, scale), likelihood_of_z
 
     def decode(self, hyper: Tensor) -> Tensor:
         """Decode zeros site by site: what a decoder computes, without the range coder."""
         decoded = nn.functional.pad(torch.zeros_like(hyper[:, : self.sizes.latent]), (2, 2, 2, 2))
-        kernel = self.masked.weight * self.seen
+        kernel = self.masked.weight * self.before
         for row in range(hyper.shape[2]):
             for column in range(hyper.shape[3]):
                 near = nn.functional.conv2d(decoded[..., row : row + 5, column : column + 5], kernel, self.masked.bias)
@@ -275,7 +272,7 @@ CODERS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "intra": ("AC, AG, intra-slice", lambda: LatentCoder(SMALL)),
     "intra plain": ("AC, AG, 5×5 convolutions on the anchors", lambda: WithConvolutions(SMALL)),
     "parallel": ("AC, AG, one pass a slice", lambda: Parallel(SMALL)),
-    "serial": ("serial masked context", lambda: Serial(SMALL)),
+    "serial": ("serial masked context", lambda: Serial(SMALL, 6)),
     "fixed": ("AG with offsets fixed at 0", lambda: LatentCoder(SMALL, _side("own", "fixed"))),
     "window": ("AG with window attention", lambda: LatentCoder(SMALL, _side("own", "window"))),
     "pointwise": ("AG without attention", lambda: LatentCoder(SMALL, _side("own", "pointwise"))),
@@ -292,7 +289,7 @@ class WithConvolutions(LatentCoder):
         super().__init__(sizes)
         part = sizes.latent // sizes.slices
         for i, own in enumerate(self.intra_contexts):
-            self.intra_contexts[i] = Stack(part * (i + 1), Contexts.out, own, 5)
+            self.intra_contexts[i] = stack(part * (i + 1), Contexts.out, own, 5)
 
 
 # Whole codecs
@@ -311,7 +308,7 @@ def folds(seed: int, smoke: bool) -> TaskData:
         Whole(tested["val"]),
         Whole(tested["test"]),
         fingerprint=fingerprint(*train, *tested["val"], *tested["test"]),
-        options={"lam": 0.013},
+        options={"lam": LAM},
     )
 
 
@@ -333,35 +330,24 @@ class GDN(nn.Module):
         return x * norm if self.inverse else x / norm
 
 
-class ResidualGDN(nn.Module):
-    """In the place of a Swin V2 group: x + convolutions with a normalisation, as many parameters as the group has."""
-
-    def __init__(self, dim: int, like: nn.Module, inverse: bool):
-        super().__init__()
-        inner = max(1, round((count_parameters(like) - dim) / (18 * dim + dim + 2)))
-        self.net = nn.Sequential(
-            nn.Conv2d(dim, inner, 3, padding=1), GDN(inner, inverse), nn.Conv2d(inner, dim, 3, padding=1)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.net(x)
+def _with_gdn(width: int, inverse: bool) -> Residual:
+    return Residual(SMALL.width, width, GDN(width, inverse))
 
 
-def codec(part: str, *, lam: float | int = 0.013) -> S2LIC:
+def codec(part: str, *, lam: float | int = LAM) -> S2LIC:
     """A whole codec of the study: `full`, `convolutions`, `no dense`, `channel` or `hyperprior`."""
-    model = S2LIC(SMALL, lam)
+    model, dim = S2LIC(SMALL, lam), SMALL.width
+    groups = [(model.encoder, (2, 4, 6), False), (model.decoder, (1, 3, 5), True)]  # where the Swin V2 groups are
     if part == "convolutions":
-        for side, inverse in ((model.encoder, False), (model.decoder, True)):
-            for i, module in enumerate(side):
-                if i in ((2, 4, 6) if not inverse else (1, 3, 5)):
-                    side[i] = ResidualGDN(SMALL.width, module, inverse)
+        for side, places, inverse in groups:
+            for place in places:
+                size = count_parameters(side[place])
+                side[place] = fitted(partial(_with_gdn, inverse=inverse), size)
     elif part == "no dense":
-        spare = count_parameters(model.encoder[0])
-        for side, place in ((model.encoder, 0), (model.decoder, -1)):
-            side[place] = nn.Identity()
-            at = 2 if place == 0 else 5
-            # The parameters of the dense block go to the transform: a convolution beside the group of finest maps.
-            side[at] = nn.Sequential(Widened(SMALL.width, spare), side[at])
+        # The parameters of the dense block go to the transform: a block before the group of finest maps.
+        for side, dense, finest in ((model.encoder, 0, 2), (model.decoder, -1, 5)):
+            wider = fitted(lambda width: Residual(dim, width, nn.GELU()), count_parameters(side[dense]))
+            side[dense], side[finest] = nn.Identity(), nn.Sequential(wider, side[finest])
     elif part == "channel":
         model.coder = LatentCoder(SMALL, _side("own", "stack"))
     elif part == "hyperprior":
@@ -369,18 +355,6 @@ def codec(part: str, *, lam: float | int = 0.013) -> S2LIC:
     elif part != "full":
         raise ValueError(f"no codec is called {part!r}")
     return model
-
-
-class Widened(nn.Module):
-    """x + conv3×3(GELU(conv3×3(x))) of so many parameters."""
-
-    def __init__(self, dim: int, parameters: int):
-        super().__init__()
-        inner = max(1, round((parameters - dim) / (18 * dim + 1)))
-        self.net = nn.Sequential(nn.Conv2d(dim, inner, 3, padding=1), nn.GELU(), nn.Conv2d(inner, dim, 3, padding=1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.net(x)
 
 
 CODECS = {
@@ -410,13 +384,7 @@ class Sweeping(ImageCompression):
 
     def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
         """Cost, bits a pixel and PSNR of each picture; no files."""
-        network, rows = _first(model), []
-        for index in range(count_examples(dataset)):
-            pixels = dataset[index].permute(1, 2, 0).numpy()
-            shown, bits = estimate(network, pixels)
-            error = float(np.mean((shown.astype(np.float64) - pixels) ** 2))
-            rate = bits / pixels[..., 0].size
-            rows.append({"cost": network.lam * error + rate, "bpp": rate, "psnr": psnr(shown, pixels)})
+        rows = [judged(_first(model), pixels)[1] for pixels in pictures_of(dataset)]
         return {key: np.array([row[key] for row in rows]) for key in rows[0]}
 
 
@@ -453,33 +421,20 @@ def against_jpeg(measure: Callable[[np.ndarray, np.ndarray], float]) -> Callable
     """
 
     def probe(model: nn.Module, data: TaskData) -> float:
-        pictures = [data.test[index].permute(1, 2, 0).numpy() for index in range(count_examples(data.test))]
+        pictures = list(pictures_of(data.test))
         members = list(model.members) if isinstance(model, Sweep) else [model]
-        points = [_point(pictures, measure, partial(estimate, member)) for member in members]  # type: ignore[arg-type]
-        theirs = [_point(pictures, measure, partial(_jpeg, quality=q)) for q in (1, 3, 6, 12, 25, 50, 75, 90)]
+        points = [mean_point(pictures, partial(estimate, member), measure) for member in members]  # type: ignore[arg-type]
+        qualities = (1, 3, 6, 12, 25, 50, 75, 90)
+        theirs = [mean_point(pictures, partial(through_pillow, kind="JPEG", quality=q), measure) for q in qualities]
         ours = sorted(set(points), key=lambda point: point[1])
         try:
             return bd_rate(*zip(*ours), *zip(*theirs))
         except ValueError:
-            rates, qualities = (np.array(column) for column in zip(*theirs))
-            near = [rate / np.exp(np.interp(quality, qualities, np.log(rates))) for rate, quality in ours]
+            rates, reached = (np.array(column) for column in zip(*theirs))
+            near = [rate / np.exp(np.interp(quality, reached, np.log(rates))) for rate, quality in ours]
             return 100 * (float(np.exp(np.mean(np.log(near)))) - 1)
 
     return probe
-
-
-def _point(pictures: Sequence[np.ndarray], measure: Callable, code: Callable) -> tuple[float, float]:
-    found = [(pixels, *code(pixels)) for pixels in pictures]
-    rate = np.mean([bits / pixels[..., 0].size for pixels, _, bits in found])
-    return float(rate), float(np.mean([measure(shown, pixels) for pixels, shown, _ in found]))
-
-
-def _jpeg(pixels: np.ndarray, quality: int) -> tuple[np.ndarray, float]:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=quality)
-    size = file.tell()
-    with Image.open(file) as opened:
-        return np.asarray(opened.convert("RGB")), 8.0 * size
 
 
 def similarity_in_db(shown: np.ndarray, pixels: np.ndarray) -> float:

@@ -5,11 +5,10 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
@@ -20,10 +19,10 @@ from provenn.core.errors import UserError
 from provenn.core.files import atomic_write, check_no_input, check_output, is_stream
 from provenn.core.inputs import read_bytes
 from provenn.core.narrowing import of_kind
-from provenn.data.images import Picture, images_in, read_image, write_image
-from provenn.papers.s2lic.codec import SIDE, WHOLE, Codec, tiles
+from provenn.data.images import SUFFIXES, Picture, images_in, read_image, write_image
+from provenn.papers.s2lic.codec import SIDE, WHOLE, Codec, as_input, as_pixels, check_side, tiles
 from provenn.papers.s2lic.model import S2LIC
-from provenn.papers.s2lic.task.metrics import PILLOW, SMALLEST, Pixels, in_db, pillow_curve, psnr, similarity
+from provenn.papers.s2lic.task.metrics import PILLOW, SMALLEST, Coded, Pixels, in_db, pillow_curve, psnr, similarity
 from provenn.tasks import Task, TaskData, count_examples, device_of, get_task
 from provenn.tasks.base import HeldOut, Portable, Scores
 from provenn.tasks.demos import Trial, as_shown
@@ -37,20 +36,8 @@ PATCH = 64  # side of a crop to train on
 LAM = 0.013
 
 
-class Estimate(NamedTuple):
-    """What a network makes of a picture, without a file.
-
-    Args:
-        pixels: the decoded picture.
-        bits: the estimated rate.
-    """
-
-    pixels: np.ndarray
-    bits: float
-
-
 @torch.no_grad()
-def estimate(model: S2LIC, pixels: Pixels, side: int = SIDE) -> Estimate:
+def estimate(model: S2LIC, pixels: Pixels, side: int = SIDE) -> Coded:
     """Decoded picture and rate in tiles, as a file has them, up to what rounding on several threads changes.
 
     No value is taken for less likely than the rarest of a table, 2⁻²².
@@ -58,18 +45,23 @@ def estimate(model: S2LIC, pixels: Pixels, side: int = SIDE) -> Estimate:
     shown, bits = np.empty_like(pixels), 0.0
     for rows, columns in tiles(pixels.shape[0], pixels.shape[1], side):
         part = pixels[rows, columns]
-        height, width = part.shape[:2]
-        x = as_tensor(part).to(device_of(model))
-        coded = model(F.pad(x, (0, -width % 64, 0, -height % 64), mode="replicate"))
-        decoded = coded.picture[0, :, :height, :width].clamp(0, 1)
-        shown[rows, columns] = (255 * decoded).round().byte().permute(1, 2, 0).cpu().numpy()
+        coded = model(as_input(part).to(device_of(model), next(model.parameters()).dtype))
+        shown[rows, columns] = as_pixels(coded.picture, *part.shape[:2])
         bits += float(coded.bits(1 / WHOLE).sum())
-    return Estimate(shown, bits)
+    return Coded(shown, bits)
 
 
-def as_tensor(pixels: Pixels) -> Float[Tensor, "1 3 height width"]:
-    """A picture as the network takes it, in 0…1."""
-    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None].float() / 255
+def judged(network: S2LIC, pixels: Pixels) -> tuple[np.ndarray, dict[str, float]]:
+    """The decoded picture; its cost at the network's λ, bits a pixel and PSNR."""
+    shown, bits = estimate(network, pixels)
+    rate = bits / pixels[..., 0].size
+    error = float(np.mean((shown.astype(np.float64) - pixels) ** 2))
+    return shown, {"cost": network.lam * error + rate, "bpp": rate, "psnr": psnr(shown, pixels)}
+
+
+def pictures_of(dataset: Dataset) -> Iterator[Pixels]:
+    """The pictures of a data set, (height, width, 3)."""
+    return (dataset[index].permute(1, 2, 0).numpy() for index in range(count_examples(dataset)))
 
 
 class ImageCompression(Task):
@@ -114,7 +106,8 @@ class ImageCompression(Task):
 
     def loss(self, model: nn.Module, batch: UInt8[Tensor, "batch 3 side side"]) -> Float[Tensor, ""]:
         """The network's own: rate and distortion at its λ."""
-        return of_kind(model, S2LIC, "the model").rate_distortion(batch.float() / 255)
+        dtype = next(model.parameters()).dtype  # of a network in half precision throughout
+        return of_kind(model, S2LIC, "the model").rate_distortion((batch.float() / 255).to(dtype))
 
     def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
         """Cost, bits a pixel and PSNR of each picture, MS-SSIM where all are large enough; of files size and seconds.
@@ -124,12 +117,8 @@ class ImageCompression(Task):
         network = of_kind(model, S2LIC, "the model").eval()
         codec = Codec(network) if importlib.util.find_spec("constriction") else None
         rows = []
-        for index in range(count_examples(dataset)):
-            pixels = dataset[index].permute(1, 2, 0).numpy()
-            area = pixels.shape[0] * pixels.shape[1]
-            shown, bits = estimate(network, pixels)
-            error = float(np.mean((shown.astype(np.float64) - pixels) ** 2))
-            row = {"cost": network.lam * error + bits / area, "bpp": bits / area, "psnr": psnr(shown, pixels)}
+        for pixels in pictures_of(dataset):
+            shown, row = judged(network, pixels)
             if min(pixels.shape[:2]) >= SMALLEST:
                 row["ms_ssim"] = similarity(shown, pixels)
             if codec is not None:
@@ -138,7 +127,7 @@ class ImageCompression(Task):
                 middle = time.perf_counter()
                 codec.decompress(content)
                 times = {"seconds_to_encode": middle - start, "seconds_to_decode": time.perf_counter() - middle}
-                row |= {"file_bpp": 8 * len(content) / area, **times}
+                row |= {"file_bpp": 8 * len(content) / pixels[..., 0].size, **times}
             rows.append(row)
         if any("ms_ssim" not in row for row in rows):
             progress.say(f"MS-SSIM is left out: it needs pictures of {SMALLEST} pixels a side")
@@ -148,10 +137,7 @@ class ImageCompression(Task):
         """The cost of no file at all: each picture decodes to the mean colour of the photographs to train on."""
         photos = data.train.photos  # type: ignore[attr-defined]  # the crops of photographs
         colour = np.mean([photos[i].reshape(-1, 3).mean(0) for i in range(len(photos))], axis=0)
-        errors = [
-            float(np.mean((data.test[i].permute(1, 2, 0).numpy() - colour) ** 2))
-            for i in range(count_examples(data.test))
-        ]
+        errors = [float(np.mean((pixels - colour) ** 2)) for pixels in pictures_of(data.test)]
         return float(data.options["lam"] * np.mean(errors))
 
     def held_out(  # type: ignore[override]  # names its options
@@ -178,8 +164,7 @@ class ImageCompression(Task):
         """
         if output is None:
             raise UserError(f"a file needs a path: give one that ends in {SUFFIX}, or an image to decode to, with -o")
-        if tile is not None and (tile % 64 or not 64 <= tile <= 255 * 64):
-            raise UserError(f"--tile takes a multiple of 64 from 64 to 16320, got {tile:g}")
+        side = SIDE if tile is None else check_side(tile)
         jobs = list(_destinations(inputs, output))
         for source, target in jobs:
             if target == output:
@@ -188,7 +173,6 @@ class ImageCompression(Task):
             if not source.exists():
                 raise UserError(f"{source} does not exist")
         codec = Codec(of_kind(model, S2LIC, "the model"))
-        side = SIDE if tile is None else int(tile)
         return "\n".join(
             _decoded(codec, source, target) if _is_coded(source) else _coded(codec, source, target, side)
             for source, target in jobs
@@ -196,9 +180,7 @@ class ImageCompression(Task):
 
     def example(self, file: Path, meta: dict[str, Any]) -> Tensor:
         """As in `Task`: the picture, continued to multiples of 64."""
-        pixels = as_8_bits(read_image(file))[0]
-        height, width = pixels.shape[:2]
-        return F.pad(as_tensor(pixels), (0, -width % 64, 0, -height % 64), mode="replicate")
+        return as_input(as_8_bits(read_image(file))[0])
 
     def portable(self, model: nn.Module, meta: dict[str, Any]) -> Portable:
         """The decoder's last part: from the decoded `latent` to the `picture` in 0…1.
@@ -218,28 +200,26 @@ class ImageCompression(Task):
 
     def picture(self, model: nn.Module, data: TaskData) -> "Figure | None":
         """PSNR over bits a pixel of the test photographs: the network, and the codecs that Pillow writes."""
-        return self.evaluated(model, data.test)
+        return rate_distortion_plot(model, data.test, self.scores(model, data.test))
 
-    def evaluated(self, model: nn.Module, dataset: Dataset) -> "Figure":
-        """PSNR over bits a pixel, means over the pictures: the network, and the codecs that Pillow writes."""
-        from matplotlib.figure import Figure
 
-        network = of_kind(model, S2LIC, "the model").eval()
-        pictures = [dataset[index].permute(1, 2, 0).numpy() for index in range(count_examples(dataset))]
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        axes = figure.subplots()
-        for name in PILLOW:
-            points = pillow_curve(name, pictures)
-            if points:
-                axes.plot(*zip(*points), marker=".", label=name)
-        coded = [(pixels, estimate(network, pixels)) for pixels in pictures]
-        rate = np.mean([found.bits / pixels[..., 0].size for pixels, found in coded])
-        quality = np.mean([psnr(found.pixels, pixels) for pixels, found in coded])
-        axes.plot([rate], [quality], "*", markersize=12, color="black", label=f"S2LIC, λ {network.lam:g}")
-        axes.set(xscale="log", xlabel="bits a pixel", ylabel="PSNR in dB")
-        axes.grid(alpha=0.3)
-        axes.legend()
-        return figure
+def rate_distortion_plot(model: nn.Module, dataset: Dataset, scores: Scores) -> "Figure":
+    """PSNR over bits a pixel, means over the pictures: the network, and the codecs that Pillow writes."""
+    from matplotlib.figure import Figure
+
+    network, pictures = of_kind(model, S2LIC, "the model"), list(pictures_of(dataset))
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name in PILLOW:
+        points = pillow_curve(name, pictures)
+        if points:
+            axes.plot(*zip(*points), marker=".", label=name)
+    at = [scores["bpp"].mean()], [scores["psnr"].mean()]
+    axes.plot(*at, "*", markersize=12, color="black", label=f"S2LIC, λ {network.lam:g}")
+    axes.set(xscale="log", xlabel="bits a pixel", ylabel="PSNR in dB")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
 
 
 class Synthesis(nn.Module):
@@ -319,6 +299,11 @@ def _destinations(inputs: Sequence[Path], output: Path) -> Iterator[tuple[Path, 
     for given in inputs:
         inside = given if given.is_dir() else given.parent
         coded = sorted(given.rglob(f"*{SUFFIX}")) if given.is_dir() else []
+        others = [f for f in given.rglob("*") if f.suffix.lower() in SUFFIXES] if coded else []
+        if others:
+            progress.say(
+                f"{given}: left out {len(others)} image(s) beside {len(coded)} {SUFFIX} file(s), which are decoded"
+            )
         for source in coded or (images_in(given) if given.is_dir() else [given]):
             target = output / source.relative_to(inside).with_suffix(".png" if _is_coded(source) else SUFFIX)
             if target in taken:

@@ -2,8 +2,9 @@
 
 import io
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -123,6 +124,42 @@ PILLOW: dict[str, tuple[str, str, tuple[Any, ...], dict[str, Any]]] = {
 }
 
 
+class Coded(NamedTuple):
+    """What comes out of a codec.
+
+    Args:
+        pixels: the decoded picture.
+        bits: of its file.
+    """
+
+    pixels: np.ndarray
+    bits: float
+
+
+def through_pillow(pixels: Pixels, kind: str, **options: Any) -> Coded:
+    """A picture written by Pillow in that format, and read again."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind, **options)
+    size = file.tell()
+    with Image.open(file) as opened:
+        return Coded(np.asarray(opened.convert("RGB")), 8.0 * size)
+
+
+def mean_point(
+    pictures: Sequence[np.ndarray],
+    code: Callable[[np.ndarray], Coded],
+    measure: Callable[[np.ndarray, np.ndarray], float] = psnr,
+) -> tuple[float, float]:
+    """Bits a pixel and quality of a codec, means over the pictures."""
+    rows = [
+        (coded.bits / pixels[..., 0].size, measure(coded.pixels, pixels))
+        for pixels in pictures
+        for coded in [code(pixels)]
+    ]
+    rate, quality = np.mean(rows, axis=0)
+    return float(rate), float(quality)
+
+
 def pillow_curve(name: str, pictures: Sequence[np.ndarray]) -> list[tuple[float, float]]:
     """Bits a pixel and PSNR of a codec of `PILLOW`, means over the pictures, a point for each setting.
 
@@ -132,15 +169,4 @@ def pillow_curve(name: str, pictures: Sequence[np.ndarray]) -> list[tuple[float,
     needed = {"WEBP": "webp", "JPEG2000": "jpg_2000", "AVIF": "avif"}.get(kind)
     if needed is not None and not features.check(needed):
         return []
-    points = []
-    for value in values:
-        rows = []
-        for picture in pictures:
-            file = io.BytesIO()
-            Image.fromarray(picture).save(file, kind, **{knob: value}, **options)
-            size = file.tell()
-            with Image.open(file) as opened:
-                decoded = np.asarray(opened.convert("RGB"))
-            rows.append((8 * size / (picture.shape[0] * picture.shape[1]), psnr(decoded, picture)))
-        points.append((float(np.mean([r for r, _ in rows])), float(np.mean([q for _, q in rows]))))
-    return points
+    return [mean_point(pictures, partial(through_pillow, kind=kind, **{knob: value}, **options)) for value in values]
