@@ -1,5 +1,6 @@
 """RRNet (arXiv:2205.15490): residual stages, a recurrent network over sub-bands, a mean and a variance a label."""
 
+import copy
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -10,12 +11,12 @@ from torch import Tensor, nn
 
 from provenn.core import progress
 from provenn.core.errors import UserError
-from provenn.core.narrowing import of_kind
 
 Mode = Literal["raw", "pre", "post"]
 MODES = ("raw", "pre", "post")
 HIDDEN = (256, 128)
 SEGMENTS = 40
+IN_CACHE = 2**16  # numbers a channel that an ensemble's stages take at once
 LEAST = 1e-12  # a variance: softplus reaches zero in single precision
 
 Spectra = Float[Tensor, "batch pixels"]
@@ -137,27 +138,32 @@ class Estimator(nn.Module):
         mode: `raw` has no recurrent network, `pre` has one on the spectrum, `post` on the features.
         segments: of the recurrent network.
         clean: examples of training that are seen without added noise.
+        names: of the labels, with commas between; else "label 1" and so on.
     """
 
     examples_seen: Tensor
 
-    def __init__(self, labels: int, length: int, mode: str, segments: int, clean: int = 0):
+    def __init__(self, labels: int, length: int, mode: str, segments: int, clean: int = 0, names: str = ""):
         super().__init__()
         if mode not in MODES:
             raise UserError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
         if labels < 1:
             raise UserError(f"at least one label is estimated, got {labels}")
         self.labels, self.length, self.mode, self.segments, self.clean = labels, length, mode, segments, clean
+        self.names = names.split(",") if names else [f"label {number}" for number in range(1, labels + 1)]
+        if len(self.names) != labels:
+            raise UserError(f"{labels} labels are estimated, and {len(self.names)} names were given")
         self.register_buffer("examples_seen", torch.zeros((), dtype=torch.int64))
 
-    def check(self, x: Tensor) -> None:
-        """Refuse spectra of another length.
 
-        Raises:
-            UserError: says both.
-        """
-        if x.shape[-1] != self.length:
-            raise UserError(f"spectra have {x.shape[-1]} pixels, this network takes {self.length}")
+def check_length(x: Tensor, length: int) -> None:
+    """Refuse spectra of another length.
+
+    Raises:
+        UserError: says both.
+    """
+    if x.shape[-1] != length:
+        raise UserError(f"spectra have {x.shape[-1]} pixels, this network takes {length}")
 
 
 class RRNet(Estimator):
@@ -174,12 +180,15 @@ class RRNet(Estimator):
         segments: of the recurrent network.
         strict: refuse segments that cut a position in two.
         clean: examples of training that are seen without added noise, published those of five epochs.
+        names: of the labels, with commas between; else "label 1" and so on.
 
     Shapes: (batch, length), standardised, to `Normal` of (batch, labels).
 
     Raises:
         UserError: a length, number of stages or mode that does not fit.
     """
+
+    rnn: nn.Module | None
 
     def __init__(
         self,
@@ -191,8 +200,9 @@ class RRNet(Estimator):
         segments: int = SEGMENTS,
         strict: bool = False,
         clean: int = 0,
+        names: str = "",
     ):
-        super().__init__(labels, length, mode, segments, clean)
+        super().__init__(labels, length, mode, segments, clean, names)
         if not 1 <= len(widths) <= 5:
             raise UserError(f"RRNet has one to five stages, got {len(widths)}")
         if length % segments or length % 2 ** len(widths):
@@ -216,7 +226,7 @@ class RRNet(Estimator):
 
     def features(self, x: Spectra) -> Float[Tensor, "batch features"]:
         """What the head reads."""
-        self.check(x)
+        check_length(x, self.length)
         if self.mode == "pre" and self.rnn is not None:
             x = self.rnn(x)
         y = F.relu(self.stages(x[:, None]))
@@ -232,14 +242,14 @@ class StarNet(Estimator):
     """StarNet as RRNet's authors have it: two convolutions, max pooling, and the head with a variance.
 
     Args:
-        labels, mode, clean: as of `RRNet`.
+        labels, mode, clean, names: as of `RRNet`.
         length: pixels of a spectrum, a multiple of 4; with a recurrent network, of its 20 or 80 segments too.
 
     Shapes: as `RRNet`.
     """
 
-    def __init__(self, labels: int = 3, length: int = 7200, *, mode: str = "raw", clean: int = 0):
-        super().__init__(labels, length, mode, {"raw": 1, "pre": 20, "post": 80}.get(mode, 1), clean)
+    def __init__(self, labels: int = 3, length: int = 7200, *, mode: str = "raw", clean: int = 0, names: str = ""):
+        super().__init__(labels, length, mode, {"raw": 1, "pre": 20, "post": 80}.get(mode, 1), clean, names)
         if length % 4:
             raise UserError(f"StarNet takes spectra of a multiple of 4 pixels, got {length}")
         features = 4 * length
@@ -250,7 +260,7 @@ class StarNet(Estimator):
         self.head = Head(features, labels)
 
     def forward(self, x: Spectra) -> Normal:
-        self.check(x)
+        check_length(x, self.length)
         if self.mode == "pre" and self.rnn is not None:
             x = self.rnn(x)
         y = self.body(x[:, None])
@@ -268,12 +278,15 @@ def mixture(means: Float[Tensor, "members batch labels"], variances: Float[Tenso
 
 
 class DeepEnsemble(nn.Module):
-    """Several RRNets of one shape in one call: convolutions in groups, products in batches.
+    """Several RRNets of one shape in one call: stages and heads are products batched over the members.
+
+    The members' weights are copied when it is built. On a processor, the stages take as many spectra at once as keep
+    what lies between two of them in its cache.
 
     Args:
-        members: networks that differ in their weights alone; in eval mode their dropout does nothing.
+        members: networks that differ in their weights alone; dropout does nothing here.
 
-    Shapes: as `RRNet`; the result is the mixture's.
+    Shapes: as `RRNet`, or (members, batch, length) for a spectrum of each; the result is the mixture's.
 
     Raises:
         UserError: no member, or members of different shapes.
@@ -286,78 +299,84 @@ class DeepEnsemble(nn.Module):
             raise UserError(
                 f"an ensemble has members of one shape, got {len(shapes)} shapes of {len(members)} networks"
             )
-        self.members = nn.ModuleList(members)
-
-    def each(self, x: Spectra) -> Normal:
-        """Means and variances of every member, (members, batch, labels)."""
-        first = of_kind(self.members[0], RRNet, "a member")
-        first.check(x)
-        count, batch = len(self.members), len(x)
-
-        def stack(name: str) -> Tensor:
-            return torch.stack([member.get_parameter(name) for member in self.members])
-
-        def recur(y: Tensor) -> Tensor:
-            """(members, batch, features) to the same."""
-            segments = first.segments
-            told = torch.baddbmm(
-                (stack("rnn.rnn.bias_ih_l0") + stack("rnn.rnn.bias_hh_l0"))[:, None],
-                y.reshape(count, batch * segments, -1),
-                stack("rnn.rnn.weight_ih_l0").mT,
-            ).view(count, batch, segments, -1)
-            again = stack("rnn.rnn.weight_hh_l0").mT.contiguous()
-            state, states = None, []
-            for told_now in told.unbind(2):
-                state = torch.tanh(told_now if state is None else torch.baddbmm(told_now, state, again))
-                states.append(state)
-            return torch.stack(states, 2).flatten(2)
-
-        def conv(y: Tensor, name: str, padding: int) -> Tensor:
-            weight, bias = stack(f"{name}.weight"), stack(f"{name}.bias")
-            return F.conv1d(y, weight.flatten(0, 1), bias.flatten(), padding=padding, groups=count)
-
-        y = x.expand(count, -1, -1)
-        mode = first.mode
-        if mode == "pre":
-            y = recur(y)
-        y = y.transpose(0, 1)  # (batch, members × channels, length)
-        for i, (inputs, outputs) in enumerate(zip((1, *first.widths), first.widths)):
-            body = conv(F.relu(conv(y, f"stages.{i}.0.body.0", 1)), f"stages.{i}.0.body.2", 1)
-            y = F.avg_pool1d(body + (y if inputs == outputs else conv(y, f"stages.{i}.0.shortcut", 0)), 2)
-        y = F.relu(y).unflatten(1, (count, -1)).transpose(0, 1)
-        y = recur(y.transpose(2, 3).flatten(2)) if mode == "post" else y.flatten(2)
-        for name in ("head.body.0", "head.body.3"):
-            y = F.relu(torch.baddbmm(stack(f"{name}.bias")[:, None], y, stack(f"{name}.weight").mT))
-        mean, raw = (
-            torch.baddbmm(stack(f"head.{name}.bias")[:, None], y, stack(f"head.{name}.weight").mT)
-            for name in ("mean", "variance")
+        first = members[0]
+        self.count, self.length, self.labels, self.mode = len(members), first.length, first.labels, first.mode
+        self.widths, self.names = first.widths, first.names
+        self.recurrent = nn.ModuleList(
+            copy.deepcopy(member.rnn).requires_grad_(False) for member in members if member.rnn is not None
         )
-        return Normal(mean, F.softplus(raw).clamp(min=LEAST))
+        for name, _ in first.named_parameters():
+            if name.startswith("rnn."):
+                continue
+            stacked = torch.stack([member.get_parameter(name).detach() for member in members])
+            self.register_buffer(name.replace(".", "_"), stacked)
 
-    def forward(self, x: Spectra) -> Normal:
+    def _conv(self, y: Tensor, name: str) -> Tensor:
+        """A convolution of kernel 3 or 1 on (members, channels, batch, length), as one product a member."""
+        weight, bias = self.get_buffer(f"{name}_weight"), self.get_buffer(f"{name}_bias")
+        kernel, length = weight.shape[3], y.shape[3]
+        if kernel > 1:
+            padded = F.pad(y, (1, 1))
+            y = torch.cat([padded[..., i : i + length] for i in range(kernel)], 1)
+        flat = weight.transpose(2, 3).flatten(2)  # (members, outputs, kernel × inputs)
+        return torch.baddbmm(bias[..., None], flat, y.flatten(2)).unflatten(2, y.shape[2:])
+
+    def _linear(self, y: Tensor, name: str) -> Tensor:
+        return torch.baddbmm(self.get_buffer(f"{name}_bias")[:, None], y, self.get_buffer(f"{name}_weight").mT)
+
+    def _staged(self, x: Tensor) -> Tensor:
+        """(members, batch, length) to (members, channels, batch, positions)."""
+        y = x[:, None]
+        for i, (inputs, outputs) in enumerate(zip((1, *self.widths), self.widths)):
+            body = self._conv(F.relu(self._conv(y, f"stages_{i}_0_body_0")), f"stages_{i}_0_body_2")
+            y = body + (y if inputs == outputs else self._conv(y, f"stages_{i}_0_shortcut"))
+            y = F.avg_pool1d(y.flatten(0, 1), 2).unflatten(0, (self.count, outputs))
+        return F.relu(y)
+
+    def _recurrent(self, y: Tensor) -> Tensor:
+        """(members, batch, features) to the same; a library's recurrence keeps one member's weights in the cache."""
+        return torch.stack([rnn(part) for rnn, part in zip(self.recurrent, y, strict=True)])
+
+    def each(self, x: Float[Tensor, "*members batch pixels"]) -> Normal:
+        """Means and variances of every member, (members, batch, labels)."""
+        check_length(x, self.length)
+        y = x.expand(self.count, -1, -1)
+        if self.mode == "pre":
+            y = self._recurrent(y)
+        at_once = max(1, IN_CACHE // (self.count * self.length)) if x.device.type == "cpu" else len(x)
+        y = torch.cat([self._staged(part) for part in y.split(max(1, at_once), 1)], 2)
+        ordered = y.permute(0, 2, 3, 1) if self.mode == "post" else y.permute(0, 2, 1, 3)  # "post": channels inside
+        y = ordered.flatten(2)
+        if self.mode == "post":
+            y = self._recurrent(y)
+        for name in ("head_body_0", "head_body_3"):
+            y = F.relu(self._linear(y, name))
+        return Normal(self._linear(y, "head_mean"), F.softplus(self._linear(y, "head_variance")).clamp(min=LEAST))
+
+    def forward(self, x: Float[Tensor, "*members batch pixels"]) -> Normal:
         return mixture(*self.each(x))
 
 
-def rrnet_sp(*, labels: int = 3, length: int = 7200, mode: str = "post", clean: int = 0) -> RRNet:
+def rrnet_sp(*, labels: int = 3, length: int = 7200, mode: str = "post", clean: int = 0, names: str = "") -> RRNet:
     """For effective temperature, gravity and iron, 3,981,994 parameters."""
-    return RRNet(labels, length, mode=mode, clean=clean)
+    return RRNet(labels, length, mode=mode, clean=clean, names=names)
 
 
-def rrnet_ca(*, labels: int = 14, length: int = 7200, mode: str = "post", clean: int = 0) -> RRNet:
+def rrnet_ca(*, labels: int = 14, length: int = 7200, mode: str = "post", clean: int = 0, names: str = "") -> RRNet:
     """For the other fourteen abundances, 3,984,832 parameters."""
-    return RRNet(labels, length, mode=mode, clean=clean)
+    return RRNet(labels, length, mode=mode, clean=clean, names=names)
 
 
-def starnet_sp(*, labels: int = 3, length: int = 7200, mode: str = "raw", clean: int = 0) -> StarNet:
+def starnet_sp(*, labels: int = 3, length: int = 7200, mode: str = "raw", clean: int = 0, names: str = "") -> StarNet:
     """StarNet for effective temperature, gravity and iron, 7,406,950 parameters."""
-    return StarNet(labels, length, mode=mode, clean=clean)
+    return StarNet(labels, length, mode=mode, clean=clean, names=names)
 
 
-def starnet_ca(*, labels: int = 14, length: int = 7200, mode: str = "raw", clean: int = 0) -> StarNet:
+def starnet_ca(*, labels: int = 14, length: int = 7200, mode: str = "raw", clean: int = 0, names: str = "") -> StarNet:
     """StarNet for the other fourteen abundances, 7,409,788 parameters."""
-    return StarNet(labels, length, mode=mode, clean=clean)
+    return StarNet(labels, length, mode=mode, clean=clean, names=names)
 
 
-def rrnet_small(*, labels: int = 7, length: int = 1440, mode: str = "post", clean: int = 0) -> RRNet:
+def rrnet_small(*, labels: int = 7, length: int = 1440, mode: str = "post", clean: int = 0, names: str = "") -> RRNet:
     """For spectra of 1,440 pixels and seven labels, 784,498 parameters. Ours."""
-    return RRNet(labels, length, mode=mode, clean=clean)
+    return RRNet(labels, length, mode=mode, clean=clean, names=names)

@@ -13,6 +13,7 @@ RADIUS = 3  # pixels of the median against cosmic rays
 BELOW, ABOVE = 3.0, 4.0  # σ that a pixel may lie below and above what is fitted
 ORDER, ROUNDS = 5, 200  # of the polynomial, and fits at most; the authors' loop has no bound
 CLIP = (-0.5, 2.5)
+UNKNOWN = 1e6  # the error of a flux that says nothing
 
 
 class Arm(NamedTuple):
@@ -43,7 +44,7 @@ class Arm(NamedTuple):
 LAMOST = (Arm(4968, 5328), Arm(6339, 6699))  # the blue and the red arm of medium resolution, 3,600 pixels each
 
 
-def to_rest(wave: Float[np.ndarray, " pixels"], velocity: float) -> Float[np.ndarray, " pixels"]:
+def to_rest(wave: Float[np.ndarray, " pixels"], velocity: float | int) -> Float[np.ndarray, " pixels"]:
     """Wavelengths at rest, λ/(1 + v/c).
 
     Args:
@@ -121,7 +122,7 @@ def continuum(wave: Float[np.ndarray, " pixels"], flux: Float[np.ndarray, " pixe
 def normalise_spectrum(
     wave: Sequence[Float[np.ndarray, " pixels"]] | Float[np.ndarray, " pixels"],
     flux: Sequence[Shaped[np.ndarray, " pixels"]] | Shaped[np.ndarray, " pixels"],
-    velocity: float = 0.0,
+    velocity: float | int = 0.0,
     arms: Sequence[Arm] = LAMOST,
 ) -> Float[np.ndarray, " pixels2"]:
     """A spectrum as RRNet takes it before it is standardised: about 1 where there is no line.
@@ -136,12 +137,34 @@ def normalise_spectrum(
     Raises:
         UserError: as of `resampled`.
     """
-    waves, fluxes = ([part] * len(arms) if isinstance(part, np.ndarray) else list(part) for part in (wave, flux))
-    if not len(waves) == len(fluxes) == len(arms):
+    return normalise_with_error(wave, flux, None, velocity, arms)[0]
+
+
+def normalise_with_error(
+    wave: Sequence[Float[np.ndarray, " pixels"]] | Float[np.ndarray, " pixels"],
+    flux: Sequence[Shaped[np.ndarray, " pixels"]] | Shaped[np.ndarray, " pixels"],
+    error: Sequence[Shaped[np.ndarray, " pixels"]] | Shaped[np.ndarray, " pixels"] | None,
+    velocity: float | int = 0.0,
+    arms: Sequence[Arm] = LAMOST,
+) -> tuple[Float[np.ndarray, " pixels2"], Float[np.ndarray, " pixels2"] | None]:
+    """`normalise_spectrum`, and the error of each pixel, divided by the same continuum.
+
+    Args:
+        wave, flux, velocity, arms: as of `normalise_spectrum`.
+        error: one standard deviation of each flux, if known.
+    """
+    given = [wave, flux] if error is None else [wave, flux, error]
+    waves, fluxes, *errors = ([part] * len(arms) if isinstance(part, np.ndarray) else list(part) for part in given)
+    if not len(waves) == len(fluxes) == len(arms) or any(len(each) != len(arms) for each in errors):
         raise UserError(f"a spectrum has {len(arms)} arms, got {len(waves)} wavelengths and {len(fluxes)} fluxes")
-    parts = []
-    for one_wave, one_flux, arm in zip(waves, fluxes, arms, strict=True):
-        clean = without_cosmic_rays(resampled(to_rest(one_wave, velocity), one_flux, arm))
+    parts, spreads = [], []
+    for index, arm in enumerate(arms):
+        rest = to_rest(waves[index], velocity)
+        clean = without_cosmic_rays(resampled(rest, fluxes[index], arm))
+        fitted = continuum(arm.grid(), clean)
         with np.errstate(divide="ignore", invalid="ignore"):
-            parts.append(np.nan_to_num(clean / continuum(arm.grid(), clean), nan=1.0, posinf=CLIP[1], neginf=CLIP[0]))
-    return np.concatenate(parts).clip(*CLIP)
+            parts.append(np.nan_to_num(clean / fitted, nan=1.0, posinf=CLIP[1], neginf=CLIP[0]))
+            for each in errors:
+                off = np.abs(np.interp(arm.grid(), rest, each[index]) / fitted)
+                spreads.append(np.nan_to_num(off, nan=UNKNOWN, posinf=UNKNOWN).clip(0, UNKNOWN))
+    return np.concatenate(parts).clip(*CLIP), np.concatenate(spreads) if spreads else None

@@ -1,6 +1,7 @@
 """Data, networks and probes of RRNet's experiments, on spectra of a small physical model."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from provenn.core.cost import count_parameters
-from provenn.papers.rrnet.model import Estimator, Head, Normal, RRNet, SegmentRNN, StarNet
-from provenn.papers.rrnet.task import assembled, synthetic
+from provenn.core.narrowing import of_kind
+from provenn.papers.rrnet.model import DeepEnsemble, Estimator, Head, Normal, RRNet, SegmentRNN, StarNet
+from provenn.papers.rrnet.task import synthetic
+from provenn.papers.rrnet.task.surveys import Survey, assembled
 from provenn.tasks import Task, TaskData, count_examples
 from provenn.training import Fit, fit
 
@@ -23,7 +26,7 @@ MEMBERS = 3
 def survey(seed: int, smoke: bool) -> TaskData:
     """A synthetic survey: 4,000 spectra to train on, 500 to validate, 1,000 to test."""
     counts = (64, 16, 32) if smoke else (4000, 500, 1000)
-    parts = [synthetic.survey(count, 1000 + 3 * seed + part)[:2] for part, count in enumerate(counts)]
+    parts = [Survey(*synthetic.survey(count, 1000 + 3 * seed + part)[:2]) for part, count in enumerate(counts)]
     return assembled(parts, "synthetic", synthetic.LABELS, synthetic.UNITS, synthetic.ARMS)
 
 
@@ -32,9 +35,13 @@ class Apart(SegmentRNN):
 
     def __init__(self, features: int, segments: int):
         super().__init__(features, segments)
-        with torch.no_grad():
-            self.rnn.weight_hh_l0.zero_()
-        self.rnn.weight_hh_l0.requires_grad_(False)
+        again = self.rnn.get_parameter("weight_hh_l0")
+        nn.init.zeros_(again)
+        again.requires_grad_(False)
+
+
+class OneOfSeveral(RRNet):
+    """A member of an ensemble of `MEMBERS`."""
 
 
 class BothWays(nn.Module):
@@ -136,14 +143,15 @@ def _tensors(dataset: Any) -> tuple[Tensor, Tensor]:
     return torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
 
 
-def network(part: str, *, labels: int = LABELS, length: int = LENGTH, clean: int = 0) -> Estimator:
-    """A network of the study by name."""
+def network(part: str, *, labels: int = LABELS, length: int = LENGTH, clean: int = 0, names: str = "") -> Estimator:
+    """A network of the study by name; `names` says how its labels are called, which it does not need."""
+    if part == "ensemble":
+        return OneOfSeveral(labels, length, segments=SEGMENTS, clean=clean)
     if part in ("raw", "pre", "post"):
         return RRNet(labels, length, mode=part, segments=SEGMENTS, clean=clean)
     if part in ("apart", "both ways"):
         made = RRNet(labels, length, mode="post", segments=SEGMENTS, clean=clean)
-        features = 2 * length
-        made.rnn = (Apart if part == "apart" else BothWays)(features, SEGMENTS)
+        made.rnn = (Apart if part == "apart" else BothWays)(2 * length, SEGMENTS)
         return made
     if part == "starnet":
         return StarNet(labels, length, clean=clean)
@@ -155,8 +163,14 @@ def network(part: str, *, labels: int = LABELS, length: int = LENGTH, clean: int
 
 
 def trained(build: Callable[[], nn.Module], task: Task, data: TaskData, *rest: Any, **options: Any) -> Fit:
-    """`fit`; ridge regression is solved, and principal components are computed before."""
+    """`fit`; ridge regression is solved, principal components are computed before, and an ensemble is several fits."""
     made = build()
+    if isinstance(made, OneOfSeveral):
+        seed = options.pop("seed")
+        fits = [fit(build, task, data, *rest, seed=1000 * (member + 1) + seed, **options) for member in range(MEMBERS)]
+        together = DeepEnsemble([of_kind(each.model, RRNet, "a member") for each in fits]).eval()
+        metrics = task.evaluate(together, data.test)
+        return replace(fits[0], model=together, metrics=metrics, seconds=sum(each.seconds for each in fits))
     if isinstance(made, Ridge):
         made.solve(data)
         with torch.no_grad():
@@ -235,6 +249,7 @@ VARIANTS = {
     "post": ("RRNet", "post"),
     "raw": ("RRNet without recurrence", "raw"),
     "pre": ("RRNet, recurrence first", "pre"),
+    "ensemble": ("ensemble of three RRNets", "ensemble"),
     "apart": ("RRNet, W_hh = 0", "apart"),
     "both ways": ("RRNet, bidirectional GRU", "both ways"),
     "starnet": ("StarNet, the authors' version", "starnet"),
@@ -245,4 +260,4 @@ VARIANTS = {
 
 def parameters(part: str) -> int:
     """How many of a variant learn."""
-    return count_parameters(network(part))
+    return count_parameters(network(part)) * (MEMBERS if part == "ensemble" else 1)

@@ -104,7 +104,7 @@ def observed(
     The continuum is off by a random walk of about 1.5 %, and about two pixels of a spectrum hold remains of the sky.
     """
     count, pixels = flux.shape
-    ratio = 10 ** rng.uniform(1, 2, count)
+    ratio = np.power(10.0, rng.uniform(1, 2, count))
     parts, at = [], 0
     for arm in ARMS:
         walk = np.cumsum(rng.normal(0, 1, (count, arm.pixels)), axis=1)
