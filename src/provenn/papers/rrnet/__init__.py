@@ -3,6 +3,7 @@
 from provenn.papers.rrnet.model import (
     DeepEnsemble,
     Normal,
+    ResidualBlock,
     RRNet,
     SegmentRNN,
     StarNet,
@@ -22,6 +23,7 @@ __all__ = [
     "DeepEnsemble",
     "Normal",
     "RRNet",
+    "ResidualBlock",
     "SegmentRNN",
     "StarNet",
     "continuum",

@@ -65,6 +65,7 @@ EXPERIMENTS = {
         "ensemble", metric="likelihood over constant σ", shown=("post", "starnet")
     ),
     "covers_one_sigma": SURVEY.figure("ensemble", metric="within one σ", shown=("post", "starnet")),
+    "elements_over_iron": SURVEY.figure("post", metric="elements over iron", shown=("raw", "starnet", *RIDGES)),
     "ensemble_over_one": SURVEY.against("ensemble", "post"),
     "over_starnet": SURVEY.against("post", "starnet", shown=RIDGES),
     "over_starnet_under_noise": SURVEY.against("post", "starnet", metric="growth with noise", shown=RIDGES),

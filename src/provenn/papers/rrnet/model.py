@@ -216,7 +216,7 @@ class RRNet(Estimator):
             said = f"a segment has {positions / segments:g} positions, so that boundaries fall inside one"
             if strict:
                 raise UserError(f"{said}; choose a number of segments that divides {positions}")
-            if (length, tuple(widths), segments) != (7200, (4, 8, 16), SEGMENTS):  # the published sizes do so
+            if (tuple(widths), segments) != ((4, 8, 16), SEGMENTS):  # the published sizes do so
                 progress.say(said)
         features = widths[-1] * positions
         self.rnn = None if mode == "raw" else SegmentRNN(length if mode == "pre" else features, segments)

@@ -12,6 +12,7 @@ LIGHT = 299_792.458  # km/s
 RADIUS = 3  # pixels of the median against cosmic rays
 BELOW, ABOVE = 3.0, 4.0  # σ that a pixel may lie below and above what is fitted
 ORDER, ROUNDS = 5, 200  # of the polynomial, and fits at most; the authors' loop has no bound
+FINE = 0.1  # Å between the pixels that are cleaned: a median over three of them leaves a line as it is
 CLIP = (-0.5, 2.5)
 UNKNOWN = 1e6  # the error of a flux that says nothing
 
@@ -55,9 +56,15 @@ def to_rest(wave: Float[np.ndarray, " pixels"], velocity: float | int) -> Float[
 
 
 def resampled(
-    wave: Float[np.ndarray, " pixels"], flux: Shaped[np.ndarray, " pixels"], arm: Arm
+    wave: Float[np.ndarray, " pixels"], flux: Shaped[np.ndarray, " pixels"], arm: Arm, grid: Arm | None = None
 ) -> Float[np.ndarray, " pixels2"]:
-    """Flux on the grid of an arm, between neighbours linear.
+    """Flux on the grid of an arm, between neighbours linear; after the last pixel it stays.
+
+    Args:
+        wave: in Å.
+        flux: in any unit.
+        arm: what the wavelengths must cover.
+        grid: the pixels that are wanted, by default the arm's.
 
     Raises:
         UserError: wavelengths that do not rise or do not cover the arm, or flux that is no number.
@@ -66,8 +73,8 @@ def resampled(
         raise UserError(f"a spectrum has as many wavelengths as fluxes, at least 2; got {len(wave)} and {len(flux)}")
     if not np.isfinite(wave).all() or (np.diff(wave) <= 0).any():
         raise UserError("wavelengths must be numbers that rise")
-    grid = arm.grid()
-    if wave[0] > grid[0] or wave[-1] < grid[-1]:
+    pixels = arm.grid()
+    if wave[0] > pixels[0] or wave[-1] < pixels[-1]:
         unit = "; they look like logarithms" if wave[-1] < 10 else ""
         raise UserError(
             f"wavelengths from {wave[0]:g} to {wave[-1]:g} do not cover {arm.start:g} to {arm.end:g} Å{unit}"
@@ -75,7 +82,7 @@ def resampled(
     near = (wave >= arm.start - 10 * arm.step) & (wave <= arm.end + 10 * arm.step)
     if bad := int((~np.isfinite(flux[near])).sum()):
         raise UserError(f"{bad} of {int(near.sum())} fluxes between {arm.start:g} and {arm.end:g} Å are no numbers")
-    return np.interp(grid, wave, flux)
+    return np.interp((grid or arm).grid(), wave, flux)
 
 
 def without_cosmic_rays(flux: Float[np.ndarray, " pixels"]) -> Float[np.ndarray, " pixels"]:
@@ -91,32 +98,38 @@ def without_cosmic_rays(flux: Float[np.ndarray, " pixels"]) -> Float[np.ndarray,
     return np.where((off < BELOW * sigma) & (off > -ABOVE * sigma), flux, median)
 
 
-def continuum(wave: Float[np.ndarray, " pixels"], flux: Float[np.ndarray, " pixels"]) -> Float[np.ndarray, " pixels"]:
+def continuum(
+    wave: Float[np.ndarray, " pixels"], flux: Float[np.ndarray, "*spectra pixels"]
+) -> Float[np.ndarray, "*spectra pixels"]:
     """A polynomial of order 5 in log₁₀ λ, fitted again and again to what is not a line.
 
-    After each fit, pixels 3σ below or 4σ above it are put to the fit, for the next fit alone, until the same pixels are
-    kept. So the fit rises to the true continuum from round to round.
+    After each fit, pixels 3σ below or 4σ above it are put to the fit, for the next fit alone, until none is. So the fit
+    rises to the true continuum from round to round, for at most 200 rounds.
 
-    Raises:
-        UserError: flux that is constant, or does not settle.
+    Args:
+        wave: in Å.
+        flux: of one spectrum or of many; what is constant is its own continuum.
     """
     angle = np.log10(wave)
     angle = (angle - angle.mean()) / angle.std()
-    centre, spread = flux.mean(), flux.std()
-    if not spread > 0:
-        return np.full_like(flux, centre)
-    y = (flux - centre) / spread
-    kept = np.ones(len(y), bool)
+    powers = np.vander(angle, ORDER + 1)
+    rows = np.atleast_2d(flux)
+    centre, spread = rows.mean(1, keepdims=True), rows.std(1, keepdims=True)
+    fitted = np.zeros(rows.shape)
+    y = np.divide(rows - centre, spread, out=np.zeros(rows.shape), where=spread > 0)
+    open_ = np.flatnonzero(spread[:, 0] > 0)
     for _ in range(ROUNDS):
-        fit = np.polyval(np.polyfit(angle, y, ORDER), angle)
-        off = fit - y
-        sigma = off.std()
-        now = (off > -ABOVE * sigma) & (off < BELOW * sigma)
-        if (now == kept).all():
+        if not len(open_):
             break
+        fit = (powers @ np.polyfit(angle, y[open_].T, ORDER)).T
+        off = fit - y[open_]
+        sigma = off.std(1, keepdims=True)
+        kept = (off > -ABOVE * sigma) & (off < BELOW * sigma)
+        fitted[open_] = fit
         # As the authors have it: the pixels whose mark differs from the first round's, which marks all.
-        y = np.where(now, y, fit)
-    return fit * spread + centre
+        y[open_] = np.where(kept, y[open_], fit)
+        open_ = open_[~kept.all(1)]
+    return (fitted * spread + centre).reshape(flux.shape)
 
 
 def normalise_spectrum(
@@ -127,7 +140,8 @@ def normalise_spectrum(
 ) -> Float[np.ndarray, " pixels2"]:
     """A spectrum as RRNet takes it before it is standardised: about 1 where there is no line.
 
-    At rest, on the grid of each arm, without cosmic rays, divided by its continuum, arm after arm, in −0.5…2.5.
+    At rest, without cosmic rays, divided by its continuum, arm after arm, in −0.5…2.5. All this on pixels of 0.1 Å, as
+    the authors have it, or of less; of a coarser grid every so manieth is taken.
 
     Args:
         wave, flux: of each arm, or one that covers all.
@@ -160,10 +174,12 @@ def normalise_with_error(
     parts, spreads = [], []
     for index, arm in enumerate(arms):
         rest = to_rest(waves[index], velocity)
-        clean = without_cosmic_rays(resampled(rest, fluxes[index], arm))
-        fitted = continuum(arm.grid(), clean)
+        every = max(1, round(arm.step / FINE))
+        fine = arm._replace(step=arm.step / every)
+        clean = without_cosmic_rays(resampled(rest, fluxes[index], arm, fine))
+        fitted = continuum(fine.grid(), clean)[::every]
         with np.errstate(divide="ignore", invalid="ignore"):
-            parts.append(np.nan_to_num(clean / fitted, nan=1.0, posinf=CLIP[1], neginf=CLIP[0]))
+            parts.append(np.nan_to_num(clean[::every] / fitted, nan=1.0, posinf=CLIP[1], neginf=CLIP[0]))
             for each in errors:
                 off = np.abs(np.interp(arm.grid(), rest, each[index]) / fitted)
                 spreads.append(np.nan_to_num(off, nan=UNKNOWN, posinf=UNKNOWN).clip(0, UNKNOWN))

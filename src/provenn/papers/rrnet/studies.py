@@ -13,7 +13,7 @@ from provenn.core.cost import count_parameters
 from provenn.core.narrowing import of_kind
 from provenn.papers.rrnet.model import DeepEnsemble, Estimator, Head, Normal, RRNet, SegmentRNN, StarNet
 from provenn.papers.rrnet.task import synthetic
-from provenn.papers.rrnet.task.surveys import Survey, assembled
+from provenn.papers.rrnet.task.surveys import Standardised, Survey, assembled
 from provenn.tasks import Task, TaskData, count_examples
 from provenn.training import Fit, fit
 
@@ -21,6 +21,7 @@ LABELS, LENGTH, SEGMENTS = len(synthetic.LABELS), 1440, 40
 NOISE = 0.5  # added to the standardised pixels of the test
 MASKED = slice(200, 400)  # pixels of the blue arm that are missing
 MEMBERS = 3
+IRON = synthetic.LABELS.index("Fe")  # before the other elements
 
 
 def survey(seed: int, smoke: bool) -> TaskData:
@@ -237,7 +238,21 @@ def coverage(model: nn.Module, data: TaskData) -> float:
     return float(((mean - y).square() <= variance).double().mean())
 
 
+def elements_over_iron(model: nn.Module, data: TaskData) -> float:
+    """The elements' error less that of taking each for the network's own iron, in spreads of the elements."""
+    x, y = _tensors(data.test)
+    known = of_kind(data.test, Standardised, "the data").known
+    spread, middle = torch.tensor(known.label_std), torch.tensor(known.label_mean)
+    with torch.no_grad():
+        mean = model(x).mean
+    iron = mean[:, IRON : IRON + 1] * spread[IRON] + middle[IRON]
+    copied = (iron - middle[IRON + 1 :]) / spread[IRON + 1 :]
+    off = (mean[:, IRON + 1 :] - y[:, IRON + 1 :]).abs() - (copied - y[:, IRON + 1 :]).abs()
+    return float(off.mean())
+
+
 PROBES = {
+    "elements over iron": elements_over_iron,
     "growth with noise": growth_with_noise,
     "growth with a gap": growth_with_a_gap,
     "likelihood over constant σ": likelihood_over_constant,

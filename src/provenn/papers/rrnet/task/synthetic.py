@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from provenn.papers.rrnet.spectra import CLIP, Arm
+from provenn.papers.rrnet.spectra import CLIP, Arm, continuum
 
 ARMS = (Arm(4968, 5328, 0.5), Arm(6339, 6699, 0.5))  # the real bands at a fifth of the pixels: 2 × 720
 ELEMENTS = {"Fe": 120, "Mg": 12, "Ca": 25, "Si": 18, "Ti": 40}  # and how many lines of each
@@ -99,21 +99,26 @@ def pure(
 def observed(
     flux: Float[np.ndarray, "stars pixels"], rng: np.random.Generator
 ) -> tuple[Float[np.ndarray, "stars pixels"], Float[np.ndarray, " stars"]]:
-    """What a telescope sees, and its signal-to-noise ratio: 10 to 100, the same chance for each factor.
+    """What a telescope sees, over its continuum as `continuum` fits it, and its signal-to-noise ratio.
 
-    The continuum is off by a random walk of about 1.5 %, and about two pixels of a spectrum hold remains of the sky.
+    The ratio is 10 to 100, with the same chance for each factor. Before the fit, the continuum is off by a random walk
+    of about 1.5 %, and about two pixels of a spectrum hold remains of the sky.
     """
     count, pixels = flux.shape
     ratio = np.power(10.0, rng.uniform(1, 2, count))
-    parts, at = [], 0
+    parts = []
     for arm in ARMS:
         walk = np.cumsum(rng.normal(0, 1, (count, arm.pixels)), axis=1)
         walk -= walk.mean(1, keepdims=True)
         parts.append(1 + 0.015 * walk / walk.std(1, keepdims=True))
-        at += arm.pixels
     seen = flux * np.concatenate(parts, axis=1) + rng.normal(0, 1, flux.shape) / ratio[:, None]
     sky = rng.random(flux.shape) < 2 / pixels
     seen = np.where(sky, seen + rng.exponential(0.3, flux.shape), seen)
+    low = 0
+    for arm in ARMS:
+        part = slice(low, low + arm.pixels)
+        seen[:, part] /= continuum(arm.grid(), seen[:, part])
+        low += arm.pixels
     return seen.clip(*CLIP), ratio
 
 
