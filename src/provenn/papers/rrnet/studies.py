@@ -109,7 +109,7 @@ class Ridge(Estimator):
         super().__init__(labels, length, "raw", 1)
         self.kernel = kernel
         self.register_buffer("centres", torch.zeros(0, length))
-        self.register_buffer("weights", torch.zeros(length, labels))
+        self.register_buffer("weights", torch.zeros(0 if kernel else length, labels))
         self.register_buffer("offset", torch.zeros(labels))
         self.register_buffer("spread", torch.ones(labels))
 
