@@ -101,15 +101,15 @@ def test_the_red_end_tells_the_blue_end_nothing():
     torch.manual_seed(0)
     network = RRNet(3).eval()
     x = torch.randn(1, 7200)
-    before = network.features(x).view(40, 360)
+    before = network.encoded(x).view(40, 360)
     red, blue = x.clone(), x.clone()
     red[:, 3600 + 14 :] += 1
     blue[:, :100] += 1
-    assert torch.equal(network.features(red).view(40, 360)[:20], before[:20])
-    assert all((network.features(blue).view(40, 360) != before).any(1))
+    assert torch.equal(network.encoded(red).view(40, 360)[:20], before[:20])
+    assert all((network.encoded(blue).view(40, 360) != before).any(1))
     network.rnn.rnn.weight_hh_l0.zero_()
-    alone = network.features(blue).view(40, 360)
-    assert torch.equal(alone[2:], network.features(x).view(40, 360)[2:])
+    alone = network.encoded(blue).view(40, 360)
+    assert torch.equal(alone[2:], network.encoded(x).view(40, 360)[2:])
 
 
 @torch.no_grad()
@@ -132,7 +132,7 @@ def test_sizes_that_do_not_fit_are_refused():
     for options, words in (
         ({"mode": "both"}, "mode must be one of raw, pre, post"),
         ({"widths": ()}, "one to five stages, got 0"),
-        ({"length": 7201}, "divides neither"),
+        ({"length": 7201}, "do not divide into 40 segments and by 8"),
         ({"strict": True}, "a segment has 22.5 positions"),
         ({"labels": 0}, "at least one label"),
     ):

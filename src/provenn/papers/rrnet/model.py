@@ -207,8 +207,8 @@ class RRNet(Estimator):
             raise UserError(f"RRNet has one to five stages, got {len(widths)}")
         if length % segments or length % 2 ** len(widths):
             raise UserError(
-                f"a spectrum of {length} pixels divides neither into {segments} segments nor by "
-                f"{2 ** len(widths)}; expected a multiple of both"
+                f"spectra of {length} pixels do not divide into {segments} segments and by {2 ** len(widths)}; "
+                "choose a grid of a multiple of both, or other segments"
             )
         self.widths = tuple(widths)
         positions = length // 2 ** len(widths)
@@ -224,7 +224,7 @@ class RRNet(Estimator):
         self.stages = nn.Sequential(*stages)
         self.head = Head(features, labels)
 
-    def features(self, x: Spectra) -> Float[Tensor, "batch features"]:
+    def encoded(self, x: Spectra) -> Float[Tensor, "batch features"]:
         """What the head reads."""
         check_length(x, self.length)
         if self.mode == "pre" and self.rnn is not None:
@@ -235,7 +235,7 @@ class RRNet(Estimator):
         return self.rnn(y.transpose(1, 2).flatten(1))
 
     def forward(self, x: Spectra) -> Normal:
-        return self.head(self.features(x))
+        return self.head(self.encoded(x))
 
 
 class StarNet(Estimator):
@@ -357,14 +357,30 @@ class DeepEnsemble(nn.Module):
         return mixture(*self.each(x))
 
 
-def rrnet_sp(*, labels: int = 3, length: int = 7200, mode: str = "post", clean: int = 0, names: str = "") -> RRNet:
+def rrnet_sp(
+    *,
+    labels: int = 3,
+    length: int = 7200,
+    mode: str = "post",
+    segments: int = SEGMENTS,
+    clean: int = 0,
+    names: str = "",
+) -> RRNet:
     """For effective temperature, gravity and iron, 3,981,994 parameters."""
-    return RRNet(labels, length, mode=mode, clean=clean, names=names)
+    return RRNet(labels, length, mode=mode, segments=segments, clean=clean, names=names)
 
 
-def rrnet_ca(*, labels: int = 14, length: int = 7200, mode: str = "post", clean: int = 0, names: str = "") -> RRNet:
+def rrnet_ca(
+    *,
+    labels: int = 14,
+    length: int = 7200,
+    mode: str = "post",
+    segments: int = SEGMENTS,
+    clean: int = 0,
+    names: str = "",
+) -> RRNet:
     """For the other fourteen abundances, 3,984,832 parameters."""
-    return RRNet(labels, length, mode=mode, clean=clean, names=names)
+    return RRNet(labels, length, mode=mode, segments=segments, clean=clean, names=names)
 
 
 def starnet_sp(*, labels: int = 3, length: int = 7200, mode: str = "raw", clean: int = 0, names: str = "") -> StarNet:
@@ -377,6 +393,14 @@ def starnet_ca(*, labels: int = 14, length: int = 7200, mode: str = "raw", clean
     return StarNet(labels, length, mode=mode, clean=clean, names=names)
 
 
-def rrnet_small(*, labels: int = 7, length: int = 1440, mode: str = "post", clean: int = 0, names: str = "") -> RRNet:
+def rrnet_small(
+    *,
+    labels: int = 7,
+    length: int = 1440,
+    mode: str = "post",
+    segments: int = SEGMENTS,
+    clean: int = 0,
+    names: str = "",
+) -> RRNet:
     """For spectra of 1,440 pixels and seven labels, 784,498 parameters. Ours."""
-    return RRNet(labels, length, mode=mode, clean=clean, names=names)
+    return RRNet(labels, length, mode=mode, segments=segments, clean=clean, names=names)

@@ -47,9 +47,9 @@ def read_spectra(
     """The spectra of a file, normalised for a model.
 
     Args:
-        file: a FITS file of LAMOST, gzipped or not; a table with the columns `wavelength`, in Å, `flux` and, if known,
-            `error`; a NumPy array of (spectra, pixels) that is normalised and on the grid of the model, or such arrays
-            under the names `flux` and `error`.
+        file: a FITS file of LAMOST, gzipped or not; or a table with the columns `wavelength`, in Å, `flux` and, if
+            known, `error`; or a NumPy array of (spectra, pixels), normalised on the grid of the model. An archive has
+            such arrays under the names `flux` and `error`.
         arms: the grid.
         velocity: of the star in km/s, away from us, for spectra that are not at rest.
         low, high: the first spectrum of an array that is read, and the one before which reading ends.
