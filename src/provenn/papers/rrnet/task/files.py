@@ -47,8 +47,8 @@ def read_spectra(
     """The spectra of a file, normalised for a model.
 
     Args:
-        file: a FITS file of LAMOST, gzipped or not; or a table with the columns `wavelength`, in Å, `flux` and, if
-            known, `error`; or a NumPy array of (spectra, pixels), normalised on the grid of the model. An archive has
+        file: a FITS file of LAMOST, gzipped or not. Or a table with the columns `wavelength`, in Å, `flux` and, if
+            known, `error`. Or a NumPy array of (spectra, pixels), normalised on the grid of the model; an archive has
             such arrays under the names `flux` and `error`.
         arms: the grid.
         velocity: of the star in km/s, away from us, for spectra that are not at rest.
