@@ -40,6 +40,7 @@ INPUTS = {  # of each kind of work: what is given, and where the answer goes
     "accelerated-language-modelling": ("words", "answer.txt"),
     "pansharpening": ("ms.npy pan.npy", "answer.npy"),
     "image-compression": ("image.png", "answer.s2l"),
+    "wound-segmentation": ("image.png", "answer.png"),
 }
 TRIED = {"pansharpening": "image.png"}  # in the browser, where that is something else
 # A factor under which every parameter has a square in float32, and every model that ships runs out of its range.

@@ -64,10 +64,10 @@ def read_scale(words: str, image: UInt8[np.ndarray, "height width 3"] | None = N
     if measured:
         return _checked(float(measured[3]) / max(float(measured[2]), 1e-12), measured[1], words)
     if sticker and image is not None:
-        return _checked(sticker_diameter(image, sticker[2] or "green") / max(float(sticker[1]), 1e-12), "sticker", words)
-    raise UserError(
-        f"--scale {words}: expected 42.5px/cm, ruler:5cm=212px, coin:2.325cm=98px or sticker:2cm:green"
-    )
+        return _checked(
+            sticker_diameter(image, sticker[2] or "green") / max(float(sticker[1]), 1e-12), "sticker", words
+        )
+    raise UserError(f"--scale {words}: expected 42.5px/cm, ruler:5cm=212px, coin:2.325cm=98px or sticker:2cm:green")
 
 
 def _checked(px_per_cm: float, source: str, words: str) -> Scale:
@@ -319,9 +319,7 @@ def change(report: Mapping[str, Any], last: Mapping[str, Any]) -> dict[str, floa
     """
     names = ("area_cm2", "perimeter_cm", "length_cm", "width_cm")
     changed = {
-        name: report[name] - last[name]
-        for name in names
-        if report.get(name) is not None and last.get(name) is not None
+        name: report[name] - last[name] for name in names if report.get(name) is not None and last.get(name) is not None
     }
     if last.get("area_cm2") and "area_cm2" in changed:
         changed["area_percent"] = 100 * changed["area_cm2"] / last["area_cm2"]

@@ -137,7 +137,9 @@ def rotate(array: np.ndarray, degrees: float) -> np.ndarray:
     options: dict[str, Any] = {"offset": centre - matrix @ centre, "mode": "mirror"}
     if array.ndim == 2:
         return affine_transform(array, matrix, order=0, **options)
-    channels = [affine_transform(part.astype(np.float64), matrix, order=1, **options) for part in np.moveaxis(array, -1, 0)]
+    channels = [
+        affine_transform(part.astype(np.float64), matrix, order=1, **options) for part in np.moveaxis(array, -1, 0)
+    ]
     return np.rint(np.stack(channels, axis=-1)).clip(0, 255).astype(np.uint8)
 
 

@@ -89,12 +89,16 @@ async def transfer_shrinks(run: Run) -> Measurement:
     for images, study in BY_IMAGES.items():
         reached, facts = await study.measure(run, ("before", "longer"))
         gains[images] = [a - b for a, b in zip(reached["before"], reached["longer"], strict=True)]
-        rows.append([images, *(float(np.mean(reached[name])) for name in ("before", "longer")), float(np.mean(gains[images]))])
+        rows.append(
+            [images, *(float(np.mean(reached[name])) for name in ("before", "longer")), float(np.mean(gains[images]))]
+        )
         skills += facts["skills"]
         for key in ("lr", "tuned"):
             if key in facts["setting"]:
                 settings.setdefault(key, {})[f"{images} pictures"] = facts["setting"].pop(key)
-    table = Table(caption="Dice by pictures to train on", columns=["pictures", "pre-trained", "scratch", "gain"], rows=rows)
+    table = Table(
+        caption="Dice by pictures to train on", columns=["pictures", "pre-trained", "scratch", "gain"], rows=rows
+    )
     facts |= {"skills": skills, "tables": [table], "series": []}
     facts["setting"] |= settings
     sides = ("gain at 8 pictures", "gain at 128 pictures")

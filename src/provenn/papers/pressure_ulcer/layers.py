@@ -3,6 +3,8 @@
 Of the paper only the abstract could be read. Each block here is the usual public form of what the abstract names.
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -76,8 +78,8 @@ class Block(nn.Module):
             raise ValueError(f"attention of a block must be 'cbam', 'se' or 'none', got {attention!r}")
         self.first = convolution(channels, out, 3, norm)
         self.second = convolution(out, out, 3, norm)
-        kinds = {"cbam": CBAM, "se": SqueezeExcitation, "none": lambda channels: nn.Identity()}
-        self.attention: nn.Module = kinds[attention](out)
+        kinds: dict[str, Callable[[int], nn.Module]] = {"cbam": CBAM, "se": SqueezeExcitation, "none": nn.Identity}
+        self.attention = kinds[attention](out)
         self.residual = residual
         self.shortcut: nn.Module = nn.Identity()
         if residual and channels != out:

@@ -39,7 +39,9 @@ def wound_loss(
     return total + dice * (1 - overlap).mean()
 
 
-def overlap_scores(both: np.ndarray, told: np.ndarray, true: np.ndarray, pixels: np.ndarray) -> Mapping[str, np.ndarray]:
+def overlap_scores(
+    both: np.ndarray, told: np.ndarray, true: np.ndarray, pixels: np.ndarray
+) -> Mapping[str, np.ndarray]:
     """Dice, IoU and accuracy of masks from one confusion matrix each.
 
     D = 2 TP / (2 TP + FP + FN), J = TP / (TP + FP + FN) = D / (2 − D), A = (TP + TN) / all. An empty mask that is

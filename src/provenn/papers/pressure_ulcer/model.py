@@ -7,30 +7,25 @@ here is inferred from the usual public forms: levels, widths, place of the atten
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from provenn.core.narrowing import of_kind
 from provenn.nn.arguments import check_finite, check_whole
 from provenn.nn.padding import mirror_pad
-from provenn.papers.pressure_ulcer.layers import ATTENTIONS, Block, Rise
+from provenn.papers.pressure_ulcer.layers import ATTENTIONS, AttentionGate, Block, Rise
 from provenn.papers.pressure_ulcer.transfer import RATE_SHARE, read_start, transfer
-
-
-class MakesOptimizer(Protocol):
-    """A recipe: what makes an optimizer of a model's parameters."""
-
-    def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer: ...
 
 
 class ResidualAttentionUNet(nn.Module):
     """A U-Net of residual blocks with an attention gate on every skip.
 
-    Level k of the encoder is a block of width · 2ᵏ channels, with 2×2 max-pooling between levels. A level of the decoder
-    upsamples, gates the skip, joins and convolves. The head is a 1×1 convolution with a bias.
+    Level k of the encoder is a block of width · 2ᵏ channels, with 2×2 max-pooling between levels. A level of the
+    decoder upsamples, gates the skip, joins and convolves. The head is a 1×1 convolution with a bias.
 
     Args:
         in_channels: of the image.
@@ -104,13 +99,11 @@ class ResidualAttentionUNet(nn.Module):
         )
         self.decoder = nn.ModuleList(rise(channels) for channels in reversed(widths[:-1]))
         self.head = nn.Conv2d(width, num_classes, 1)
-        nn.init.kaiming_normal_(self.head.weight, nonlinearity="relu")
+        nn.init.normal_(self.head.weight, std=0.05)  # so that training begins near the bias, the share of wound
         bias = 0.0 if wound_share is None else math.log(wound_share / (1 - wound_share))
         nn.init.constant_(self.head.bias, bias)  # type: ignore[arg-type]  # it has one
 
-    def forward(
-        self, x: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch classes height width"]:
+    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes height width"]:
         height, width = x.shape[2:]
         skips = self._encoded(x)
         x = skips.pop()
@@ -138,15 +131,15 @@ class ResidualAttentionUNet(nn.Module):
         skips, maps = self._encoded(x), []
         below = skips.pop()
         for level, (rise, skip) in enumerate(zip(self.decoder, reversed(skips))):
-            alpha = rise.attention(below, skip)
+            alpha = of_kind(rise, Rise, "a level").attention(below, skip)
             if alpha is not None:
                 factor = 2 ** (len(self.decoder) - 1 - level)
                 maps.append(alpha[..., : -(-height // factor), : -(-width // factor)])
             below = rise(below, skip)
         return maps
 
-    def optimizers(self, recipe: MakesOptimizer) -> torch.optim.Optimizer:
-        """The recipe's optimizer; with `start` these weights are taken first, and the rate is a tenth."""
+    def optimizers(self, recipe: Any) -> torch.optim.Optimizer:
+        """That of a `provenn.training.Recipe`; with `start` these weights are taken first, and the rate is a tenth."""
         if self.start is None:
             return recipe.make_optimizer(self)
         transfer(self, read_start(self.start))
@@ -174,7 +167,7 @@ class ResidualAttentionUNet(nn.Module):
 @contextmanager
 def open_gates(model: nn.Module) -> Iterator[nn.Module]:
     """Inside, all gates of a model are at α = 1: the scale of ψ's norm is 0, and its shift is large."""
-    scores = [part.score[1] for part in model.modules() if hasattr(part, "of_skip")]
+    scores: list[Any] = [part.score[1] for part in model.modules() if isinstance(part, AttentionGate)]
     before = [(norm.weight.detach().clone(), norm.bias.detach().clone()) for norm in scores]
     with torch.no_grad():
         for norm in scores:

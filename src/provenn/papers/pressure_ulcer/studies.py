@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset
 
 from provenn.papers.pressure_ulcer.model import ResidualAttentionUNet
-from provenn.papers.pressure_ulcer.task import TASK, composed, drawn, mean_mask
+from provenn.papers.pressure_ulcer.task import TASK, mean_mask
 from provenn.papers.pressure_ulcer.task.photos import GEOMETRIC, NONE, Policy, Wounds, standard
+from provenn.papers.pressure_ulcer.task.sources import composed, drawn
 from provenn.papers.pressure_ulcer.transfer import transfer
 from provenn.tasks import Task, TaskData, count_examples
 from provenn.training import Fit, Hardware, Recipe, fit
@@ -22,6 +23,7 @@ SIDE, EACH = 64, 192
 COUNTS, SHORT = (16, 32, 200), (4, 4, 4)  # to train, validate and test; and where only the path is tried
 SOURCE = 400  # pictures of the source domain
 SOURCE_RATE = 3e-3
+ONE_CPU = Hardware()
 BINS = 12  # of each colour, of the classifier of single pixels
 # Six of each, and the one that does best on validation data counts: the watershed's modes by the share of images, and
 # for the baseline as many strengths of plain colour jitter.
@@ -82,7 +84,7 @@ def trained(
     recipe: Recipe,
     *,
     seed: int = 0,
-    hardware: Hardware = Hardware("cpu"),
+    hardware: Hardware = ONE_CPU,
     title: str = "training",
 ) -> Fit:
     """`fit`, by the plan of the variant: its stages, its augmentation, or counting."""
@@ -161,6 +163,8 @@ class ByColour(Counted):
     """
 
     odds: Tensor
+    mean: Tensor
+    std: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,7 +190,7 @@ class ByColour(Counted):
         # Neighbouring colours lend their counts, since most of 1,728 were seen in no pixel.
         smooth = [blurred(table.view(BINS, BINS, BINS)).flatten() + 1e-3 for table in tables]
         odds = (smooth[0] / smooth[1]).log()
-        cuts = odds[bins].flatten().quantile(torch.linspace(0.7, 0.97, 28, dtype=torch.float64)) if bins.numel() < 2**24 else [odds.median()]
+        cuts = np.quantile(odds[bins].numpy(), np.linspace(0.7, 0.97, 28)).tolist()
         self.odds.copy_((odds - max(cuts, key=lambda cut: _dice(odds[bins] > cut, masks))).float())
 
 
@@ -230,15 +234,19 @@ class ByPlace(Counted):
 def area_error(model: nn.Module, data: TaskData) -> float:
     """The median over test images of how far the predicted area is from the true one, as a share of it."""
     scores = TASK.scores(model, data.test)
-    return float(np.median(np.abs(scores["told_pixels"] - scores["true_pixels"]) / np.maximum(scores["true_pixels"], 1)))
+    return float(
+        np.median(np.abs(scores["told_pixels"] - scores["true_pixels"]) / np.maximum(scores["true_pixels"], 1))
+    )
 
 
 def gate_ratio(model: nn.Module, data: TaskData) -> float | None:
     """The mean gate of the finest skip inside the wound over that outside, on the test; None without gates."""
     inside, outside, pixels = 0.0, 0.0, [0, 0]
+    if not isinstance(model, ResidualAttentionUNet):
+        return None
     for index in range(count_examples(data.test)):
         image, mask = data.test[index]
-        maps = model.attention_maps(image[None]) if hasattr(model, "attention_maps") else []  # type: ignore[operator]
+        maps = model.attention_maps(image[None])
         if not maps:
             return None
         alpha, wound = maps[-1][0, 0], mask > 0
@@ -247,7 +255,10 @@ def gate_ratio(model: nn.Module, data: TaskData) -> float | None:
     return (inside / max(1, pixels[0])) / max(1e-9, outside / max(1, pixels[1]))
 
 
-PROBES: Mapping[str, Callable[[nn.Module, TaskData], float | None]] = {"area error": area_error, "gate ratio": gate_ratio}
+PROBES: Mapping[str, Callable[[nn.Module, TaskData], float | None]] = {
+    "area error": area_error,
+    "gate ratio": gate_ratio,
+}
 PLAIN, RESIDUAL, GATED = unet(residual=False), unet(), unet("gate")
 VARIANTS: Mapping[str, tuple[str, Variant]] = {
     # Augmentation, of a plain U-Net

@@ -35,6 +35,8 @@ from provenn.papers.pressure_ulcer.task.photos import (
 )
 from provenn.papers.pressure_ulcer.task.segmenting import Probabilities, segment, shrunk
 from provenn.papers.pressure_ulcer.task.segmenting import overlay as overlaid
+from provenn.papers.pressure_ulcer.task.sources import embedded, photographs, with_splits
+from provenn.papers.pressure_ulcer.task.writing import as_bytes, body_mask, in_a_line, last_report, places_of
 from provenn.tasks import Task, TaskData, count_examples, device_of, fingerprint, split_indices
 from provenn.tasks.base import CUT, HeldOut, Portable, Scores, check_share
 from provenn.tasks.demos import Trial, save_shown
@@ -44,11 +46,8 @@ from provenn.tasks.portable import portable_images
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SIZES = {"ulcers": (24, 32, 100), "wounds": (400, 32, 100)}  # train, val, test
 SIDE, FRAME = 64, 224  # of the composed pictures, and of the frame of photographs
-EACH = 192  # examples of an epoch, at least: few images come often
 COLOURS = ((40, 40, 40), (205, 45, 60))
-PATIENTS = "patients.csv"
 
 
 class WoundMeta(Standardised):
@@ -117,10 +116,10 @@ class WoundSegmentation(Task):
                 raise UserError(f"composed pictures have at most {scenes.LARGEST} pixels a side, got size={size}")
             if images is not None and images < 1:
                 raise UserError(f"images must be at least 1, got {images}")
-            return _composed(named, seed, size or SIDE, images, policy)
+            return embedded(named, seed, size or SIDE, images, policy)
         check_share(val_share)
         meta = default_meta(size or FRAME, letterbox=letterbox, grey_world=grey_world)
-        return _folder(named, seed, meta, policy, val_share, skip_broken)
+        return photographs(named, seed, meta, policy, val_share, skip_broken)
 
     def loss(self, model: nn.Module, batch: Sequence[Tensor]) -> Float[Tensor, ""]:
         """As `wound_loss`, with the weights that the model carries."""
@@ -133,7 +132,9 @@ class WoundSegmentation(Task):
         letterbox = bool(getattr(dataset, "meta", {}).get("letterbox", True))
         device, rows = device_of(model), []
         for images, masks in _alike(dataset, min(batch_size, 32)):
-            logits = unframed(_one_class(model(images.to(device)))[:, None], *masks.shape[1:], letterbox)[:, 0]
+            logits = unframed(_one_class(model(images.to(device)))[:, None], masks.shape[1], masks.shape[2], letterbox)[
+                :, 0
+            ]
             told, true = logits > 0, masks.to(device) > 0
             sums = [(told & true).sum((1, 2)), told.sum((1, 2)), true.sum((1, 2))]
             rows.append([part.cpu().numpy().astype(np.int64) for part in sums])
@@ -185,11 +186,11 @@ class WoundSegmentation(Task):
         """As in `Task`. Figures of a folder are of full frames: masks count at the photograph's own size."""
         named = self._named(source)
         if isinstance(named, str):
-            data = _composed(named, seed, min(int(meta["size"]), scenes.LARGEST), None, POLICIES["none"])
+            data = embedded(named, seed, min(int(meta["size"]), scenes.LARGEST), None, POLICIES["none"])
             return HeldOut(data.test, f"the test split of {named}, full frames")
         check_share(val_share)
         splits = read_folder(named, skip_broken).splits
-        splits = splits if whole else _with_splits(named, splits, seed, val_share)
+        splits = splits if whole else with_splits(named, splits, seed, val_share)
         split = next(name for name in ("test", "val", "train") if name in splits)
         which = "all" if split == "train" else f"the {split} split"
         return HeldOut(WoundFiles(splits[split], meta), f"{which} of {named}, full frames")
@@ -227,17 +228,17 @@ class WoundSegmentation(Task):
         files = [file for given in inputs for file in (images_in(given) if given.is_dir() else [given])]
         if since is not None and len(files) > 1:
             raise UserError(f"--since is the last report of one wound; got {len(files)} photographs")
-        last = None if since is None else _report(since)
-        places = _places(files, output, overlay)
+        last = None if since is None else last_report(since)
+        places = places_of(files, output, overlay)
         lines = []
         for index, file in enumerate(progress.track(files, "measuring")):
-            colour = _bytes(read_image(file))
-            on = None if body is None else _body(body, colour.shape[:2])
+            colour = as_bytes(read_image(file))
+            on = None if body is None else body_mask(body, colour.shape[:2])
             name = f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters"
             report, mask = segment(colour, model, scale, meta=meta, body=on, turns=turns, name=name)
             plain = report.as_json()
             plain["change"] = {} if last is None else analysis.change(plain, last)
-            lines.append(f"{file}: {_said(plain)}")
+            lines.append(f"{file}: {in_a_line(plain)}")
             for kind, place in places[index].items():
                 if kind == "mask":
                     write_mask(place, mask.astype(np.uint8), COLOURS)
@@ -270,7 +271,12 @@ class WoundSegmentation(Task):
         for column in range(count):
             image, mask = data.test[column]
             with torch.no_grad():
-                told = unframed(model(image[None].to(device_of(model))), *mask.shape, data.meta["letterbox"])[0, 0] > 0
+                told = (
+                    unframed(
+                        model(image[None].to(device_of(model))), mask.shape[0], mask.shape[1], data.meta["letterbox"]
+                    )[0, 0]
+                    > 0
+                )
             mean, std = (torch.tensor(data.meta[key])[:, None, None] for key in ("mean", "std"))
             axes[0, column].imshow((image * std + mean).clamp(0, 1).permute(1, 2, 0).squeeze(2).numpy(), cmap="gray")
             axes[1, column].imshow(mask, cmap="gray", vmin=0, vmax=1)
@@ -333,198 +339,11 @@ def _policy(augmentation: str, mode: str, share: float) -> Policy:
     return policy._replace(mode=mode, share=share) if policy.mode else policy
 
 
-@lru_cache(maxsize=32)  # a study asks for them once a trial
-def drawn(domain: str, split: str, count: int, seed: int, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Composed pictures (count, 3, side, side) and their masks; "unrelated" ones are textures in textures."""
-    if domain == "unrelated":
-        pairs = [scenes.draw_unrelated(split, index, seed=seed, side=side) for index in range(count)]
-    else:
-        kind = scenes.DOMAINS[domain]
-        pairs = [scenes.draw(kind, split, index, seed=seed, side=side) for index in range(count)]
-    images = np.ascontiguousarray(np.stack([image for image, _ in pairs]).transpose(0, 3, 1, 2))
-    return images, np.stack([mask for _, mask in pairs])
-
-
-def composed(
-    domain: str, counts: Sequence[int], seed: int, side: int, policy: Policy | None = None, each: int = EACH
-) -> TaskData:
-    """Composed pictures of a domain as data, `counts` of them to train, validate and test; an epoch has `each`."""
-    meta = default_meta(side)
-    parts = [drawn(domain, split, count, seed, side) for split, count in zip(scenes.BANDS, counts)]
-    train, val, test = (Wounds(images, masks, meta) for images, masks in parts)
-    share = float(np.mean([mask.mean() for mask in parts[0][1]]))
-    return TaskData(
-        domain,
-        train.with_policy(policy, max(1, -(-each // counts[0]))),
-        val,
-        test,
-        fingerprint=fingerprint(*(array for part in parts for array in part)),
-        options={"in_channels": 3},
-        meta=meta,
-        about=f"Composed pictures of {side}×{side} pixels, {counts[0]} to train on, with exact masks; wounds have "
-        f"{share:.0%} of the pixels of training. Skin, light and wounds follow a stated model, grained with bundled "
-        "photographs of gravel, grass and stained tissue. They are no patients.",
-    )
-
-
-def _composed(domain: str, seed: int, side: int, images: int | None, policy: Policy) -> TaskData:
-    train, val, test = SIZES[domain]
-    return composed(domain, (images or train, val, test), seed, side, policy)
-
-
-Splits = dict[str, list[tuple[Path, Path]]]
-
-
-def _with_splits(root: Path, splits: Splits, seed: int, share: float) -> Splits:
-    """The same, and what of train, val and test is missing cut from `train`, by patient where these are known."""
-    if "train" not in splits:
-        raise UserError(f"{root} holds {next(iter(splits))!r} but no photographs to train on")
-    splits = dict(splits)
-    if "val" in splits and "test" not in splits:
-        splits["test"] = splits.pop("val")
-    missing = [split for split in ("val", "test") if split not in splits]
-    patient = _patients(root)
-    groups: dict[str, list[tuple[Path, Path]]] = {}
-    for pair in splits["train"]:
-        groups.setdefault(patient.get(pair[0].stem, f"\0{pair[0]}"), []).append(pair)
-    names = list(groups)
-    if len(names) <= len(missing):
-        what = "patients" if patient else "photographs"
-        raise UserError(f"{root}: {len(names)} {what} are too few: {' and '.join(missing)} are cut from them")
-    order = split_indices(len(names), (1.0,), seed)[0]
-    count = min(max(1, round(share * len(names))), (len(names) - 1) // max(1, len(missing)))
-    for split in missing:
-        splits[split] = [pair for _ in range(count) for pair in groups[names[order.pop()]]]
-    splits["train"] = [pair for index in sorted(order) for pair in groups[names[index]]]
-    return splits
-
-
-def _patients(root: Path) -> dict[str, str]:
-    """The patient of each photograph, by its name without ending; empty without the file."""
-    file = root / PATIENTS
-    if not file.is_file():
-        return {}
-    found = {}
-    for number, line in enumerate(read_text(file).splitlines(), 1):
-        name, comma, patient = (part.strip() for part in line.partition(","))
-        if not name:
-            continue
-        if not comma or not patient:
-            raise UserError(f"{file}, line {number}: expected a photograph's name, a comma and the patient, got {line!r}")
-        found[Path(name).stem] = patient
-    return found
-
-
-def _folder(
-    root: Path, seed: int, meta: dict[str, Any], policy: Policy, share: float, skip_broken: bool
-) -> TaskData:
-    splits = _with_splits(root, read_folder(root, skip_broken).splits, seed, share)
-    sets = {name: WoundFiles(pairs, meta) for name, pairs in splits.items()}
-    checksums, wounds = [], 0
-    for part in sets.values():  # every mask is held to its photograph now, not in the middle of training
-        for index in progress.track(range(len(part)), "reading masks"):
-            mask = part.mask(index)
-            wounds += int(mask.any())
-            checksums.append(f"{part.files[index][0].relative_to(root)} {fingerprint(mask)}")
-    if not wounds:
-        raise UserError(f"{root}: no mask holds a wound; a mask is white, or 1, where the wound is")
-    count = sum(map(len, sets.values()))
-    return TaskData(
-        str(root),
-        sets["train"].in_memory(policy),
-        sets["val"],
-        sets["test"],
-        fingerprint=fingerprint(*sorted(checksums)),
-        options={"in_channels": 3},
-        meta=meta,
-        about=f"{count} photographs with masks, {len(sets['train'])} to train on in a frame of {meta['size']} pixels; "
-        "figures are of full frames.",
-    )
-
-
-def _places(files: Sequence[Path], output: Path | None, overlay: bool) -> list[dict[str, Path]]:
-    """Where mask, report and overlay of each photograph go.
-
-    Raises:
-        UserError: an ending that is none of them, names that clash, or an input that would be written over.
-    """
-    if output is None:
-        if overlay:
-            raise UserError("an overlay needs a path: give a file or a folder with -o")
-        return [{} for _ in files]
-    ending = output_suffix(output, ".png")
-    many = len(files) > 1 or ending == ""
-    if many and ending:
-        raise UserError(f"{len(files)} photographs need a folder with -o, got {output}")
-    if not many and ending not in (".png", ".json"):
-        raise UserError(f"a mask is written as .png, a report as .json; got {output.name}")
-    if not many and is_stream(output):
-        if overlay:
-            raise UserError(f"an overlay goes beside its mask, and nothing can lie beside {output}: give a file")
-        return [{"report" if ending == ".json" else "mask": output}]
-    places = []
-    for file in files:
-        mask = output / f"{file.stem}.png" if many else output.with_suffix(".png")
-        place = {"report": mask.with_suffix(".json")}
-        place |= {"mask": mask} if many or ending == ".png" else {}
-        places.append(place | ({"overlay": mask.with_name(f"{mask.stem}_overlay.png")} if overlay else {}))
-    written = [path for place in places for path in place.values()]
-    if len(set(written)) < len(written):
-        raise UserError("two of the photographs have the same name, and so would their masks: measure them one by one")
-    over = next((file for file in files if file.resolve() in {path.resolve() for path in written}), None)
-    if over is not None:
-        raise UserError(f"{over} is an input itself, and would be written over; choose another path with -o")
-    return places
-
-
-def _report(file: Path) -> dict[str, Any]:
-    """A report that an earlier prediction wrote.
-
-    Raises:
-        UserError: it is none.
-    """
-    found = parse_json(read_text(file), str(file))
-    if not isinstance(found, dict) or not isinstance(found.get("tissue"), dict) or "area_cm2" not in found:
-        raise UserError(f"{file} is no report of a wound: give the .json of an earlier prediction")
-    return found
-
-
-def _bytes(picture: Picture) -> np.ndarray:
-    """A photograph as 8-bit colour, what is transparent laid on white."""
-    full = 65535 if picture.deep else 255
-    colour = picture.colour
-    if picture.alpha is not None:
-        cover = picture.alpha[..., None].astype(np.float32) / full
-        colour = np.rint(colour * cover + full * (1 - cover))
-    if picture.deep:
-        colour = np.rint(np.asarray(colour, np.float64) / 257)
-    return np.ascontiguousarray(colour.astype(np.uint8))
-
-
-def _body(file: Path, size: tuple[int, int]) -> np.ndarray:
-    values = read_image(file).colour.max(-1)
-    if values.shape != size:
-        raise UserError(f"{file} is {values.shape[1]}×{values.shape[0]} pixels, the photograph {size[1]}×{size[0]}")
-    return values > (0 if values.max() <= 1 else 127)
-
-
-def _said(report: dict[str, Any]) -> str:
-    """A report in one line."""
-    cm = report["area_cm2"] is not None
-    area = f"{report['area_cm2']:.2f} cm²" if cm else f"{report['wound_pixels']:,} pixels ({report['wound_share']:.1%})"
-    unit, length, width = ("cm", "length_cm", "width_cm") if cm else ("pixels", "length_px", "width_px")
-    parts = [area, f"{report[length]:.3g} × {report[width]:.3g} {unit}"] if report["wound_pixels"] else []
-    parts += [f"{name} {share:.0%}" for name, share in report["tissue"].items() if share >= 0.005]
-    if (more := report["change"].get("area_percent")) is not None:
-        parts.append(f"area {more:+.0f} % since the last visit")
-    return "; ".join([", ".join(parts), *report["warnings"]] if parts else report["warnings"])
-
-
 def answer(trial: Trial) -> dict[str, Any]:
     """A demo: the outline of the wound on the photograph, and how much the wound covers."""
     trial.predict(Path("mask.png"), overlay=True)
     size = save_shown(trial.file)
     Path("mask_overlay.png").rename("overlay.png")
-    share = float(json.loads(Path("mask.json").read_text(encoding="utf-8"))["wound_share"])
+    share = float(parse_json(read_text(Path("mask.json")), "mask.json")["wound_share"])
     shares = [("wound", share, list(COLOURS[1])), ("not wound", 1 - share, list(COLOURS[0]))]
     return {"kind": "mask", "size": size, "shares": [each for each in shares if each[1]]}

@@ -59,9 +59,7 @@ def box_of(height: int, width: int, size: int, letterbox: bool) -> tuple[int, in
     return max(1, round(height * factor)), max(1, round(width * factor))
 
 
-def framed(
-    pixels: UInt8[Tensor, "channels height width"], meta: dict[str, Any]
-) -> UInt8[Tensor, "channels size size"]:
+def framed(pixels: UInt8[Tensor, "channels height width"], meta: dict[str, Any]) -> UInt8[Tensor, "channels size size"]:
     """An image in the frame of the network: resized, and black below or to the right of it where the aspect is kept."""
     size = meta["size"]
     height, width = box_of(pixels.shape[1], pixels.shape[2], size, meta["letterbox"])
@@ -72,7 +70,7 @@ def framed(
 def framed_mask(mask: UInt8[np.ndarray, "height width"], meta: dict[str, Any]) -> UInt8[np.ndarray, "size size"]:
     """A mask in the same frame, to the nearest pixel."""
     size = meta["size"]
-    height, width = box_of(*mask.shape, size, meta["letterbox"])
+    height, width = box_of(mask.shape[0], mask.shape[1], size, meta["letterbox"])
     small = F.interpolate(torch.from_numpy(mask)[None, None], (height, width), mode="nearest-exact")[0, 0]
     return F.pad(small, (0, size - width, 0, size - height)).numpy()
 
@@ -134,7 +132,7 @@ def augmented(
     if policy.colour:
         image = augment.colour_jitter(image, policy.colour, rng)
     if policy.geometric:
-        quarters, mirrored, turned = rng.integers(4), rng.integers(2, size=2), rng.random() < 0.5
+        quarters, mirrored, turned = int(rng.integers(4)), rng.integers(2, size=2), rng.random() < 0.5
         image, mask = augment.turn(image, quarters), augment.turn(mask, quarters)
         for axis in np.flatnonzero(mirrored):
             image, mask = augment.reflect(image, int(axis)), augment.reflect(mask, int(axis))
@@ -186,9 +184,7 @@ class Wounds(Dataset):
         if self.policy is not None:
             # From torch's generator, which the training loop seeds for each epoch.
             rng = np.random.default_rng(int(torch.randint(2**31, ())))
-            moved, mask = augmented(
-                np.moveaxis(image, 0, -1), mask, self.policy, rng, lambda: self.regions(index)
-            )
+            moved, mask = augmented(np.moveaxis(image, 0, -1), mask, self.policy, rng, lambda: self.regions(index))
             image = np.moveaxis(moved, -1, 0)
         return standard(torch.from_numpy(np.ascontiguousarray(image)), self.meta), torch.from_numpy(
             np.ascontiguousarray(mask)
@@ -224,7 +220,10 @@ class WoundFiles(Dataset):
 
     def in_memory(self, policy: Policy) -> Wounds:
         """The same to train on, masks in the frame too."""
-        pairs = [(framed(read_pixels(image, self.meta["channels"]), self.meta).numpy(), self.mask(i)) for i, (image, _) in enumerate(self.files)]
+        pairs = [
+            (framed(read_pixels(image, self.meta["channels"]), self.meta).numpy(), self.mask(i))
+            for i, (image, _) in enumerate(self.files)
+        ]
         masks = np.stack([framed_mask(mask, self.meta) for _, mask in pairs])
         return Wounds(np.stack([image for image, _ in pairs]), masks, self.meta, policy)
 

@@ -2,12 +2,13 @@
 
 No photograph of a wound ships with a Python package. These are composed: skin by absorption of melanin and haemoglobin
 under one light, grained with photographs of gravel and grass; wounds of red granulation, yellow slough and black
-necrosis, grained with a photograph of stained tissue. They are no patients, and figures on them say nothing of patients.
+necrosis, grained with a photograph of stained tissue. They are no patients, and figures on them
+say nothing of patients.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -52,7 +53,9 @@ NEAR = replace(ULCERS, name="near", radius=(0.10, 0.23), slough=0.30, necrosis=0
 DOMAINS: Mapping[str, Domain] = {domain.name: domain for domain in (ULCERS, WOUNDS, NEAR)}
 
 
-def draw(domain: Domain, split: str, index: int, *, seed: int, side: int) -> tuple[UInt8[np.ndarray, "side side 3"], UInt8[np.ndarray, "side side"]]:
+def draw(
+    domain: Domain, split: str, index: int, *, seed: int, side: int
+) -> tuple[UInt8[np.ndarray, "side side 3"], UInt8[np.ndarray, "side side"]]:
     """One picture and its mask, 1 where the wound is; the same for the same arguments.
 
     Args:
@@ -89,7 +92,7 @@ def draw_unrelated(split: str, index: int, *, seed: int, side: int) -> tuple[np.
     return np.rint(255 * picture.clip(0, 1)).astype(np.uint8), (field > 0).astype(np.uint8)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _relief(name: str) -> Float[np.ndarray, "512 512"]:
     """A texture without its slow changes, of deviation 1."""
     values = grey_photograph(name)[:512, :512].astype(np.float64)
@@ -119,7 +122,9 @@ def _skin(rng: Generator, split: str, side: int) -> tuple[np.ndarray, np.ndarray
     y, x = np.mgrid[:side, :side]
     for _ in range(rng.integers(0, 4)):  # moles
         at, radius = rng.uniform(0, side, 2), rng.uniform(0.8, 2.6) * unit
-        melanin = melanin + rng.uniform(0.4, 1.2) / (1 + np.exp(np.hypot(y - at[0], x - at[1]) * 2 / unit - 2 * radius / unit))
+        melanin = melanin + rng.uniform(0.4, 1.2) / (
+            1 + np.exp(np.hypot(y - at[0], x - at[1]) * 2 / unit - 2 * radius / unit)
+        )
     for _ in range(rng.integers(0, 5)):  # hairs
         melanin = melanin + rng.uniform(0.5, 1.5) * _stroke(rng, side, 0.45 * unit)
     return melanin, haem

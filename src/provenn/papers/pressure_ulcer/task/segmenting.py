@@ -18,7 +18,9 @@ OUTLINE = np.array([0, 235, 255], np.uint8)
 TURNS = tuple((quarters, mirrored) for quarters in range(4) for mirrored in (False, True))
 
 
-def turned_logits(model: nn.Module, images: Float[Tensor, "batch channels size size"]) -> Float[Tensor, "batch classes size size"]:
+def turned_logits(
+    model: nn.Module, images: Float[Tensor, "batch channels size size"]
+) -> Float[Tensor, "batch classes size size"]:
     """The mean logits over the four turns of square images and their mirror images, turned back."""
     total = torch.zeros(())
     for quarters, mirrored in TURNS:
@@ -71,19 +73,21 @@ def segment(
     meta = default_meta(224) if meta is None else meta
     pixels = torch.from_numpy(np.ascontiguousarray(np.moveaxis(image, -1, 0)))
     if meta["channels"] == 1:
-        pixels = (pixels.float() * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0, keepdim=True).round().byte()
+        pixels = (
+            (pixels.float() * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0, keepdim=True).round().byte()
+        )
     likely = probability(model, pixels, meta, turns=turns).cpu().numpy()
     mask = likely > THRESHOLD
     mask = analysis.clean(mask if body is None else mask & body)
     size = (int(meta["size"]), int(meta["size"]))
     said = analysis.read_scale(scale, image) if isinstance(scale, str) else scale
-    report = analysis.analyse(
-        image, mask, probability=likely, scale=said, network_size=size, frame=frame, model=name
-    )
+    report = analysis.analyse(image, mask, probability=likely, scale=said, network_size=size, frame=frame, model=name)
     return report, mask
 
 
-def overlay(image: UInt8[np.ndarray, "height width 3"], mask: Bool[np.ndarray, "height width"]) -> UInt8[np.ndarray, "height width 3"]:
+def overlay(
+    image: UInt8[np.ndarray, "height width 3"], mask: Bool[np.ndarray, "height width"]
+) -> UInt8[np.ndarray, "height width 3"]:
     """The photograph with the outline of the wound, about a two-hundredth of the longer side wide."""
     from scipy.ndimage import binary_erosion
 
@@ -111,7 +115,9 @@ class Probabilities(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
 
-    def forward(self, image: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes height width"]:
+    def forward(
+        self, image: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch classes height width"]:
         return self.model((image - self.mean) / self.std).sigmoid()
 
 
