@@ -1,8 +1,6 @@
 """Wound segmentation: a photograph in, the mask of the wound and a report out. Not a medical device."""
 
-import json
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +13,7 @@ from torch.utils.data import Dataset
 
 from provenn.core import progress
 from provenn.core.errors import UserError
-from provenn.core.files import is_stream, output_suffix, strict_json, write_atomically
+from provenn.core.files import strict_json, write_atomically
 from provenn.core.inputs import parse_json, read_text
 from provenn.data.images import Picture, images_in, read_image, read_pixels, write_image
 from provenn.data.masks import read_folder, write_mask
@@ -37,7 +35,7 @@ from provenn.papers.pressure_ulcer.task.segmenting import Probabilities, segment
 from provenn.papers.pressure_ulcer.task.segmenting import overlay as overlaid
 from provenn.papers.pressure_ulcer.task.sources import embedded, photographs, with_splits
 from provenn.papers.pressure_ulcer.task.writing import as_bytes, body_mask, in_a_line, last_report, places_of
-from provenn.tasks import Task, TaskData, count_examples, device_of, fingerprint, split_indices
+from provenn.tasks import Task, TaskData, count_examples, device_of
 from provenn.tasks.base import CUT, HeldOut, Portable, Scores, check_share
 from provenn.tasks.demos import Trial, save_shown
 from provenn.tasks.meta import Standardised

@@ -105,7 +105,7 @@ def _patients(root: Path) -> dict[str, str]:
 def photographs(
     root: Path, seed: int, meta: dict[str, Any], policy: Policy, share: float, skip_broken: bool
 ) -> TaskData:
-    splits = with_splits(root, readphotographs(root, skip_broken).splits, seed, share)
+    splits = with_splits(root, read_folder(root, skip_broken).splits, seed, share)
     sets = {name: WoundFiles(pairs, meta) for name, pairs in splits.items()}
     checksums, wounds = [], 0
     for part in sets.values():  # every mask is held to its photograph now, not in the middle of training
