@@ -180,8 +180,3 @@ def open_gates(model: nn.Module) -> Iterator[nn.Module]:
             for norm, (weight, bias) in zip(scores, before):
                 norm.weight.copy_(weight)
                 norm.bias.copy_(bias)
-
-
-def ulcer_small(**options: Any) -> ResidualAttentionUNet:
-    """Eight channels and four levels; ours, what trains in minutes on a laptop."""
-    return ResidualAttentionUNet(**{"width": 8, "depth": 4, **options})

@@ -10,6 +10,7 @@ import numpy as np
 from provenn.core import progress
 from provenn.core.errors import UserError
 from provenn.core.inputs import read_text
+from provenn.data.masks import read_folder
 from provenn.papers.pressure_ulcer.task import scenes
 from provenn.papers.pressure_ulcer.task.photos import Policy, WoundFiles, Wounds, default_meta
 from provenn.tasks import TaskData, fingerprint, split_indices
