@@ -39,8 +39,9 @@ class ResidualAttentionUNet(nn.Module):
         wound_share: π, the share of wound in training, sets the head's bias to log(π / (1 − π)); None leaves it at 0.
         dice: weight of soft Dice beside binary cross-entropy, whose weight is 1 (inferred).
         tversky: weights of false positives and false negatives, such as (0.3, 0.7), in the place of Dice.
-        start: weights to begin a training with, from another wound domain: a file, or the folder of a run. The rate of
-            the recipe is then divided by 10. They are read when the training starts.
+        start: weights to begin a training with, from another wound domain: a file, the folder of a run, or
+            "ulcer_small" for those that ship. They are read when the training starts, and the recipe's rate is
+            divided by 10.
         freeze_encoder: whether the encoder keeps weights and norms of `start`.
 
     Shapes: (batch, in_channels, height, width) to (batch, num_classes, height, width), of any size. Sides that are no
@@ -149,6 +150,12 @@ class ResidualAttentionUNet(nn.Module):
         for group in optimizer.param_groups:
             group["lr"] *= RATE_SHARE
         return optimizer
+
+    def load_state_dict(self, *args: Any, **options: Any) -> Any:
+        """As of every module; what is loaded takes the place of `start`."""
+        loaded = super().load_state_dict(*args, **options)
+        self.start = None
+        return loaded
 
     def freeze(self) -> None:
         """Leave the encoder as it is: its weights get no gradient, and its norms keep their mean and variance."""

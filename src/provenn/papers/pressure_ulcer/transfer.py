@@ -10,12 +10,13 @@ from provenn.core.errors import UserError
 from provenn.core.inputs import check_file
 
 FILE = "weights.safetensors"  # in the folder of a run
+SHIPPED = Path(__file__).with_name("weights")
 HEAD = "head."
 RATE_SHARE = 0.1  # of the recipe's learning rate, where weights are taken over
 
 
 def read_start(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a weight file that `provenn train` wrote, or of the folder of its run.
+    """The tensors of a weight file that `provenn train` wrote, of the folder of its run, or of a preset that ships.
 
     Raises:
         UserError: there is none, or it is damaged.
@@ -23,7 +24,8 @@ def read_start(path: str | Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    file = Path(path)
+    shipped = SHIPPED / f"{path}.safetensors"
+    file = shipped if shipped.is_file() else Path(path)
     file = file / FILE if file.is_dir() else file
     if not file.exists():
         raise UserError(f"no weights at {file}: start takes a .safetensors file or the folder of a run")
