@@ -36,7 +36,7 @@ class Scale:
         source: where it comes from: "given", "ruler", "coin" or "sticker".
     """
 
-    px_per_cm: float
+    px_per_cm: float | int
     source: str
 
 
@@ -266,7 +266,7 @@ def analyse(
     around = perimeter(mask)
     components = int(label(_cut(mask))[1]) if pixels else 0
     inside = float(probability[mask].mean()) if probability is not None and pixels else None
-    s = scale.px_per_cm if scale else None
+    s = float(scale.px_per_cm) if scale else None
     where = np.nonzero(mask)
     return WoundReport(
         image_size=(image.shape[0], image.shape[1]),

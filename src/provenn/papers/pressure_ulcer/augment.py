@@ -22,7 +22,9 @@ Mask = UInt8[np.ndarray, "height width"]
 Regions = Int32[np.ndarray, "height width"]
 
 
-def basins(image: Image, n_markers: int = MARKERS, *, sigma: float = 1.0, rng: Generator | None = None) -> Regions:
+def basins(
+    image: Image, n_markers: int = MARKERS, *, sigma: float | int = 1.0, rng: Generator | None = None
+) -> Regions:
     """The watershed's basins of an image's gradient, numbered from 1; every pixel is in exactly one.
 
     The grey image is smoothed, its Sobel gradient flooded from seeds on a grid. With `rng` each seed is moved within
@@ -64,7 +66,7 @@ def watershed(
     n_markers: int = MARKERS,
     rng: Generator | None = None,
     *,
-    blend: float | None = None,
+    blend: float | int | None = None,
     regions: Regions | None = None,
 ) -> Image:
     """An image whose basins are flattened, outlined or lit anew.
@@ -124,7 +126,7 @@ def reflect(array: np.ndarray, axis: int) -> np.ndarray:
     return np.ascontiguousarray(np.flip(array, axis))
 
 
-def rotate(array: np.ndarray, degrees: float) -> np.ndarray:
+def rotate(array: np.ndarray, degrees: float | int) -> np.ndarray:
     """Turned about the middle in a frame of the same size: images bilinear, masks to the nearest pixel.
 
     What comes from beyond the frame is the mirror image.
@@ -143,7 +145,7 @@ def rotate(array: np.ndarray, degrees: float) -> np.ndarray:
     return np.rint(np.stack(channels, axis=-1)).clip(0, 255).astype(np.uint8)
 
 
-def colour_jitter(image: Image, strength: float, rng: Generator) -> Image:
+def colour_jitter(image: Image, strength: float | int, rng: Generator) -> Image:
     """White balance, brightness and contrast changed at random, by factors of 1 ± `strength`."""
     low, high = 1 - strength, 1 + strength
     values = image.astype(np.float64) * rng.uniform(low, high, 3)

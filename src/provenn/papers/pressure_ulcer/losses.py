@@ -14,8 +14,8 @@ def wound_loss(
     logits: Float[Tensor, "batch height width"],
     masks: Shaped[Tensor, "batch height width"],
     *,
-    dice: float = 1.0,
-    tversky: tuple[float, float] = (0.5, 0.5),
+    dice: float | int = 1.0,
+    tversky: tuple[float | int, float | int] = (0.5, 0.5),
 ) -> Float[Tensor, ""]:
     """Binary cross-entropy, and soft Dice of each image (inferred: the paper's loss is not known).
 

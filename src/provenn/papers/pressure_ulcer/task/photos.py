@@ -213,7 +213,7 @@ class WoundFiles(Dataset):
         """The mask of a photograph, in its size."""
         return read_wound_mask(*self.files[index])
 
-    def __getitem__(self, index: int) -> tuple[Float[Tensor, "channels h w"], UInt8[Tensor, "h w"]]:
+    def __getitem__(self, index: int) -> tuple[Float[Tensor, "channels size size"], UInt8[Tensor, "height width"]]:
         image, _ = self.files[index]
         pixels = framed(read_pixels(image, self.meta["channels"]), self.meta)
         return standard(pixels, self.meta), torch.from_numpy(self.mask(index))
