@@ -45,9 +45,9 @@ def read_scale(words: str, image: UInt8[np.ndarray, "height width 3"] | None = N
     """A scale as people write it.
 
     Args:
-        words: `42.5px/cm`; `ruler:5cm=212px`, a length that was measured on a ruler in the photograph;
-            `coin:2.325cm=98px`, a coin's diameter; `sticker:2cm` or `sticker:2cm:blue`, the diameter of a round
-            sticker of one colour, green by default, which is then looked for.
+        words: `42.5px/cm`, or a form of these. `ruler:5cm=212px` is a length that was measured on a ruler in the
+            photograph, `coin:2.325cm=98px` a coin's diameter. `sticker:2cm:blue` is the diameter of a round sticker of
+            one colour, which is looked for; `sticker:2cm` looks for a green one.
         image: where a sticker is looked for.
 
     Raises:
@@ -167,8 +167,8 @@ def tissues(image: UInt8[np.ndarray, "height width 3"], mask: Mask) -> dict[str,
     """Shares of the wound by colour: black necrosis, yellow slough, red granulation, and the rest.
 
     Necrosis: value below 0.27. Slough: hue from 22° to 75° and saturation of 0.15 or more. Granulation: hue below 22°
-    or above 330° and saturation of 0.3 or more. The first that fits counts. Light and camera move all of these. Of a large wound about
-    300,000 pixels are looked at, evenly spread.
+    or above 330° and saturation of 0.3 or more. The first that fits counts.
+    Light and camera move all of these. Of a large wound about 300,000 pixels are looked at, evenly spread.
     """
     if not mask.any():
         return dict.fromkeys(TISSUES, 0.0)
