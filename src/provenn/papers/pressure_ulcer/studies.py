@@ -37,8 +37,9 @@ class Variant(NamedTuple):
     Args:
         options: of `ResidualAttentionUNet`, in order of their names.
         policies: of augmentation; of several the one with the best validation Dice counts.
-        start: the domain that it is trained on before; "" for none. "longer" trains from scratch for as many steps as
-            both stages have. "joint" takes as many on both domains at once. "unchanged" is the source model as it is.
+        start: the domain that it is trained on before; "" for none. With "longer" it trains from scratch for as many
+            steps as both stages have. With "joint" it takes as many on both domains at once. With "unchanged" it is the
+            source model as it is.
         kind: "colour" classifies single pixels by counting, "mean" gives the mean mask; neither is trained.
     """
 

@@ -1,9 +1,9 @@
 """Composed wounds: pictures of skin with a wound, made by a stated model of how such a picture comes about.
 
 No photograph of a wound ships with a Python package. These are composed. Skin follows the absorption of melanin and
-haemoglobin under one light, grained with photographs of gravel and grass. Wounds are of red granulation, yellow slough and
-black necrosis, grained with a photograph of stained tissue. They are no patients, and figures on them say nothing of
-patients.
+haemoglobin under one light, grained with photographs of gravel and grass. Wounds are of red granulation, yellow
+slough and black necrosis, grained with a photograph of stained tissue. They are no patients, and figures on them say
+nothing of patients.
 """
 
 from collections.abc import Mapping
