@@ -195,7 +195,6 @@ ELSEWHERE = {
             *("tasks/super_resolution.py:answer", "tasks/semantic_segmentation.py:answer"),
             "papers/lambda_pnn/task/__init__.py:answer",
             "papers/s2lic/task/__init__.py:answer",
-            "papers/pressure_ulcer/task/__init__.py:answer",
         ],
         "in a worker's own folder",
     ),
