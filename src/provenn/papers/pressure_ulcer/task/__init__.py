@@ -34,7 +34,7 @@ from provenn.papers.pressure_ulcer.task.photos import (
 from provenn.papers.pressure_ulcer.task.segmenting import Probabilities, segment, shrunk
 from provenn.papers.pressure_ulcer.task.segmenting import overlay as overlaid
 from provenn.papers.pressure_ulcer.task.sources import embedded, photographs, with_splits
-from provenn.papers.pressure_ulcer.task.writing import as_bytes, body_mask, in_a_line, last_report, places_of
+from provenn.papers.pressure_ulcer.task.writing import as_bytes, in_a_line, last_report, places_of
 from provenn.tasks import Task, TaskData, count_examples, device_of
 from provenn.tasks.base import CUT, HeldOut, Portable, Scores, check_share
 from provenn.tasks.demos import Trial, save_shown
@@ -208,7 +208,6 @@ class WoundSegmentation(Task):
         *,
         scale: str | None = None,
         since: Path | None = None,
-        body: Path | None = None,
         turns: bool = False,
         overlay: bool = False,
     ) -> str:
@@ -219,7 +218,6 @@ class WoundSegmentation(Task):
                 .json; to a .json the report alone; to a folder both of each photograph.
             scale: as `analysis.read_scale` takes it.
             since: the report of the last visit; the new one says what changed.
-            body: a mask of the body; nothing outside it is wound.
             turns: average over eight turns and mirror images.
             overlay: also write the photograph with the wound's outline, as `…_overlay.png`.
         """
@@ -231,9 +229,8 @@ class WoundSegmentation(Task):
         lines = []
         for index, file in enumerate(progress.track(files, "measuring")):
             colour = as_bytes(read_image(file))
-            on = None if body is None else body_mask(body, colour.shape[:2])
             name = f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters"
-            report, mask = segment(colour, model, scale, meta=meta, body=on, turns=turns, name=name)
+            report, mask = segment(colour, model, scale, meta=meta, turns=turns, name=name)
             plain = report.as_json()
             plain["change"] = {} if last is None else analysis.change(plain, last)
             lines.append(f"{file}: {in_a_line(plain)}")

@@ -9,7 +9,7 @@ import numpy as np
 from provenn.core.errors import UserError
 from provenn.core.files import is_stream, output_suffix
 from provenn.core.inputs import parse_json, read_text
-from provenn.data.images import Picture, read_image
+from provenn.data.images import Picture
 
 
 def places_of(files: Sequence[Path], output: Path | None, overlay: bool) -> list[dict[str, Path]]:
@@ -69,14 +69,6 @@ def as_bytes(picture: Picture) -> np.ndarray:
     if picture.deep:
         colour = np.rint(np.asarray(colour, np.float64) / 257)
     return np.ascontiguousarray(colour.astype(np.uint8))
-
-
-def body_mask(file: Path, size: tuple[int, int]) -> np.ndarray:
-    """Where a mask of the size of the photograph is not black."""
-    values = read_image(file).colour.max(-1)
-    if values.shape != size:
-        raise UserError(f"{file} is {values.shape[1]}×{values.shape[0]} pixels, the photograph {size[1]}×{size[0]}")
-    return values > (0 if values.max() <= 1 else 127)
 
 
 def in_a_line(report: dict[str, Any]) -> str:
