@@ -329,3 +329,36 @@ def test_the_gate_ratio_is_one_where_gates_are_open():
     with torch.no_grad(), open_gates(gated):
         assert studies.gate_ratio(gated, data) == pytest.approx(1.0)
     assert studies.gate_ratio(studies.network(studies.VARIANTS["residual"][1]), data) is None
+
+
+def test_skin_and_wound_are_two_classes_or_one():
+    from provenn.papers.pressure_ulcer.task.segmenting import Probabilities, wound_logits
+
+    torch.manual_seed(0)
+    two, image = ResidualAttentionUNet(width=4, depth=2, num_classes=2).eval(), torch.rand(2, 3, 16, 16)
+    told = Probabilities(two, [0.5] * 3, [0.2] * 3)(image)
+    torch.testing.assert_close(told, two((image - 0.5) / 0.2).softmax(1))
+    mask = (torch.rand(2, 16, 16) > 0.5).to(torch.uint8)
+    two.dice = 0.0
+    torch.testing.assert_close(TASK.loss(two, (image, mask)), nn.functional.cross_entropy(two(image), mask.long()))
+    with pytest.raises(UserError, match="num_classes is 1 or 2, got 3"):
+        wound_logits(torch.zeros(1, 3, 4, 4))
+
+
+def test_gates_are_shown_and_their_absence_is_said(run, tmp_path, capsys):
+    image = tmp_path / "photo.png"
+    Image.fromarray(scenes.draw(scenes.ULCERS, "test", 2, seed=0, side=40)[0]).save(image)
+    assert (
+        main(["inspect", "pressure_ulcer", str(image), "--weights", str(run), "-o", str(tmp_path / "gates.png")]) == 0
+    )
+    assert "decoder.0.gate" in capsys.readouterr().out and (tmp_path / "gates.png").exists()
+
+
+def test_a_file_for_other_programs_and_its_int8_form_do_as_the_network_does(run, tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    words = ["export", "pressure_ulcer", "--weights", str(run), "-o", str(tmp_path / "ulcer.onnx"), "--int8"]
+    assert main([*words, "--data", "ulcers"]) == 0
+    lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.strip()}
+    model, label = provenn.paper("pressure_ulcer").load(run)
+    data = TASK.held_out("ulcers", label.meta, seed=0)
+    assert float(lines["float32"][1]) == pytest.approx(TASK.evaluate(model, data.dataset)["dice"], abs=2e-4)

@@ -31,7 +31,7 @@ from provenn.papers.pressure_ulcer.task.photos import (
     standard,
     unframed,
 )
-from provenn.papers.pressure_ulcer.task.segmenting import Probabilities, segment, shrunk
+from provenn.papers.pressure_ulcer.task.segmenting import Probabilities, segment, shrunk, wound_logits
 from provenn.papers.pressure_ulcer.task.segmenting import overlay as overlaid
 from provenn.papers.pressure_ulcer.task.sources import embedded, photographs, with_splits
 from provenn.papers.pressure_ulcer.task.writing import as_bytes, in_a_line, last_report, places_of
@@ -123,16 +123,15 @@ class WoundSegmentation(Task):
         """As `wound_loss`, with the weights that the model carries."""
         images, masks = batch
         dice, tversky = getattr(model, "dice", 1.0), getattr(model, "tversky", (0.5, 0.5))
-        return wound_loss(_one_class(model(images)), masks, dice=dice, tversky=tversky)
+        return wound_loss(wound_logits(model(images)), masks, dice=dice, tversky=tversky)
 
     def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
         """Of each image the pixels in both masks, predicted, true, and in all; Dice, IoU and accuracy of these."""
         letterbox = bool(getattr(dataset, "meta", {}).get("letterbox", True))
         device, rows = device_of(model), []
         for images, masks in _alike(dataset, min(batch_size, 32)):
-            logits = unframed(_one_class(model(images.to(device)))[:, None], masks.shape[1], masks.shape[2], letterbox)[
-                :, 0
-            ]
+            logits = wound_logits(model(images.to(device)))[:, None]
+            logits = unframed(logits, masks.shape[1], masks.shape[2], letterbox)[:, 0]
             told, true = logits > 0, masks.to(device) > 0
             sums = [(told & true).sum((1, 2)), told.sum((1, 2)), true.sum((1, 2))]
             rows.append([part.cpu().numpy().astype(np.int64) for part in sums])
@@ -245,10 +244,10 @@ class WoundSegmentation(Task):
         return "\n".join([*lines, *wrote, analysis.NOTICE])
 
     def portable(self, model: nn.Module, meta: dict[str, Any]) -> Portable:
-        """From `image` in 0…1 to the wound's `probability` (batch, 1, height, width)."""
+        """From `image` in 0…1 to `probabilities` of skin and of wound (batch, 2, height, width)."""
         system = Probabilities(model, meta["mean"], meta["std"])
         strides = [getattr(model, "multiple", 1)]
-        return portable_images(system, ["probability"], meta, strides, system)
+        return portable_images(system, ["probabilities"], meta, strides, system)
 
     def calibration(
         self, source: str | Path, meta: dict[str, Any], *, seed: int = 0, options: dict[str, Any] | None = None
@@ -266,12 +265,8 @@ class WoundSegmentation(Task):
         for column in range(count):
             image, mask = data.test[column]
             with torch.no_grad():
-                told = (
-                    unframed(
-                        model(image[None].to(device_of(model))), mask.shape[0], mask.shape[1], data.meta["letterbox"]
-                    )[0, 0]
-                    > 0
-                )
+                logits = wound_logits(model(image[None].to(device_of(model))))[:, None]
+            told = unframed(logits, mask.shape[0], mask.shape[1], data.meta["letterbox"])[0, 0] > 0
             mean, std = (torch.tensor(data.meta[key])[:, None, None] for key in ("mean", "std"))
             axes[0, column].imshow((image * std + mean).clamp(0, 1).permute(1, 2, 0).squeeze(2).numpy(), cmap="gray")
             axes[1, column].imshow(mask, cmap="gray", vmin=0, vmax=1)
@@ -302,12 +297,6 @@ def mean_mask(dataset: Any, size: int) -> tuple[Float[Tensor, "size size"], floa
 def _counts(told: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, ...]:
     true = true > 0
     return tuple(np.array(value) for value in ((told & true).sum(), told.sum(), true.sum(), true.size))
-
-
-def _one_class(logits: Tensor) -> Float[Tensor, "batch height width"]:
-    if logits.shape[1] != 1:
-        raise UserError(f"a wound is one class: num_classes must be 1, got {logits.shape[1]}")
-    return logits[:, 0]
 
 
 def _alike(dataset: Dataset, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from provenn.core.errors import UserError
 from provenn.papers.pressure_ulcer import analysis
 from provenn.papers.pressure_ulcer.task.photos import default_meta, framed, standard, unframed
 from provenn.tasks import device_of
@@ -37,13 +38,13 @@ def probability(
     """How likely each pixel of a photograph is wound; logits are brought to its size, and not the mask.
 
     Args:
-        model: a trained network with one class.
+        model: a trained network.
         pixels: the photograph, at any size.
         meta: as the network was trained.
         turns: average over eight turns and mirror images; the frame is square.
     """
     image = standard(framed(pixels, meta), meta)[None].to(device_of(model))
-    logits = turned_logits(model, image) if turns else model(image)
+    logits = wound_logits(turned_logits(model, image) if turns else model(image))[:, None]
     return unframed(logits, pixels.shape[1], pixels.shape[2], meta["letterbox"])[0, 0].sigmoid()
 
 
@@ -98,8 +99,19 @@ def overlay(
     return shown
 
 
+def wound_logits(logits: Float[Tensor, "batch classes height width"]) -> Float[Tensor, "batch height width"]:
+    """The wound's logit of each pixel: the one that there is, or of two, skin and wound, the second less the first.
+
+    Raises:
+        UserError: there are others.
+    """
+    if logits.shape[1] not in (1, 2):
+        raise UserError(f"one class is the wound, two are skin and wound: num_classes is 1 or 2, got {logits.shape[1]}")
+    return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
+
+
 class Probabilities(nn.Module):
-    """A network with its standardisation, as it is exported: an image in 0…1 to the wound's probability.
+    """A network with its standardisation, as it is exported: an image in 0…1 to probabilities of skin and wound.
 
     Args:
         model: gives logits.
@@ -115,10 +127,9 @@ class Probabilities(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
 
-    def forward(
-        self, image: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch classes height width"]:
-        return self.model((image - self.mean) / self.std).sigmoid()
+    def forward(self, image: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch 2 height width"]:
+        wound = wound_logits(self.model((image - self.mean) / self.std)).sigmoid()
+        return torch.stack([1 - wound, wound], dim=1)
 
 
 def shrunk(mask: Float[Tensor, "height width"], size: tuple[int, int]) -> Float[Tensor, "height2 width2"]:
