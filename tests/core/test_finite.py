@@ -41,6 +41,7 @@ INPUTS = {  # of each kind of work: what is given, and where the answer goes
     "pansharpening": ("ms.npy pan.npy", "answer.npy"),
     "image-compression": ("image.png", "answer.s2l"),
     "spectra-regression": ("spectra.npy", "answer.csv"),
+    "wound-segmentation": ("image.png", "answer.png"),
 }
 TRIED = {"pansharpening": "image.png"}  # in the browser, where that is something else
 # A factor under which every parameter has a square in float32, and every model that ships runs out of its range.

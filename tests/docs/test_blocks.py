@@ -82,6 +82,18 @@ def samples(tmp_path_factory) -> Path:
         mask = np.kron(rng.integers(0, 3, (4, 4)), np.ones((16, 16))).astype(np.uint8)
         Image.fromarray(np.stack([mask * 80 + 20] * 3, 2)).save(folder / f"masks/images/{number}.png")
         Image.fromarray(mask).save(folder / f"masks/masks/{number}.png")
+    for name, sample in (("photo", "ulcer-1.png"), ("next", "ulcer-2.png")):
+        Image.open(SAMPLES / sample).save(folder / f"{name}.jpg")
+    for name in ("wounds", "ulcers"):
+        for kind in ("images", "masks"):
+            (folder / name / kind).mkdir(parents=True)
+        for number in range(8):
+            x, y = rng.integers(0, 40, 2)
+            Image.open(SAMPLES / "ulcer-1.png").crop((x, y, x + 80, y + 72)).save(
+                folder / name / f"images/{number}.png"
+            )
+            mask = np.hypot(*(np.mgrid[:72, :80] - np.array([[[62 - y]], [[62 - x]]]))) < 28
+            Image.fromarray(mask).save(folder / name / f"masks/{number}.png")
     (folder / "scenes").mkdir()
     for name in ("", "scenes/a_", "scenes/b_", "scenes/c_"):
         for kind, bands, side in (("ms", 3, 72), ("pan", 1, 288)):
