@@ -24,7 +24,7 @@ SAFE = {
     "content-security-policy": "default-src 'none'; img-src 'self'; style-src 'unsafe-inline'; form-action 'self'; "
     "frame-ancestors 'none'; base-uri 'none'",
     "cache-control": "no-store",
-    "referrer-policy": "no-referrer",
+    "referrer-policy": "same-origin",  # with "no-referrer" a browser says no origin of a form, not even of our own
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
 }

@@ -254,7 +254,7 @@ def table(person: str, visits: Sequence[Visit]) -> str:
     picture = (
         f'<p><img src="/visits/{newest.id}/overlay.jpg" alt="The photograph of {newest.date} with the outline"></p>'
     )
-    titles = ("Date", "Area", "Length × width", "Change", "Granulation", "Slough", "Necrosis", "", "")
+    titles = ("Date", "Area", "Length × width", "Change", "Granulation", "Slough", "Necrosis", "Photo", "Delete")
     head = "".join(f"<th>{title}</th>" for title in titles)
     rows = "".join(
         "<tr>"
