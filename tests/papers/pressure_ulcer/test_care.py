@@ -12,6 +12,7 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from provenn.cli import main
 from provenn.core.errors import UserError
 
 pytest.importorskip("cryptography")
@@ -131,7 +132,8 @@ def test_one_visit_can_be_deleted(client):
     add(client, at)
     add(client, at, "2026-11-02")
     visit = re.search(rf"{at}/visits/\w+/delete", client.get(at).text).group()
-    client.post(visit)
+    assert "Keep it" in client.post(visit).text and client.get(at).text.count("/photo.jpg") == 2
+    client.post(visit, data={"sure": "yes"})
     assert client.get(at).text.count("/photo.jpg") == 1
 
 
@@ -197,6 +199,15 @@ def test_missing_packages_are_named(home, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "cryptography.fernet", None)
     with pytest.raises(UserError, match=r"provenn\[care\]"):
         open_history(home, {care.KEY: KEY})
+
+
+def test_the_command_says_what_is_missing_in_one_line(home, monkeypatch, capsys):
+    monkeypatch.delenv(care.KEY, raising=False)
+    monkeypatch.delenv(care.DATABASE, raising=False)
+    assert main(["web", "serve", "--app", "pressure_ulcer", "--home", str(home)]) == 2
+    err = capsys.readouterr().err
+    assert care.KEY in err and "generate_key" in err and err.count("\n") == 1
+    assert main(["web", "serve", "--app", "eca_net", "--home", str(home)]) == 2
 
 
 def test_a_paper_without_an_application_is_refused(home):

@@ -207,8 +207,16 @@ class CareApp:
         return Answer(packed.getvalue(), "application/zip", headers=attached)
 
     def _delete_visit(self, asked: Asked, person: str, visit: str) -> Answer:
-        self.history.delete_visit(person, visit)
-        return to(f"/people/{person}")
+        if asked.form.get("sure") == "yes":
+            self.history.delete_visit(person, visit)
+            return to(f"/people/{person}")
+        form = (
+            f'<form method="post" action="/people/{person}/visits/{visit}/delete">'
+            '<input type="hidden" name="sure" value="yes">'
+            "<button>Delete this photograph and its figures</button></form>"
+            f'<p><a href="/people/{person}">Keep it</a></p>'
+        )
+        return page("Delete a photograph", form)
 
     def _delete_person(self, asked: Asked, person: str) -> Answer:
         if asked.form.get("sure") != "yes":
