@@ -40,6 +40,7 @@ INPUTS = {  # of each kind of work: what is given, and where the answer goes
     "accelerated-language-modelling": ("words", "answer.txt"),
     "pansharpening": ("ms.npy pan.npy", "answer.npy"),
     "image-compression": ("image.png", "answer.s2l"),
+    "spectra-regression": ("spectra.npy", "answer.csv"),
     "wound-segmentation": ("image.png", "answer.png"),
 }
 TRIED = {"pansharpening": "image.png"}  # in the browser, where that is something else
@@ -58,6 +59,7 @@ def inputs(tmp_path_factory) -> Path:
         sound.writeframes((8000 * np.sin(np.arange(4000) / 10)).astype("<i2").tobytes())
     graph = {"nodes": ["node"] * 3, "edges": [[0, 1], [1, 2]]}
     (folder / "graph.jsonl").write_text(json.dumps(graph) + "\n")
+    np.save(folder / "spectra.npy", np.random.default_rng(0).random((3, 1440), dtype=np.float32))
     for name, bands, side in (("ms", 3, 32), ("pan", 1, 128)):
         np.save(folder / f"{name}.npy", np.random.default_rng(0).random((bands, side, side), dtype=np.float32))
     (folder / "words").write_text("def main(argument):\n    return argument\n" * 4)

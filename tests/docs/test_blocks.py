@@ -102,6 +102,11 @@ def samples(tmp_path_factory) -> Path:
             shape = {"count": bands, "height": side, "width": side, "dtype": "uint16"}
             with rasterio.open(folder / f"{name}{kind}.tif", "w", driver="GTiff", **shape, **place) as file:
                 file.write(counts)
+    (folder / "survey").mkdir()
+    np.save(folder / "survey/flux.npy", rng.normal(1, 0.05, (24, 120)).astype(np.float32))
+    rows = [f"{4000 + 90 * row},{row / 50 if row % 4 else ''}" for row in range(24)]
+    (folder / "survey/labels.csv").write_text("\n".join(["Teff,iron", *rows]))
+    np.save(folder / "spectra.npy", rng.normal(1, 0.05, (3, 1440)).astype(np.float32))
     for number in range(4):
         (folder / f"text/{number}.txt").write_text("The quick brown fox jumps over the lazy dog. " * 200)
     return folder

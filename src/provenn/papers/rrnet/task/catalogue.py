@@ -1,0 +1,277 @@
+"""A catalogue: labels of many spectra, part by part, here or on a cluster; parts are kept until it is written."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from provenn.core import progress
+from provenn.core.errors import UserError
+from provenn.core.files import atomic_write, write_atomically
+from provenn.core.inputs import check_file
+from provenn.data.tables import parse_number, read_table, write_table
+from provenn.papers.rrnet.task.files import ARRAYS, FITS, astropy_fits, count_spectra, read_spectra
+from provenn.papers.rrnet.task.scaling import System
+
+PART = 1024  # spectra
+TRIES = 4  # of a part whose worker is lost
+Rows = tuple[list[str], np.ndarray]
+
+
+class Slice(NamedTuple):
+    """Spectra of a file, from `low` to before `high`."""
+
+    file: Path
+    low: int
+    high: int
+
+
+class Catalogue(NamedTuple):
+    """What is to be estimated.
+
+    Args:
+        parts: slices of files, at most `PART` spectra together.
+        velocity: of all stars, in km/s.
+        velocities: of those spectra that a table names.
+    """
+
+    parts: list[list[Slice]]
+    velocity: float | int
+    velocities: dict[str, float]
+
+
+def parts_of(files: Sequence[Path]) -> list[list[Slice]]:
+    """Slices of files in their order, `PART` spectra in a part but for the last."""
+    parts: list[list[Slice]] = [[]]
+    room = PART
+    for file in files:
+        low, count = 0, count_spectra(file)
+        while low < count:
+            high = min(count, low + room)
+            parts[-1].append(Slice(file, low, high))
+            room -= high - low
+            low = high
+            if not room:
+                parts.append([])
+                room = PART
+    return [part for part in parts if part]
+
+
+def estimated(systems: Sequence[System], part: Sequence[Slice], catalogue: Catalogue) -> Rows:
+    """Names of a part's spectra, and of each label its mean and its standard deviation."""
+    names: list[str] = []
+    values = []
+    for file, low, high in part:
+        velocity = catalogue.velocity
+        if catalogue.velocities and file.suffix.lower() not in ARRAYS:
+            velocity = catalogue.velocities.get(spectrum_name(file), velocity)
+        spectra = read_spectra(file, systems[0].known.grid(), velocity, low, high)
+        names += spectra.names
+        told = [system(spectra.flux, spectra.error) for system in systems]
+        pairs = [np.stack(pair, -1).reshape(len(spectra.flux), -1) for pair in told]
+        values.append(np.concatenate(pairs, 1))
+    return names, np.concatenate(values)
+
+
+def spectrum_name(file: Path) -> str:
+    """How a file that holds one spectrum is called in a catalogue.
+
+    >>> spectrum_name(Path("med-58025.fits.gz"))
+    'med-58025'
+    """
+    return file.name.removesuffix(".gz").rsplit(".", 1)[0]
+
+
+def catalogued(systems: Sequence[System], catalogue: Catalogue, output: Path | None, cluster: str) -> Iterator[Rows]:
+    """All parts in their order; those that a run before has left beside `output` are read, not computed.
+
+    Args:
+        systems: of other labels each.
+        catalogue: the spectra.
+        output: where the catalogue goes; its parts lie in a folder beside it meanwhile.
+        cluster: the address of a Ray cluster, or "auto"; empty for this process.
+    """
+    if output is None or (len(catalogue.parts) == 1 and not cluster):
+        for part in progress.track(catalogue.parts, "parts"):
+            yield estimated(systems, part, catalogue)
+        return
+    folder = output.with_name(f"{output.name}.parts")
+    _begin(folder, systems, catalogue)
+    places = [folder / f"{number:06}.npz" for number in range(len(catalogue.parts))]
+    waiting = [number for number, place in enumerate(places) if not place.exists()]
+    if len(waiting) < len(places):
+        progress.say(f"{len(places) - len(waiting)} of {len(places)} parts were there, in {folder}")
+    if cluster:
+        done = _on_cluster(cluster, systems, [catalogue.parts[number] for number in waiting], catalogue)
+    else:
+        done = ((at, estimated(systems, catalogue.parts[number], catalogue)) for at, number in enumerate(waiting))
+    for at, (names, values) in progress.track(done, "parts", total=len(waiting)):
+        with atomic_write(places[waiting[at]]) as temporary, temporary.open("wb") as opened:
+            np.savez(opened, names=np.array(names), values=values)
+    for place, part in zip(places, catalogue.parts, strict=True):
+        with np.load(place, allow_pickle=False) as held:
+            names, values = held["names"].tolist(), held["values"]
+        if len(names) != sum(piece.high - piece.low for piece in part):
+            raise UserError(f"{place} holds {len(names)} rows, its part has other spectra: delete {folder}")
+        yield names, values
+
+
+def ended(output: Path) -> None:
+    """Remove the parts, once the catalogue is written."""
+    shutil.rmtree(output.with_name(f"{output.name}.parts"), ignore_errors=True)
+
+
+def _begin(folder: Path, systems: Sequence[System], catalogue: Catalogue) -> None:
+    """Keep the parts of the same weights and spectra, and no others."""
+    digest = hashlib.sha256(json.dumps([catalogue.velocity, sorted(catalogue.velocities.items())]).encode())
+    for system in systems:
+        digest.update(json.dumps([known.model_dump() for known in system.knowns]).encode())
+        for name, tensor in (system.ensemble or system.network).state_dict().items():
+            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    for piece in (piece for part in catalogue.parts for piece in part):
+        facts = piece.file.stat()
+        digest.update(f"{piece.file.resolve()} {piece.low} {piece.high} {facts.st_size} {facts.st_mtime_ns}".encode())
+    plan = folder / "plan"
+    if folder.exists() and (not plan.exists() or plan.read_text() != digest.hexdigest()):
+        progress.say(f"{folder} is of other weights or spectra, and begins anew")
+        shutil.rmtree(folder)
+    folder.mkdir(exist_ok=True)
+    write_atomically(plan, digest.hexdigest())
+
+
+def _on_cluster(
+    address: str, systems: Sequence[System], parts: Sequence[Sequence[Slice]], catalogue: Catalogue
+) -> Iterator[tuple[int, Rows]]:
+    """Parts as they end, with their place; a part whose worker dies begins again on another."""
+    ray = _ray()
+    began = not ray.is_initialized()
+    quiet = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
+    try:
+        if began:
+            ray.init(**({} if address == "local" else {"address": address}), **quiet)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        said = str(error).strip().splitlines()
+        raise UserError(f"no cluster at {address!r}: {said[-1] if said else type(error).__name__}") from None
+    try:
+        there = ray.remote(num_cpus=1, max_retries=TRIES - 1)(_there)
+        held, about = ray.put(list(systems)), ray.put(catalogue._replace(parts=[]))
+        side_by_side = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+        running: dict[Any, int] = {}
+        queue = iter(enumerate(parts))
+        while True:
+            for at, part in queue:
+                running[there.remote(held, [piece._replace(file=piece.file.resolve()) for piece in part], about)] = at
+                if len(running) >= side_by_side:
+                    break
+            if not running:
+                return
+            (handle,), _ = ray.wait(list(running), num_returns=1)
+            at = running.pop(handle)
+            try:
+                outcome = ray.get(handle)
+            except ray.exceptions.RayError as error:
+                said = str(error).strip().splitlines()
+                raise UserError(
+                    f"a part was lost {TRIES} times ({said[-1] if said else type(error).__name__}); what had ended is "
+                    "kept: the same command goes on"
+                ) from None
+            if isinstance(outcome, str):
+                raise UserError(outcome)
+            yield at, outcome
+    finally:
+        if began:
+            ray.shutdown()
+
+
+def _ray() -> Any:
+    try:
+        import ray
+    except ImportError:
+        raise UserError("--cluster needs a package: pip install 'provenn[cluster]'") from None
+    return ray
+
+
+def _there(systems: Sequence[System], part: Sequence[Slice], catalogue: Catalogue) -> Rows | str:
+    """A part on a machine of the cluster, which sees the files under the same names; words where it cannot."""
+    try:
+        return estimated(systems, part, catalogue)
+    except UserError as error:
+        return str(error)
+
+
+def read_velocities(file: Path) -> dict[str, float]:
+    """Velocities by spectrum, of a table with the columns `spectrum` and `velocity`, in km/s.
+
+    Raises:
+        UserError: other columns, or a velocity that is no number.
+    """
+    check_file(file)
+    table = read_table(file)
+    lacking = [name for name in ("spectrum", "velocity") if name not in table.columns]
+    if lacking:
+        raise UserError(f"{file} has the columns {', '.join(table.columns)}; expected spectrum and velocity")
+    at = [list(table.columns).index(name) for name in ("spectrum", "velocity")]
+    return {row[at[0]]: parse_number(row[at[1]], f"{file}, row {number}") for number, row in enumerate(table.rows, 2)}
+
+
+def write_catalogue(output: Path, columns: Sequence[str], units: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table by the ending of its name; as FITS with the unit of each column.
+
+    Args:
+        output: .csv, .tsv, .xlsx, .parquet or .fits.
+        columns, rows: the first is the spectrum's name.
+        units: of the other columns, empty where there is none.
+    """
+    if output.suffix.lower() not in FITS:
+        write_table(output, columns, rows)
+        return
+    fits = astropy_fits()
+    places = list(zip(*rows)) or [()] * len(columns)
+    longest = max((len(str(name)) for name in places[0]), default=1)
+    made = [fits.Column(name=columns[0], format=f"{longest}A", array=np.array(places[0], dtype=f"S{longest}"))]
+    for name, unit, values in zip(columns[1:], units, places[1:], strict=True):
+        made.append(fits.Column(name=name, format="D", unit=unit or None, array=np.array(values, float)))
+    with atomic_write(output) as temporary, temporary.open("wb") as opened:
+        fits.HDUList([fits.PrimaryHDU(), fits.BinTableHDU.from_columns(made)]).writeto(opened)
+
+
+def against(
+    names: Sequence[str], labels: Sequence[str], means: np.ndarray, file: Path
+) -> tuple[list[str], list[list[Any]]]:
+    """Bias and scatter of each label against another catalogue of the same spectra: columns and rows of a table.
+
+    Args:
+        names: of the spectra.
+        labels: that were estimated.
+        means: (spectra, labels).
+        file: a table with the column `spectrum` and some of the labels, empty where not known.
+
+    Raises:
+        UserError: no spectrum or no label in common.
+    """
+    table = read_table(file)
+    columns = list(table.columns)
+    if "spectrum" not in columns:
+        raise UserError(f"{file} has the columns {', '.join(columns)}; expected spectrum, and labels")
+    theirs = {row[columns.index("spectrum")]: row for row in table.rows}
+    common = [(at, theirs[name]) for at, name in enumerate(names) if name in theirs]
+    shared = [label for label in labels if label in columns]
+    if not common or not shared:
+        what = "spectrum" if not common else "label"
+        raise UserError(f"{file} has no {what} in common with what was estimated")
+    rows: list[list[Any]] = []
+    for label in shared:
+        place, own = columns.index(label), list(labels).index(label)
+        pairs = [
+            (float(means[at, own]), parse_number(row[place], f"{file}, {row[0]}"))
+            for at, row in common
+            if row[place].strip()
+        ]
+        off = np.array([ours - other for ours, other in pairs])
+        if len(off):
+            rows.append([label, len(off), float(off.mean()), float(off.std())])
+    return ["label", "spectra", "bias", "scatter"], rows
