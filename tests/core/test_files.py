@@ -182,6 +182,8 @@ ELSEWHERE = {
     "testing/golden.py:check_case": "to a temporary folder",
     "papers/emov2/studies.py:saved_bytes": "to memory",
     "papers/s2lic/task/metrics.py:through_pillow": "to memory",
+    "papers/pressure_ulcer/app.py:encoded": "to memory",
+    "papers/pressure_ulcer/pdf.py:pdf_report": "to memory",
     "experiments/reproduce.py:_measure": "a log grows by lines",
     "core/files.py:alone_in": "a lock says who holds it",
     "testing/common.py:_load_safetensors": "to a temporary folder",

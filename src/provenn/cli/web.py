@@ -50,6 +50,14 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 accepts other machines.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
     home: Home = None,
+    app_of: Annotated[
+        str | None,
+        typer.Option(
+            "--app",
+            help="Serve the application of this paper in the place of the catalogue; what it keeps is in --home.",
+            metavar="SLUG",
+        ),
+    ] = None,
     url: Annotated[
         str | None,
         typer.Option(help="Public address of the catalogue, for links in mails and feeds. Default: http://HOST:PORT."),
@@ -110,6 +118,9 @@ def serve(
     provenn web serve
     DATABASE_URL=postgresql://me@localhost/provenn provenn web serve --host 0.0.0.0 --url https://papers.example.org
     """
+    if app_of is not None:
+        _serve_app(app_of, host, port, home)
+        return
     try:
         import uvicorn
 
@@ -168,6 +179,31 @@ def serve(
     # A socket that processes share is not set so by asyncio, and each answer would wait 40 ms for an acknowledgement.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     Multiprocess(config, sockets=[listening]).run()
+
+
+def _serve_app(slug: str, host: str, port: int, home: Path | None) -> None:
+    """Serve a paper's own application until Ctrl-C."""
+    try:
+        import uvicorn
+
+        from provenn.web.apps import make_app, served
+        from provenn.web.failures import LOGGING
+    except ModuleNotFoundError as error:
+        raise UserError(f"{NEEDED} (there is no {error.name})") from None
+    application = make_app(slug, home or Path.home() / ".local/share/provenn" / slug, os.environ)
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    log(f"provenn: {application.title} is at http://{shown}:{port}{application.path} (Ctrl-C ends it)")
+    if host not in ("127.0.0.1", "::1", "localhost"):
+        log(
+            "provenn: this is no HTTPS: put a proxy with a certificate before it, or photographs cross the network open"
+        )
+    try:
+        uvicorn.run(
+            served(application), host=host, port=port, log_level="warning", log_config=LOGGING, server_header=False
+        )
+    except SystemExit as error:
+        if error.code:
+            raise UserError(f"cannot listen at {host}, port {port}: the line above says why") from None
 
 
 def check_proxies(proxies: str) -> None:
