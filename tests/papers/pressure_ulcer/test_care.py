@@ -163,6 +163,17 @@ def test_bad_input_is_said_on_the_page_and_keeps_nothing(client, fields, said):
     assert answer.status_code == 400 and said in answer.text and "/photo.jpg" not in answer.text
 
 
+def test_a_history_that_fails_is_said_and_keeps_nothing(client, home):
+    at = person(client)
+    with sqlite3.connect(home / "care.db") as database:
+        database.execute(
+            "CREATE TRIGGER full BEFORE INSERT ON care_visits BEGIN SELECT RAISE(FAIL, 'disk is full'); END"
+        )
+    answer = add(client, at)
+    assert answer.status_code == 503 and "nothing was changed: disk is full" in answer.text
+    assert "There is no photograph yet" in client.get(at).text
+
+
 def test_a_name_that_is_none_is_refused(client):
     for name in ("", "   ", "x" * 200, "a\x07b"):
         assert client.post("/people", data={"name": name}).status_code == 400

@@ -98,7 +98,10 @@ class CareApp:
         paths = [(method, re.fullmatch(path, asked.path), handle) for method, path, handle in self._routes]
         for method, match, handle in paths:
             if match is not None and method == asked.method:
-                return handle(asked, *match.groups())
+                try:
+                    return handle(asked, *match.groups())
+                except UserError as error:  # of the history: a full disk, a database that does not answer
+                    return page("Not done", said(str(error)), status=503)
         there = any(match is not None for _, match, _ in paths)
         return page("Nothing here", said("There is no such page."), status=405 if there else 404)
 

@@ -6,7 +6,8 @@ the key it tells how many patients and visits there are, how large they are, and
 
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,19 @@ class History:
         except InvalidToken:
             raise UserError(f"{KEY} is not the key that this history was sealed with: give that one") from None
 
+    @contextmanager
+    def _connected(self) -> Iterator[Any]:
+        """A transaction: all of it is kept, or nothing.
+
+        Raises:
+            UserError: the database does not answer, or its disk is full.
+        """
+        try:
+            with self._engine.begin() as connection:
+                yield connection
+        except self._sql.exc.DBAPIError as error:
+            raise UserError(f"the history cannot be used, and nothing was changed: {error.orig}") from None
+
     def _sealed(self, value: Any) -> bytes:
         return self._seal.encrypt(json.dumps(value).encode())
 
@@ -113,7 +127,7 @@ class History:
 
     def people(self) -> dict[str, str]:
         """Names by their ids, in order of the names."""
-        with self._engine.connect() as connection:
+        with self._connected() as connection:
             rows = connection.execute(self._sql.select(self._people.c.id, self._people.c.sealed)).all()
         named = {row.id: str(self._opened(row.sealed)["name"]) for row in rows}
         return dict(sorted(named.items(), key=lambda pair: pair[1].casefold()))
@@ -121,14 +135,14 @@ class History:
     def add_person(self, name: str) -> str:
         """Keep a patient by a name or a number of yours; returns the id."""
         made = secrets.token_hex(16)
-        with self._engine.begin() as connection:
+        with self._connected() as connection:
             connection.execute(self._people.insert().values(id=made, sealed=self._sealed({"name": name})))
         return made
 
     def visits(self, person: str) -> list[Visit]:
         """The visits of a patient, the earliest first."""
         columns = (self._visits.c.id, self._visits.c.sealed)
-        with self._engine.connect() as connection:
+        with self._connected() as connection:
             rows = connection.execute(self._sql.select(*columns).where(self._visits.c.person == person)).all()
         found = [Visit(row.id, **self._opened(row.sealed)) for row in rows]
         return sorted(found, key=lambda visit: (visit.date, visit.id))
@@ -138,26 +152,26 @@ class History:
         made = secrets.token_hex(16)
         sealed = {"photo": self._seal.encrypt(photo), "overlay": self._seal.encrypt(overlay)}
         facts = self._sealed({"date": date, "report": dict(report)})
-        with self._engine.begin() as connection:
+        with self._connected() as connection:
             connection.execute(self._visits.insert().values(id=made, person=person, sealed=facts, **sealed))
         return made
 
     def picture(self, visit: str, which: str) -> bytes | None:
         """The `photo` or the `overlay` of a visit, as JPEG; None where there is no such visit."""
         column = {"photo": self._visits.c.photo, "overlay": self._visits.c.overlay}[which]
-        with self._engine.connect() as connection:
+        with self._connected() as connection:
             sealed = connection.execute(self._sql.select(column).where(self._visits.c.id == visit)).scalar()
         return None if sealed is None else self._seal.decrypt(bytes(sealed))
 
     def delete_visit(self, person: str, visit: str) -> None:
         """Delete one visit of a patient."""
         chosen = (self._visits.c.id == visit) & (self._visits.c.person == person)
-        with self._engine.begin() as connection:
+        with self._connected() as connection:
             connection.execute(self._visits.delete().where(chosen))
 
     def delete_person(self, person: str) -> None:
         """Delete a patient with all visits; an SQLite file keeps none of the bytes."""
-        with self._engine.begin() as connection:
+        with self._connected() as connection:
             connection.execute(self._visits.delete().where(self._visits.c.person == person))
             connection.execute(self._people.delete().where(self._people.c.id == person))
 
