@@ -112,7 +112,8 @@ def continuum(
     """
     angle = np.log10(wave)
     angle = (angle - angle.mean()) / angle.std()
-    powers = np.vander(angle, ORDER + 1)
+    # A fit by least squares projects onto the powers: their orthonormal basis is found once.
+    basis = np.linalg.qr(np.vander(angle, ORDER + 1))[0]
     rows = np.atleast_2d(flux)
     centre, spread = rows.mean(1, keepdims=True), rows.std(1, keepdims=True)
     fitted = np.zeros(rows.shape)
@@ -121,7 +122,7 @@ def continuum(
     for _ in range(ROUNDS):
         if not len(open_):
             break
-        fit = (powers @ np.polyfit(angle, y[open_].T, ORDER)).T
+        fit = (y[open_] @ basis) @ basis.T
         off = fit - y[open_]
         sigma = off.std(1, keepdims=True)
         kept = (off > -ABOVE * sigma) & (off < BELOW * sigma)
