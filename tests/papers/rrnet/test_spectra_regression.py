@@ -403,16 +403,16 @@ def test_velocities_and_another_catalogue(tmp_path, data):
         table_of(tmp_path / f"{name}.csv", waves, 1 + 0.05 * rng.standard_normal(len(waves)))
     (tmp_path / "velocity.csv").write_text("spectrum,velocity\na,300\nb,-300\n")
     files = [tmp_path / "a.csv", tmp_path / "b.csv"]
-    TASK.predict(network, data.meta, files, tmp_path / "v.csv", velocities=tmp_path / "velocity.csv")
-    TASK.predict(network, data.meta, files[:1], tmp_path / "one.csv", velocity=300)
+    TASK.predict(network, data.meta, files, tmp_path / "v.csv", velocity=str(tmp_path / "velocity.csv"))
+    TASK.predict(network, data.meta, files[:1], tmp_path / "one.csv", velocity="300")
     assert rows_of(tmp_path / "v.csv")[0] == rows_of(tmp_path / "one.csv")[0]
     (tmp_path / "short.csv").write_text("spectrum,velocity\na,300\n")
     with pytest.raises(UserError, match=r"has no velocity of 1 spectra, the first b\.csv"):
-        TASK.predict(network, data.meta, files, None, velocities=tmp_path / "short.csv")
+        TASK.predict(network, data.meta, files, None, velocity=str(tmp_path / "short.csv"))
     mine = rows_of(tmp_path / "v.csv")
     (tmp_path / "theirs.csv").write_text(f"spectrum,Teff,x\na,{mine[0][1] - 10},\nb,{mine[1][1] - 30},\n")
     said = TASK.predict(
-        network, data.meta, files, None, velocities=tmp_path / "velocity.csv", beside=tmp_path / "theirs.csv"
+        network, data.meta, files, None, velocity=str(tmp_path / "velocity.csv"), beside=tmp_path / "theirs.csv"
     )
     assert "Teff   2        20    10" in said
     (tmp_path / "none.csv").write_text("spectrum,Teff\nz,1\n")
@@ -481,6 +481,10 @@ def test_the_authors_scalers_are_read_and_nothing_is_run(tmp_path):
     (tmp_path / "c.pkl").write_bytes(pickle.dumps(held))
     known = read_scalers(tmp_path / "c.pkl", 3)
     assert known.labels == ["Teff[K]", "Logg", "FeH"] and known.label_mean == [0.5, 1.5, 3.5] and known.units[0] == "K"
+    torch.manual_seed(0)
+    network = RRNet(3).eval()
+    np.save(tmp_path / "x.npy", np.full((1, 7200), 0.9))
+    assert "Teff[K]" in TASK.predict(network, {}, [tmp_path / "x.npy"], None, members=str(tmp_path / "c.pkl"))
     (tmp_path / "evil.pkl").write_bytes(pickle.dumps(print))
     (tmp_path / "half.pkl").write_bytes(pickle.dumps(held)[:-50])
     for name, words in (("evil.pkl", "asks for builtins.print"), ("half.pkl", "holds no scalers")):
@@ -488,7 +492,7 @@ def test_the_authors_scalers_are_read_and_nothing_is_run(tmp_path):
             read_scalers(tmp_path / name, 3)
     with pytest.raises(UserError, match="networks of 3 and of 14 labels, got one of 7"):
         read_scalers(tmp_path / "c.pkl", 7)
-    with pytest.raises(UserError, match=r"give the authors' label_config\.pkl with --scalers"):
+    with pytest.raises(UserError, match=r"name the authors' label_config\.pkl in --members"):
         TASK.predict(rrnet_small(), {}, [tmp_path / "c.pkl"], None)
 
 

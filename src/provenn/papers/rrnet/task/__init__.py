@@ -26,13 +26,21 @@ from provenn.papers.rrnet.task.catalogue import (
     catalogued,
     ended,
     parts_of,
-    read_velocities,
     spectrum_name,
+    velocities_of,
     write_catalogue,
 )
 from provenn.papers.rrnet.task.figures import evaluated, reliability
 from provenn.papers.rrnet.task.files import ENDINGS, read_spectra
-from provenn.papers.rrnet.task.scaling import Member, Physical, SpectraMeta, read_scalers, standardised, systems_of
+from provenn.papers.rrnet.task.scaling import (
+    Member,
+    Physical,
+    SpectraMeta,
+    holds_scalers,
+    read_scalers,
+    standardised,
+    systems_of,
+)
 from provenn.papers.rrnet.task.surveys import READS, Standardised, Survey, assembled, read_folder, unit_of
 from provenn.tasks import Task, TaskData, count_examples, device_of, split_indices
 from provenn.tasks.base import HeldOut, Portable, Scores
@@ -176,10 +184,8 @@ class SpectraRegression(Task):
         inputs: Sequence[Path],
         output: Path | None,
         *,
-        velocity: float | int = 0.0,
-        velocities: Path | None = None,
+        velocity: str = "0",
         members: str = "",
-        scalers: Path | None = None,
         beside: Path | None = None,
         cluster: str = "",
     ) -> str:
@@ -190,29 +196,30 @@ class SpectraRegression(Task):
 
         Args:
             model, meta, inputs, output: as in `Task.predict`; inputs are files or folders of files.
-            velocity: of the star in km/s, away from us, for spectra that are not at rest.
-            velocities: a table of the velocity of each spectrum, under `spectrum` and `velocity`.
+            velocity: of the star in km/s, away from us, for spectra that are not at rest; or a table of each spectrum's,
+                under `spectrum` and `velocity`.
             members: runs or weight files, with commas between. Those of the same labels form an ensemble with these
-                weights; those of other labels add columns.
-            scalers: the authors' label_config.pkl, for weights of theirs.
+                weights; those of other labels add columns. The authors' label_config.pkl among them holds the scalers
+                of weights of theirs.
             beside: another catalogue of the same spectra; bias and scatter against it are printed.
             cluster: the address of a Ray cluster, or "auto".
         """
         if output is not None:
             check_output(output)
             check_no_input(output, [str(file) for file in inputs])
-        for file in (velocities, beside):
-            if file is not None:
-                check_file(file)
+        if beside is not None:
+            check_file(beside)
+        others = [Path(each.strip()) for each in named(members)]
+        scalers = next((file for file in others if holds_scalers(file)), None)
         first = Member(of_kind(model, Estimator, "the model"), scalers_of(model, meta, scalers))
-        systems = systems_of([first, *(read_member(Path(each.strip()), model, scalers) for each in named(members))])
+        systems = systems_of([first, *(read_member(each, model, scalers) for each in others if each != scalers)])
         files = [file for given in inputs for file in _spectra_in(given)]
-        of_each = {} if velocities is None else read_velocities(velocities)
-        catalogue = Catalogue(parts_of(files), velocity, of_each)
+        same, of_each = velocities_of(velocity)
+        catalogue = Catalogue(parts_of(files), same, of_each)
         if of_each:
             without = [file for file in files if spectrum_name(file) not in of_each]
             if without:
-                raise UserError(f"{velocities} has no velocity of {len(without)} spectra, the first {without[0].name}")
+                raise UserError(f"{velocity} has no velocity of {len(without)} spectra, the first {without[0].name}")
         labels = [name for system in systems for name in system.known.labels]
         units = [unit for system in systems for unit in system.known.units]
         start, rows = time.perf_counter(), []
@@ -282,7 +289,7 @@ def scalers_of(model: nn.Module, meta: dict[str, Any], scalers: Path | None) -> 
     """
     if not meta:
         if scalers is None:
-            raise UserError("these weights carry no scalers: give the authors' label_config.pkl with --scalers")
+            raise UserError("these weights carry no scalers: name the authors' label_config.pkl in --members")
         return read_scalers(scalers, of_kind(model, Estimator, "the model").labels)
     return SpectraMeta.model_validate(meta)
 

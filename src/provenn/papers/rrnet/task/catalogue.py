@@ -13,7 +13,7 @@ from provenn.core import progress
 from provenn.core.errors import UserError
 from provenn.core.files import atomic_write, write_atomically
 from provenn.core.inputs import check_file
-from provenn.data.tables import parse_number, read_table, write_table
+from provenn.data.tables import is_number, parse_number, read_table, write_table
 from provenn.papers.rrnet.task.files import ARRAYS, FITS, astropy_fits, count_spectra, read_spectra
 from provenn.papers.rrnet.task.scaling import System
 
@@ -201,6 +201,17 @@ def _there(systems: Sequence[System], part: Sequence[Slice], catalogue: Catalogu
         return estimated(systems, part, catalogue)
     except UserError as error:
         return str(error)
+
+
+def velocities_of(words: str) -> tuple[float, dict[str, float]]:
+    """A velocity for all spectra, or zero and those of a table.
+
+    >>> velocities_of("-12.5")
+    (-12.5, {})
+    """
+    if is_number(words):
+        return parse_number(words, "velocity"), {}
+    return 0.0, read_velocities(Path(words))
 
 
 def read_velocities(file: Path) -> dict[str, float]:

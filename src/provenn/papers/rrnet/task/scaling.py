@@ -175,6 +175,18 @@ class _Arrays(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+def holds_scalers(file: Path) -> bool:
+    """Whether a file is the authors' scalers, and no weights."""
+    if file.suffix != ".pkl" or not file.is_file():
+        return False
+    try:
+        with file.open("rb") as opened:
+            held = _Arrays(opened).load()
+    except (pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError, AttributeError):
+        return False
+    return isinstance(held, dict) and "label_list" in held
+
+
 def read_scalers(file: Path, labels: int) -> SpectraMeta:
     """The authors' scalers, `data/refer_set/label_config.pkl`, for a network of so many labels.
 
