@@ -7,7 +7,7 @@ import socket
 import threading
 from collections import Counter
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, time, timedelta
 from email import message_from_bytes, policy
 
 import mail_runs
@@ -47,6 +47,14 @@ def catalogue(without: str = "", **standings: ClaimVerdict) -> Catalogue:
 
 def other_than(slug: str, *more: ClaimVerdict) -> ClaimVerdict:
     return next(s for s in ClaimVerdict if s not in (CATALOGUE[slug].claims[0].judgement.verdict, *more))
+
+
+@pytest.fixture(autouse=True)
+def one_day(monkeypatch):
+    """At midnight the clock stands still: what began on a day ends on it."""
+    last = datetime.combine(TODAY, time.max, UTC)
+    for module in (digest, subscriptions):
+        monkeypatch.setattr(module, "now", lambda: min(now(), last))
 
 
 both = pytest.mark.parametrize("settings", ["sqlite", "postgresql"], indirect=True)
@@ -493,7 +501,7 @@ def test_a_link_expires_and_one_that_was_changed_is_none(client):
     ):
         assert client.post(wrong, data={"csrf": token}).status_code == 410
     with client.app.state.site.database.session() as session:
-        session.execute(update(SubscriptionLink).values(made=now() - subscriptions.LASTS))
+        session.execute(update(SubscriptionLink).values(made=subscriptions.now() - subscriptions.LASTS))
     assert client.post(link, data={"csrf": token}).status_code == 410 and not kept(client)
 
 
