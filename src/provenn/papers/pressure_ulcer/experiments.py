@@ -15,7 +15,8 @@ from provenn.papers.pressure_ulcer.studies import PROBES, VARIANTS, few, network
 from provenn.papers.pressure_ulcer.task.segmenting import segment
 from provenn.training import Recipe
 
-RECIPE = Recipe(epochs=12, batch_size=8, optimizer="adam", schedule="onecycle")
+# Doubled in a pilot on another seed until a U-Net's validation Dice gained under 1 % in the last third.
+RECIPE = Recipe(epochs=24, batch_size=8, optimizer="adam", schedule="onecycle")
 RATES = (1e-3, 3e-3, 1e-2)
 ABOUT = (
     "composed ulcers of 64×64 pixels, 16 to train on, 32 to validate, 200 to test; in the test other parts of the "
