@@ -196,8 +196,8 @@ class SpectraRegression(Task):
 
         Args:
             model, meta, inputs, output: as in `Task.predict`; inputs are files or folders of files.
-            velocity: of the star in km/s, away from us, for spectra that are not at rest; or a table of each spectrum's,
-                under `spectrum` and `velocity`.
+            velocity: of the star in km/s, away from us, for spectra that are not at rest; or a table with the columns
+                `spectrum` and `velocity`.
             members: runs or weight files, with commas between. Those of the same labels form an ensemble with these
                 weights; those of other labels add columns. The authors' label_config.pkl among them holds the scalers
                 of weights of theirs.
