@@ -1,0 +1,226 @@
+"""The denoiser and its conditions: a U-Net, a recurrent temporal encoder, and attention to events (inferred)."""
+
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from provenn.core.errors import UserError
+from provenn.papers.temporal_residual_diffusion.layers import ConvLSTM, State
+
+Map = Float[Tensor, "batch channels height width"]
+Out = Float[Tensor, "batch outputs height width"]
+LEVELS = 4
+HEAD = 32  # channels of a head of attention
+WINDOW = 8  # side of the squares within which events are attended to
+
+
+def _zero(layer: nn.Conv2d) -> nn.Conv2d:
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(math.gcd(32, channels), channels)
+
+
+def time_embedding(k: Int[Tensor, " batch"], width: int) -> Float[Tensor, "batch width"]:
+    """Sines and cosines of a step, of frequencies from 1 to 1/10,000."""
+    half = width // 2
+    rates = torch.exp(-math.log(10_000) * torch.arange(half, device=k.device) / half)
+    angles = k[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], 1)
+
+
+class TimedBlock(nn.Module):
+    """Two 3×3 convolutions after GroupNorm and SiLU, the step added between, around a shortcut.
+
+    Args:
+        inputs, outputs: channels.
+        timed: width of the step's embedding.
+    """
+
+    def __init__(self, inputs: int, outputs: int, timed: int):
+        super().__init__()
+        self.first = nn.Sequential(_norm(inputs), nn.SiLU(), nn.Conv2d(inputs, outputs, 3, padding=1))
+        self.step = nn.Linear(timed, outputs)
+        self.second = nn.Sequential(_norm(outputs), nn.SiLU(), nn.Conv2d(outputs, outputs, 3, padding=1))
+        self.shortcut = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
+
+    def forward(self, x: Map, embedded: Float[Tensor, "batch timed"]) -> Out:
+        y = self.first(x) + self.step(F.silu(embedded))[:, :, None, None]
+        return self.second(y) + self.shortcut(x)
+
+
+class SelfAttention(nn.Module):
+    """Softmax attention over all positions of a map, added to it."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.heads = max(1, channels // HEAD)
+        self.norm, self.into = _norm(channels), nn.Conv2d(channels, 3 * channels, 1)
+        self.out = _zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Map) -> Map:
+        q, k, v = (part.unflatten(1, (self.heads, -1)).flatten(3).mT for part in self.into(self.norm(x)).chunk(3, 1))
+        told = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(told.mT.reshape(x.shape))
+
+
+class TemporalEncoder(nn.Module):
+    """The recurrent memory of an event stream: a 5×5 head, and stages of 5×5 stride 2 with a convolutional LSTM.
+
+    Args:
+        bins: of the voxel grid.
+        width: C; the stages have 2C, 4C and 8C channels at 1/2, 1/4 and 1/8.
+
+    Shapes: (batch, bins, H, W) and states to three maps and new states.
+    """
+
+    def __init__(self, bins: int, width: int):
+        super().__init__()
+        self.widths = [width * 2**i for i in range(1, LEVELS)]
+        self.head = nn.Sequential(nn.Conv2d(bins, width, 5, padding=2), nn.ReLU())
+        before = [width, *self.widths]
+        self.encoders = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(i, o, 5, 2, padding=2), nn.ReLU()) for i, o in zip(before, self.widths)
+        )
+        self.recurrent = nn.ModuleList(ConvLSTM(o, o) for o in self.widths)
+
+    def forward(self, voxel: Map, states: list[State] | None = None) -> tuple[list[Tensor], list[State]]:
+        x, maps, new = self.head(voxel), [], []
+        for level, (encoder, recurrent) in enumerate(zip(self.encoders, self.recurrent, strict=True)):
+            x, state = recurrent(encoder(x), None if states is None else states[level])
+            maps.append(x)
+            new.append(state)
+        return maps, new
+
+
+class EventAttention(nn.Module):
+    """Features of the denoiser ask those of the events, in squares of 8×8: the high-frequency condition.
+
+    y = x + P(σ(conv1×1(|F_e|)) ⊙ Attention(x, F_e)), where P starts at 0.
+
+    Args:
+        channels: of the denoiser's map.
+        events: channels of F_e.
+    """
+
+    def __init__(self, channels: int, events: int):
+        super().__init__()
+        self.heads = max(1, channels // HEAD)
+        self.norm = _norm(channels)
+        self.query, self.both = nn.Conv2d(channels, channels, 1), nn.Conv2d(events, 2 * channels, 1)
+        self.gate = nn.Conv2d(events, channels, 1)
+        self.out = _zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Map, events: Float[Tensor, "batch events height width"]) -> Map:
+        height, width = x.shape[-2:]
+        pad = (0, -width % WINDOW, 0, -height % WINDOW)
+        parts = [self.query(self.norm(x)), *self.both(events).chunk(2, 1)]
+        q, k, v = (_squares(F.pad(part, pad), self.heads) for part in parts)
+        inside = _squares(F.pad(torch.ones_like(x[:, :1]), pad), 1).squeeze(-1)[:, :, None] > 0
+        told = F.scaled_dot_product_attention(q, k, v, attn_mask=inside.expand(-1, self.heads, -1, -1))
+        rows, columns = height + pad[3], width + pad[1]
+        told = _whole(told, len(x), rows, columns)[..., :height, :width]
+        return x + self.out(torch.sigmoid(self.gate(events.abs())) * told)
+
+
+def _squares(x: Tensor, heads: int) -> Tensor:
+    """(batch, heads · d, H, W) to (batch · squares, heads, 64, d)."""
+    batch, channels, height, width = x.shape
+    y = x.reshape(batch, heads, channels // heads, height // WINDOW, WINDOW, width // WINDOW, WINDOW)
+    return y.permute(0, 3, 5, 1, 4, 6, 2).reshape(-1, heads, WINDOW * WINDOW, channels // heads)
+
+
+def _whole(x: Tensor, batch: int, height: int, width: int) -> Tensor:
+    """The other way round."""
+    _, heads, _, d = x.shape
+    y = x.reshape(batch, height // WINDOW, width // WINDOW, heads, WINDOW, WINDOW, d)
+    return y.permute(0, 3, 6, 1, 4, 2, 5).reshape(batch, heads * d, height, width)
+
+
+class Denoiser(nn.Module):
+    """A U-Net of four levels in the manner of DDPM, with the three conditions where they belong.
+
+    The low-frequency estimate, the previous frame and the voxel grid are channels of the input. The temporal encoder's
+    maps are added to the encoder's of the same scale, and events are attended to at the two coarsest scales. All that
+    is added starts at zero, so that at first the network is the one without conditions.
+
+    Args:
+        inputs: channels beside the noisy image.
+        width: channels of the first level; (1, 2, 4, 8) times as many in the four.
+        bins: of the voxel grid.
+        temporal: C of the temporal encoder, 0 for none.
+        events: channels of the event features, 0 for none.
+
+    Shapes: x_k (batch, 1, H, W), the step k, what is joined to the input (batch, inputs, H, W), maps of the temporal
+        encoder and the voxel grid, to (batch, 1, H, W). Sides are multiples of 8.
+    """
+
+    def __init__(self, inputs: int, width: int = 64, bins: int = 5, *, temporal: int = 32, events: int = 64):
+        super().__init__()
+        if width < 4:
+            raise UserError(f"width must be at least 4, got {width}")
+        widths, timed = [width * 2**i for i in range(LEVELS)], 4 * width
+        self.width = width
+        self.timed = nn.Sequential(nn.Linear(width, timed), nn.SiLU(), nn.Linear(timed, timed))
+        self.enter = nn.Conv2d(1 + inputs, width, 3, padding=1)
+        self.down = nn.ModuleList(
+            nn.ModuleList([TimedBlock(i, o, timed), TimedBlock(o, o, timed)]) for i, o in zip((width, *widths), widths)
+        )
+        self.shrink = nn.ModuleList(nn.Conv2d(w, w, 3, 2, padding=1) for w in widths[:-1])
+        self.middle = nn.ModuleList(
+            [TimedBlock(widths[-1], widths[-1], timed), TimedBlock(widths[-1], widths[-1], timed)]
+        )
+        self.attend = SelfAttention(widths[-1])
+        self.grow = nn.ModuleList(nn.Conv2d(o, i, 3, padding=1) for i, o in itertools.pairwise(widths))
+        self.up = nn.ModuleList(
+            nn.ModuleList([TimedBlock(2 * w, w, timed), TimedBlock(w, w, timed), TimedBlock(w, w, timed)])
+            for w in widths[:-1]
+        )
+        self.leave = nn.Sequential(_norm(width), nn.SiLU(), nn.Conv2d(width, 1, 3, padding=1))
+        self.of_time = nn.ModuleList(
+            _zero(nn.Conv2d(temporal * 2**level, widths[level], 1)) for level in range(1, LEVELS) if temporal
+        )
+        self.high = nn.ModuleList()
+        self.to_events: nn.Module | None = None
+        if events:
+            self.to_events = nn.Sequential(
+                nn.Conv2d(bins, events, 3, 2, padding=1), nn.SiLU(), nn.Conv2d(events, events, 3, 2, padding=1)
+            )
+            self.high.extend(EventAttention(w, events) for w in widths[-2:])
+
+    def forward(
+        self, x: Map, k: Int[Tensor, " batch"], joined: Tensor, memory: list[Tensor], voxel: Tensor | None
+    ) -> Map:
+        embedded = self.timed(time_embedding(k, self.width).to(x.dtype))
+        events = None
+        if self.to_events is not None and voxel is not None:
+            high = voxel - F.avg_pool2d(F.pad(voxel, (2, 2, 2, 2), mode="replicate"), 5, 1)
+            events = self.to_events(high)
+        y = self.enter(torch.cat([x, joined], 1))
+        skips = []
+        for level, blocks in enumerate(self.down):
+            for block in blocks:  # type: ignore[attr-defined]  # a list of modules
+                y = block(y, embedded)
+            if level and memory and len(self.of_time):
+                y = y + self.of_time[level - 1](memory[level - 1])
+            if events is not None and level >= LEVELS - 2:
+                scale = F.avg_pool2d(events, 2, ceil_mode=True) if level == LEVELS - 1 else events
+                y = self.high[level - LEVELS + 2](y, scale)
+            if level < LEVELS - 1:
+                skips.append(y)
+                y = self.shrink[level](y)
+        y = self.middle[1](self.attend(self.middle[0](y, embedded)), embedded)
+        for level in reversed(range(LEVELS - 1)):
+            y = self.grow[level](F.interpolate(y, scale_factor=2, mode="nearest"))
+            y = torch.cat([y, skips[level]], 1)
+            for block in self.up[level]:  # type: ignore[attr-defined]  # a list of modules
+                y = block(y, embedded)
+        return self.leave(y)
