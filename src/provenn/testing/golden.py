@@ -86,6 +86,8 @@ def check_case(card: Card, case: Mapping[str, Any]) -> None:
     inputs = [drawn(spec, case["seed"]) for spec in case.get("inputs") or [case["input"]]]
     with torch.set_grad_enabled(gradient is not None):
         output = model(*(x.requires_grad_(gradient is not None and x.is_floating_point()) for x in inputs))
+    if isinstance(output, tuple):  # several of one shape, such as a mean and a variance
+        output = torch.cat(output, -1)
     assert_values(output, case["output"], tolerance)
     if gradient is not None:
         weight = torch.from_numpy(seeded_array(output.shape, "gradient", case["seed"]).astype(np.float32))
