@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,6 @@ from provenn.papers.temporal_residual_diffusion.layers import ConvLSTM, State
 
 Map = Float[Tensor, "batch channels height width"]
 Out = Float[Tensor, "batch outputs height width"]
-LEVELS = 4
 HEAD = 32  # channels of a head of attention
 WINDOW = 8  # side of the squares within which events are attended to
 
@@ -26,7 +26,8 @@ def _zero(layer: nn.Conv2d) -> nn.Conv2d:
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(32, channels), channels)
+    """Of 32 groups; a narrow map has groups of four channels."""
+    return nn.GroupNorm(math.gcd(32, channels) if channels >= 64 else max(1, channels // 4), channels)
 
 
 def time_embedding(k: Int[Tensor, " batch"], width: int) -> Float[Tensor, "batch width"]:
@@ -78,13 +79,14 @@ class TemporalEncoder(nn.Module):
     Args:
         bins: of the voxel grid.
         width: C; the stages have 2C, 4C and 8C channels at 1/2, 1/4 and 1/8.
+        stages: how many.
 
-    Shapes: (batch, bins, H, W) and states to three maps and new states.
+    Shapes: (batch, bins, H, W) and states to a map of each stage and new states.
     """
 
-    def __init__(self, bins: int, width: int):
+    def __init__(self, bins: int, width: int, stages: int = 3):
         super().__init__()
-        self.widths = [width * 2**i for i in range(1, LEVELS)]
+        self.widths = [width * 2**i for i in range(1, stages + 1)]
         self.head = nn.Sequential(nn.Conv2d(bins, width, 5, padding=2), nn.ReLU())
         before = [width, *self.widths]
         self.encoders = nn.ModuleList(
@@ -145,8 +147,55 @@ def _whole(x: Tensor, batch: int, height: int, width: int) -> Tensor:
     return y.permute(0, 3, 6, 1, 4, 2, 5).reshape(batch, heads * d, height, width)
 
 
+class EventJoin(nn.Module):
+    """y = x + P(SiLU(conv1×1([x; F_e]))): as many parameters as `EventAttention`, without attention (ours, to compare).
+
+    Args:
+        channels: of the denoiser's map.
+        events: channels of F_e.
+    """
+
+    def __init__(self, channels: int, events: int):
+        super().__init__()
+        middle = max(1, round((2 * channels + 3 * events) * channels / (2 * channels + events)))
+        self.norm, self.into = _norm(channels), nn.Conv2d(channels + events, middle, 1)
+        self.out = _zero(nn.Conv2d(middle, channels, 1))
+
+    def forward(self, x: Map, events: Float[Tensor, "batch events height width"]) -> Map:
+        return x + self.out(F.silu(self.into(torch.cat([self.norm(x), events], 1))))
+
+
+class Design(NamedTuple):
+    """Sizes of the denoiser and its conditions, and how it is sampled; all inferred.
+
+    Args:
+        width: channels of the first level.
+        levels: of the U-Net; (1, 2, 4, 8) times as many channels in four.
+        temporal: C of the temporal encoder.
+        events: channels of the event features.
+        bins: of the voxel grid.
+        steps: of sampling.
+        schedule: "linear" or "cosine".
+        predicts: "noise" or "v".
+    """
+
+    width: int = 64
+    levels: int = 4
+    temporal: int = 32
+    events: int = 64
+    bins: int = 5
+    steps: int = 20
+    schedule: str = "linear"
+    predicts: str = "noise"
+
+    @property
+    def multiple(self) -> int:
+        """What the sides of a frame are filled up to a multiple of."""
+        return 2 ** (self.levels - 1)
+
+
 class Denoiser(nn.Module):
-    """A U-Net of four levels in the manner of DDPM, with the three conditions where they belong.
+    """A U-Net in the manner of DDPM, with the three conditions where they belong.
 
     The low-frequency estimate, the previous frame and the voxel grid are channels of the input. The temporal encoder's
     maps are added to the encoder's of the same scale, and events are attended to at the two coarsest scales. All that
@@ -154,21 +203,21 @@ class Denoiser(nn.Module):
 
     Args:
         inputs: channels beside the noisy image.
-        width: channels of the first level; (1, 2, 4, 8) times as many in the four.
-        bins: of the voxel grid.
-        temporal: C of the temporal encoder, 0 for none.
-        events: channels of the event features, 0 for none.
+        design: sizes.
+        time: whether there is a temporal encoder.
+        high: "attention" to events, "joined" for `EventJoin` on events that are not high-passed, or "" for neither.
 
     Shapes: x_k (batch, 1, H, W), the step k, what is joined to the input (batch, inputs, H, W), maps of the temporal
-        encoder and the voxel grid, to (batch, 1, H, W). Sides are multiples of 8.
+        encoder and the voxel grid, to (batch, 1, H, W). Sides are multiples of `design.multiple`.
     """
 
-    def __init__(self, inputs: int, width: int = 64, bins: int = 5, *, temporal: int = 32, events: int = 64):
+    def __init__(self, inputs: int, design: Design = Design(), *, time: bool = True, high: str = "attention"):  # noqa: B008  # a tuple
         super().__init__()
-        if width < 4:
-            raise UserError(f"width must be at least 4, got {width}")
-        widths, timed = [width * 2**i for i in range(LEVELS)], 4 * width
-        self.width = width
+        width, levels = design.width, design.levels
+        if width < 4 or width % 4 or levels < 2:
+            raise UserError(f"width is a multiple of 4 and levels at least 2, got {width} and {levels}")
+        widths, timed = [width * 2**i for i in range(levels)], 4 * width
+        self.width, self.levels, self.passes = width, levels, high == "attention"
         self.timed = nn.Sequential(nn.Linear(width, timed), nn.SiLU(), nn.Linear(timed, timed))
         self.enter = nn.Conv2d(1 + inputs, width, 3, padding=1)
         self.down = nn.ModuleList(
@@ -186,24 +235,29 @@ class Denoiser(nn.Module):
         )
         self.leave = nn.Sequential(_norm(width), nn.SiLU(), nn.Conv2d(width, 1, 3, padding=1))
         self.of_time = nn.ModuleList(
-            _zero(nn.Conv2d(temporal * 2**level, widths[level], 1)) for level in range(1, LEVELS) if temporal
+            _zero(nn.Conv2d(design.temporal * 2**level, widths[level], 1)) for level in range(1, levels) if time
         )
         self.high = nn.ModuleList()
-        self.to_events: nn.Module | None = None
-        if events:
-            self.to_events = nn.Sequential(
-                nn.Conv2d(bins, events, 3, 2, padding=1), nn.SiLU(), nn.Conv2d(events, events, 3, 2, padding=1)
-            )
-            self.high.extend(EventAttention(w, events) for w in widths[-2:])
+        self.to_events = nn.Sequential()
+        if high:
+            for level in range(max(1, levels - 2)):
+                stride = 2 if levels > 2 else 1
+                self.to_events.append(
+                    nn.Conv2d(design.events if level else design.bins, design.events, 3, stride, padding=1)
+                )
+                if level < levels - 3:
+                    self.to_events.append(nn.SiLU())
+            kind = EventAttention if high == "attention" else EventJoin
+            self.high.extend(kind(w, design.events) for w in widths[-2:])
 
     def forward(
         self, x: Map, k: Int[Tensor, " batch"], joined: Tensor, memory: list[Tensor], voxel: Tensor | None
     ) -> Map:
         embedded = self.timed(time_embedding(k, self.width).to(x.dtype))
         events = None
-        if self.to_events is not None and voxel is not None:
-            high = voxel - F.avg_pool2d(F.pad(voxel, (2, 2, 2, 2), mode="replicate"), 5, 1)
-            events = self.to_events(high)
+        if len(self.high) and voxel is not None:
+            mean = F.avg_pool2d(F.pad(voxel, (2, 2, 2, 2), mode="replicate"), 5, 1)
+            events = self.to_events(voxel - mean if self.passes else voxel)
         y = self.enter(torch.cat([x, joined], 1))
         skips = []
         for level, blocks in enumerate(self.down):
@@ -211,14 +265,14 @@ class Denoiser(nn.Module):
                 y = block(y, embedded)
             if level and memory and len(self.of_time):
                 y = y + self.of_time[level - 1](memory[level - 1])
-            if events is not None and level >= LEVELS - 2:
-                scale = F.avg_pool2d(events, 2, ceil_mode=True) if level == LEVELS - 1 else events
-                y = self.high[level - LEVELS + 2](y, scale)
-            if level < LEVELS - 1:
+            if events is not None and level >= self.levels - 2:
+                last = level == self.levels - 1
+                y = self.high[1 if last else 0](y, F.avg_pool2d(events, 2, ceil_mode=True) if last else events)
+            if level < self.levels - 1:
                 skips.append(y)
                 y = self.shrink[level](y)
         y = self.middle[1](self.attend(self.middle[0](y, embedded)), embedded)
-        for level in reversed(range(LEVELS - 1)):
+        for level in reversed(range(self.levels - 1)):
             y = self.grow[level](F.interpolate(y, scale_factor=2, mode="nearest"))
             y = torch.cat([y, skips[level]], 1)
             for block in self.up[level]:  # type: ignore[attr-defined]  # a list of modules

@@ -131,3 +131,49 @@ class E2VID(nn.Module):
             x = decoder(x)
         told = torch.sigmoid(self.norm(self.predict(x + head)))
         return told[..., : size[0], : size[1]], new
+
+
+class ConvGRU(nn.Module):
+    """r, u = σ(conv3×3([x; h])); h' = (1 − u) h + u tanh(conv3×3([x; r h])).
+
+    Args:
+        channels: of x and h.
+
+    Shapes: (batch, channels, h, w) and a state, or None for zeros, to h', which is the new state.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.gates = nn.Conv2d(2 * channels, 2 * channels, 3, padding=1)
+        self.new = nn.Conv2d(2 * channels, channels, 3, padding=1)
+
+    def forward(self, x: Map, state: Tensor | None = None) -> Map:
+        h = torch.zeros_like(x) if state is None else state
+        reset, update = torch.sigmoid(self.gates(torch.cat([x, h], 1))).chunk(2, 1)
+        return (1 - update) * h + update * torch.tanh(self.new(torch.cat([x, reset * h], 1)))
+
+
+class FireNet(nn.Module):
+    """FireNet (Scheerlinck et al., 2020): a head, twice a convolutional GRU and a residual block, a 1×1 convolution.
+
+    Args:
+        bins: of the voxel grid.
+        width: channels; published 16, which makes 37,777 parameters.
+
+    Shapes: (batch, bins, H, W) and states to (batch, 1, H, W) in 0…1 and new states.
+    """
+
+    def __init__(self, bins: int = 5, width: int = 16):
+        super().__init__()
+        self.head = nn.Sequential(nn.Conv2d(bins, width, 3, padding=1), nn.ReLU())
+        self.recurrent = nn.ModuleList(ConvGRU(width) for _ in range(2))
+        self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(2))
+        self.predict = nn.Conv2d(width, 1, 1)
+
+    def forward(self, voxel: Map, states: list[Tensor] | None = None) -> tuple[Out, list[Tensor]]:
+        x, new = self.head(voxel), []
+        for level, (recurrent, block) in enumerate(zip(self.recurrent, self.blocks, strict=True)):
+            state = recurrent(x, None if states is None else states[level])
+            new.append(state)
+            x = block(state)
+        return torch.sigmoid(self.predict(x)), new

@@ -4,23 +4,27 @@ Only the abstract could be read. What it names is here: a pre-trained module of 
 encoder, attention to events of high frequency, and the temporal residual as the target. Their sizes are inferred.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from provenn.core.errors import UserError
-from provenn.papers.temporal_residual_diffusion.denoiser import Denoiser, TemporalEncoder
-from provenn.papers.temporal_residual_diffusion.diffusion import Kind, Predicts, Schedule
-from provenn.papers.temporal_residual_diffusion.layers import E2VID, State
+from provenn.core.inputs import check_file
+from provenn.papers.temporal_residual_diffusion.denoiser import Denoiser, Design, TemporalEncoder
+from provenn.papers.temporal_residual_diffusion.diffusion import Schedule
+from provenn.papers.temporal_residual_diffusion.layers import E2VID, FireNet
+from provenn.training.recipes import Recipe
 
 TARGETS = ("temporal", "lf_residual", "frame")
 CONDITIONS = ("low", "time", "high")
-MULTIPLE = 8
+LOSSES = ("l1", "structure")
 OWN = 0.3  # how often training is given the network's own last frame
+FILE, SHIPPED = "weights.safetensors", Path(__file__).with_name("weights")
 Frames = Float[Tensor, "batch 1 height width"]
 Voxels = Float[Tensor, "batch bins height width"]
 
@@ -30,31 +34,105 @@ class Memory(NamedTuple):
 
     Args:
         frame: the last one.
-        low: states of the low-frequency module.
-        time: states of the temporal encoder.
+        states: of the recurrent layers; None before the first window.
     """
 
     frame: Tensor
-    low: list[State] | None
-    time: list[State] | None
+    states: Any = None
 
 
-class TemporalResidualDiffusion(nn.Module):
+class Reconstructor(nn.Module):
+    """What turns windows of events into frames, one after another; of several videos, each by itself."""
+
+    def begin(self, first: Frames) -> Memory:
+        """What is carried after a first frame."""
+        return Memory(first)
+
+    def opening(self, voxel: Voxels) -> Memory:
+        """What is carried before the first window, where no frame is known: one that is grey."""
+        return self.begin(torch.full_like(voxel[:, :1], 0.5))
+
+    def step(self, voxel: Voxels, memory: Memory, noise: Frames | None = None) -> tuple[Frames, Memory]:
+        """The next frame, and what is carried on.
+
+        Args:
+            voxel: of the events since the last frame.
+            memory: of the last one.
+            noise: what a sampler begins from; others need none.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def frames(self, voxels: Sequence[Tensor], first: Frames, seeds: Sequence[int] = (0,)) -> Iterator[Frames]:
+        """Videos, a frame for each grid; the same seed gives the same video, whatever others are in its batch.
+
+        Args:
+            voxels: grids (batch, bins, H, W), one after another.
+            first: the frame before the first grid.
+            seeds: of the noise of each video of the batch.
+        """
+        memory = self.begin(first)
+        for number, voxel in enumerate(voxels):
+            frame, memory = self.step(voxel, memory, frame_noise(first, number, seeds))
+            yield frame
+
+
+class Regression(Reconstructor):
+    """A recurrent network that says the frame itself: E2VID or FireNet, the low-frequency module.
+
+    Args:
+        network: takes grids and states.
+        closed: its last frame is a further channel of its input, at first a frame that is known (ours, for short
+            clips). Without it the network begins with nothing, as published.
+        loss: "l1", or "structure", L1 + 0.2 (1 − SSIM) + L1 of differences of neighbours, for the published LPIPS.
+
+    Raises:
+        UserError: another loss.
+    """
+
+    def __init__(self, network: E2VID | FireNet, *, closed: bool = False, loss: str = "l1"):
+        super().__init__()
+        if loss not in LOSSES:
+            raise UserError(f"loss is one of {', '.join(LOSSES)}, got {loss!r}")
+        self.network, self.closed, self.loss = network, closed, loss
+
+    def step(self, voxel: Voxels, memory: Memory, noise: Frames | None = None) -> tuple[Frames, Memory]:
+        given = torch.cat([voxel, memory.frame], 1) if self.closed else voxel
+        frame, states = self.network(given, memory.states)
+        return frame, Memory(frame, states)
+
+    def forward(self, voxel: Voxels) -> Frames:
+        """The frame after one window, before which all was grey."""
+        return self.step(voxel, self.opening(voxel))[0]
+
+    def training_loss(self, batch: Sequence[Tensor]) -> Float[Tensor, ""]:
+        """The mean loss over the windows of clips, the network's own frames before each.
+
+        Args:
+            batch: voxel grids (batch, windows, bins, H, W) and frames (batch, windows + 1, 1, H, W).
+        """
+        voxels, frames = batch[0], batch[1]
+        memory, losses = self.begin(frames[:, 0]), []
+        for number in range(voxels.shape[1]):
+            frame, memory = self.step(voxels[:, number], memory)
+            losses.append(frame_loss(frame, frames[:, number + 1], self.loss))
+        return torch.stack(losses).mean()
+
+
+class TemporalResidualDiffusion(Reconstructor):
     """Î_t = clip(Î_{t−1} + s · x̂₀), where x₀ = (I_t − I_{t−1})/s is sampled under three conditions.
 
     Args:
         low: the pre-trained low-frequency module; it is frozen and stays in eval mode.
+        design: sizes and sampling.
         conditions: some of "low" (its estimate joins the input), "time" (the temporal encoder) and "high" (attention to
-            events). The previous frame and the voxel grid join the input always.
-        target: "temporal" (default), "lf_residual" (I_t − Î^LF_t) or "frame".
-        width: of the denoiser; 64 (inferred).
-        temporal: C of the temporal encoder; 32 (inferred).
-        events: channels of event features; 64 (inferred).
-        bins: of the voxel grid.
-        steps: of sampling; 20 (inferred).
-        schedule, predicts: of the diffusion; "linear" and "noise" (inferred).
+            events). The previous frame and the voxel grid join the input always. "still" and "joined" are "time"
+            without memory and "high" without attention, of equal size (ours, to compare).
+        target: "temporal" (default), "lf_residual" (I_t − Î^LF_t) or "frame" (I_t − ½).
         anchor: λ, by which the previous frame is drawn to the low-frequency estimate; 0 leaves it.
         scale: s, the standard deviation of the target in training; kept with the weights.
+        start: weights of `low` that a training begins with: a file, the folder of a run, or the name of a preset that
+            ships. None for those that `low` has.
 
     Raises:
         UserError: another target or condition.
@@ -64,35 +142,32 @@ class TemporalResidualDiffusion(nn.Module):
 
     def __init__(
         self,
-        low: E2VID,
+        low: Regression,
+        design: Design = Design(),  # noqa: B008  # a tuple
         conditions: Sequence[str] = CONDITIONS,
         target: str = "temporal",
         *,
-        width: int = 64,
-        temporal: int = 32,
-        events: int = 64,
-        bins: int = 5,
-        steps: int = 20,
-        schedule: Kind = "linear",
-        predicts: Predicts = "noise",
         anchor: float | int = 0.0,
         scale: float | int = 0.1,
+        start: str | None = None,
     ):
         super().__init__()
-        unknown = [name for name in conditions if name not in CONDITIONS]
+        unknown = [name for name in conditions if name not in (*CONDITIONS, "still", "joined")]
         if unknown or target not in TARGETS:
-            raise UserError(f"conditions are {', '.join(CONDITIONS)}, targets {', '.join(TARGETS)}")
+            raise UserError(
+                f"conditions are {', '.join(CONDITIONS)}, targets {', '.join(TARGETS)}; "
+                f"got {', '.join(conditions) or 'none'} and {target}"
+            )
+        if not 0 <= anchor <= 1 or not scale > 0:
+            raise UserError(f"anchor lies in 0…1 and scale above 0, got {anchor:g} and {scale:g}")
         self.low = low.eval().requires_grad_(False)
-        self.conditions, self.target, self.steps, self.anchor = tuple(conditions), target, steps, anchor
-        self.time = TemporalEncoder(bins, temporal) if "time" in conditions else None
-        self.denoiser = Denoiser(
-            2 + bins,
-            width,
-            bins,
-            temporal=temporal if "time" in conditions else 0,
-            events=events if "high" in conditions else 0,
-        )
-        self.schedule = Schedule(1000, schedule, predicts)
+        self.design, self.conditions, self.target = design, tuple(conditions), target
+        self.steps, self.anchor, self.start = design.steps, float(anchor), start
+        with_time = "time" in conditions or "still" in conditions
+        self.time = TemporalEncoder(design.bins, design.temporal, design.levels - 1) if with_time else None
+        high = "attention" if "high" in conditions else "joined" if "joined" in conditions else ""
+        self.denoiser = Denoiser(2 + design.bins, design, time=with_time, high=high)
+        self.schedule = Schedule(1000, design.schedule, design.predicts)  # type: ignore[arg-type]  # which it checks
         self.register_buffer("scale", torch.tensor(float(scale)))
 
     def train(self, mode: bool = True) -> "TemporalResidualDiffusion":
@@ -101,65 +176,105 @@ class TemporalResidualDiffusion(nn.Module):
         self.low.eval()
         return self
 
-    def first(self, frame: Frames) -> Memory:
-        """What is carried after a first frame that is known."""
-        return Memory(frame, None, None)
+    def optimizers(self, recipe: Recipe) -> torch.optim.Optimizer:
+        """That of the recipe; the weights of `start` are taken into the low-frequency module first."""
+        if self.start is not None:
+            take_low(self.low, self.start)
+        return recipe.make_optimizer(self)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
+        """As of every module; what is loaded takes the place of `start`."""
+        told = super().load_state_dict(state_dict, *args, **options)
+        self.start = None
+        return told
+
+    def opening(self, voxel: Voxels) -> Memory:
+        """Where no frame is known: the low-frequency estimate of the first window, or grey where that needs one too."""
+        grey = torch.full_like(voxel[:, :1], 0.5)
+        if self.low.closed:
+            return self.begin(grey)
+        with torch.no_grad():
+            return self.begin(self.low.step(voxel, Memory(grey))[0])
 
     def conditioned(self, voxel: Voxels, memory: Memory) -> tuple[Tensor, Tensor, list[Tensor], Memory]:
-        """The low-frequency estimate, what joins the input, maps of the temporal encoder, and the new states."""
+        """The low-frequency estimate, what joins the input, maps of the temporal encoder, and what is carried on."""
+        of_low, of_time = memory.states or (Memory(memory.frame), None)
         with torch.no_grad():
-            estimate, low = self.low(voxel, memory.low)
+            estimate, of_low = self.low.step(voxel, of_low)
         shown = estimate if "low" in self.conditions else torch.zeros_like(estimate)
-        maps, time = ([], None) if self.time is None else self.time(voxel, memory.time)
+        maps: list[Tensor] = []
+        if self.time is not None:
+            maps, of_time = self.time(voxel, None if "still" in self.conditions else of_time)
         previous = memory.frame
         if self.anchor:
             previous = (1 - self.anchor) * previous + self.anchor * estimate
         joined = torch.cat([shown, previous, voxel.clamp(-8, 8) / 2], 1)
-        return estimate, joined, maps, Memory(previous, low, time)
+        return estimate, joined, maps, Memory(previous, (of_low, of_time))
+
+    def _base(self, previous: Frames, estimate: Frames) -> Frames:
+        if self.target == "frame":
+            return torch.full_like(previous, 0.5)
+        return previous if self.target == "temporal" else estimate
 
     def clean(self, frame: Frames, previous: Frames, estimate: Frames) -> Frames:
         """x₀ of a frame: the target over its scale."""
-        of = {"temporal": previous, "lf_residual": estimate, "frame": torch.zeros_like(frame)}[self.target]
-        return (frame - of) / self.scale
+        return (frame - self._base(previous, estimate)) / self.scale
 
     def framed(self, clean: Frames, previous: Frames, estimate: Frames) -> Frames:
         """The frame of x₀, in 0…1."""
-        of = {"temporal": previous, "lf_residual": estimate, "frame": torch.zeros_like(clean)}[self.target]
-        return (of + self.scale * clean).clamp(0, 1)
+        return (self._base(previous, estimate) + self.scale * clean).clamp(0, 1)
+
+    def bound(self) -> Float[Tensor, ""]:
+        """Of x₀: a frame differs by no more than one."""
+        return 1 / self.scale
+
+    def forward(self, noisy: Frames, k: Int[Tensor, " batch"], voxel: Voxels, previous: Frames) -> Frames:
+        """What the denoiser says of x_k, after a frame that is known and nothing else.
+
+        Args:
+            noisy: x_k.
+            k: the step of each, from 0.
+            voxel: of the events since the frame.
+            previous: that frame.
+        """
+        _, joined, maps, _ = self.conditioned(voxel, self.begin(previous))
+        return self.denoiser(noisy, k, joined, maps, voxel)
+
+    def sampled(self, noise: Frames, joined: Tensor, maps: list[Tensor], voxel: Voxels) -> Frames:
+        """x̂₀ from noise, in `steps` steps."""
+        bound = float(self.bound())
+        return self.schedule.sample(
+            lambda x, k: self.denoiser(x, k, joined, maps, voxel), noise, self.steps, bound=bound
+        )
+
+    def loss_of(self, clean: Frames, joined: Tensor, maps: list[Tensor], voxel: Voxels) -> tuple[Tensor, Frames]:
+        """The mean square error of what is predicted at a random step, and x̂₀ of it."""
+        k, noise = torch.randint(self.schedule.steps, (len(clean),), device=clean.device), torch.randn_like(clean)
+        noisy = self.schedule.noisy(clean, k, noise)
+        said = self.denoiser(noisy, k, joined, maps, voxel)
+        guessed, _ = self.schedule.told(noisy, k, said.detach(), float(self.bound()))
+        return F.mse_loss(said, self.schedule.target(clean, k, noise)), guessed
 
     @torch.no_grad()
-    def step(self, voxel: Voxels, memory: Memory, noise: Frames) -> tuple[Frames, Memory]:
+    def step(self, voxel: Voxels, memory: Memory, noise: Frames | None = None) -> tuple[Frames, Memory]:
         """The next frame.
 
         Args:
             voxel: of the events since the last frame.
-            memory: as `first` or a step before gave it.
+            memory: as `begin` or a step before gave it.
             noise: what sampling begins from, of the frame's shape.
         """
-        size = voxel.shape[-2:]
-        pad = (0, -size[1] % MULTIPLE, 0, -size[0] % MULTIPLE)
-        whole = Memory(F.pad(memory.frame, pad, mode="replicate"), memory.low, memory.time)
-        estimate, joined, maps, told = self.conditioned(F.pad(voxel, pad), whole)
-        grid = F.pad(voxel, pad)
-        bound = 1 / float(self.scale)
-        clean = self.schedule.sample(
-            lambda x, k: self.denoiser(x, k, joined, maps, grid), F.pad(noise, pad), self.steps, bound=bound
-        )
+        noise = torch.zeros_like(memory.frame) if noise is None else noise
+        size, multiple = voxel.shape[-2:], self.design.multiple
+        pad = (0, -size[1] % multiple, 0, -size[0] % multiple)
+        whole = memory
+        if any(pad):
+            voxel, noise = F.pad(voxel, pad), F.pad(noise, pad)
+            whole = Memory(F.pad(memory.frame, pad, mode="replicate"), memory.states)
+        estimate, joined, maps, told = self.conditioned(voxel, whole)
+        clean = self.sampled(noise, joined, maps, voxel)
         frame = self.framed(clean, told.frame, estimate)[..., : size[0], : size[1]]
-        return frame, Memory(frame, told.low, told.time)
-
-    def frames(self, voxels: Sequence[Tensor], first: Frames, seed: int = 0) -> Iterator[Frames]:
-        """A video, a frame for each grid; the same seed gives the same video, however it is cut into parts.
-
-        Args:
-            voxels: grids (batch, bins, H, W), one after another.
-            first: the frame before the first grid.
-            seed: of the noise of each frame and of each video.
-        """
-        memory = self.first(first)
-        for number, voxel in enumerate(voxels):
-            frame, memory = self.step(voxel, memory, frame_noise(first, number, seed))
-            yield frame
+        return frame, Memory(frame, told.states)
 
     def training_loss(self, batch: Sequence[Tensor]) -> Float[Tensor, ""]:
         """The mean square error of what is predicted, over the windows of clips.
@@ -171,29 +286,176 @@ class TemporalResidualDiffusion(nn.Module):
             batch: voxel grids (batch, windows, bins, H, W) and frames (batch, windows + 1, 1, H, W).
         """
         voxels, frames = batch[0], batch[1]
-        memory, losses = self.first(frames[:, 0]), []
+        memory, losses = self.begin(frames[:, 0]), []
         for number in range(voxels.shape[1]):
-            voxel = voxels[:, number]
+            voxel, frame = voxels[:, number], frames[:, number + 1]
             estimate, joined, maps, told = self.conditioned(voxel, memory)
-            k = torch.randint(self.schedule.steps, (len(voxel),), device=voxel.device)
-            noise = torch.randn_like(frames[:, 0])
-            clean = self.clean(frames[:, number + 1], told.frame, estimate)
-            noisy = self.schedule.noisy(clean, k, noise)
-            said = self.denoiser(noisy, k, joined, maps, voxel)
-            losses.append(F.mse_loss(said, self.schedule.target(clean, k, noise)))
-            with torch.no_grad():
-                guessed, _ = self.schedule.told(noisy, k, said, 1 / float(self.scale))
-                own = self.framed(guessed, told.frame, estimate)
-                chosen = torch.rand(len(voxel), 1, 1, 1, device=voxel.device) < OWN
-                previous = torch.where(chosen, own, frames[:, number + 1])
-            memory = Memory(previous, told.low, told.time)
+            loss, guessed = self.loss_of(self.clean(frame, told.frame, estimate), joined, maps, voxel)
+            losses.append(loss)
+            own = self.framed(guessed.detach(), told.frame, estimate)
+            chosen = torch.rand(len(voxel), 1, 1, 1, device=voxel.device) < OWN
+            memory = Memory(torch.where(chosen, own, frame), told.states)
         return torch.stack(losses).mean()
 
 
-def frame_noise(like: Frames, number: int, seed: int) -> Frames:
-    """The noise that a frame begins from: by the seed, the number of the frame, and the place in the batch."""
+class ResidualRegression(TemporalResidualDiffusion):
+    """The same network under the same conditions, which says x₀ at once: no noise, one step (ours, to compare)."""
+
+    def sampled(self, noise: Frames, joined: Tensor, maps: list[Tensor], voxel: Voxels) -> Frames:
+        last = torch.full((len(noise),), self.schedule.steps - 1, device=noise.device)
+        told = self.denoiser(torch.zeros_like(noise), last, joined, maps, voxel)
+        return told.clamp(-self.bound(), self.bound())
+
+    def loss_of(self, clean: Frames, joined: Tensor, maps: list[Tensor], voxel: Voxels) -> tuple[Tensor, Frames]:
+        last = torch.full((len(clean),), self.schedule.steps - 1, device=clean.device)
+        told = self.denoiser(torch.zeros_like(clean), last, joined, maps, voxel)
+        return F.mse_loss(told, clean), told.detach()
+
+
+def frame_noise(like: Frames, number: int, seeds: Sequence[int]) -> Frames:
+    """The noise that a frame of each video begins from: by the video's seed and the number of the frame."""
+    seeds = [*seeds, *range(len(seeds), len(like))]
     made = []
-    for place in range(len(like)):
-        drawn = torch.Generator().manual_seed((seed * 1_000_003 + number) * 1009 + place)
+    for seed in seeds[: len(like)]:
+        drawn = torch.Generator().manual_seed(seed * 1_000_003 + number)
         made.append(torch.randn(like.shape[1:], generator=drawn, dtype=torch.float32))
     return torch.stack(made).to(like)
+
+
+def frame_loss(frame: Frames, truth: Frames, loss: str) -> Float[Tensor, ""]:
+    """The loss of a frame, see `Regression`."""
+    plain = (frame - truth).abs().mean()
+    if loss == "l1":
+        return plain
+    edges = sum(((frame - truth).diff(dim=axis)).abs().mean() for axis in (-2, -1))
+    return plain + 0.2 * (1 - similarity(frame, truth)) + edges
+
+
+def similarity(frame: Frames, truth: Frames) -> Float[Tensor, ""]:
+    """The mean of SSIM, with a window of 7×7 equal weights."""
+    mean = [F.avg_pool2d(x, 7, 1) for x in (frame, truth)]
+    spread = [F.avg_pool2d(x * x, 7, 1) - m * m for x, m in zip((frame, truth), mean)]
+    both = F.avg_pool2d(frame * truth, 7, 1) - mean[0] * mean[1]
+    light = (2 * mean[0] * mean[1] + 1e-4) / (mean[0] ** 2 + mean[1] ** 2 + 1e-4)
+    return (light * (2 * both + 9e-4) / (spread[0] + spread[1] + 9e-4)).mean()
+
+
+def take_low(low: Regression, start: str) -> None:
+    """Give the low-frequency module the weights of a file, of a run's folder, or of a preset that ships.
+
+    Raises:
+        UserError: there are none, they cannot be read, or are of another network.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not start:
+        raise UserError(
+            "the low-frequency module has not learned anything: train the preset e2vid first, and give its run by "
+            "--set low=FOLDER"
+        )
+    shipped = SHIPPED / f"{start}.safetensors"
+    file = shipped if shipped.is_file() else Path(start)
+    file = file / FILE if file.is_dir() else file
+    if not file.exists():
+        raise UserError(f"no weights at {file}: low takes a .safetensors file or the folder of a run")
+    check_file(file)
+    try:
+        state = load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{file} is no safetensors file that can be read: {error}") from None
+    own = low.state_dict()
+    other = sorted(own.keys() ^ state.keys()) or [name for name in own if own[name].shape != state[name].shape]
+    if other:
+        raise UserError(f"{file} holds another network than the low-frequency module: they differ at {other[0]}")
+    if broken := [name for name in state if not state[name].isfinite().all()]:
+        raise UserError(f"{file}: {broken[0]} holds values that are no finite numbers")
+    low.load_state_dict(state)
+
+
+SMALL = Design(width=16, levels=3, temporal=8, events=16, steps=5, schedule="cosine", predicts="v")
+
+
+def _regression(network: E2VID | FireNet, closed: bool = False, loss: str = "l1") -> Regression:
+    return Regression(network, closed=closed, loss=loss)
+
+
+def e2vid(*, norm: str = "none", upsampling: str = "bilinear", loss: str = "structure", **data: float) -> Regression:
+    """E2VID at its published size: 10,710,401 parameters; with `norm="batch"` 10,712,098.
+
+    Args:
+        norm, upsampling: as of `layers.E2VID`.
+        loss: "structure", for the published LPIPS, or "l1".
+        data: `motion` and `contrast`, which it does not need.
+    """
+    return _regression(E2VID(norm=norm, upsampling=upsampling), loss=loss)
+
+
+def firenet(*, loss: str = "structure", **data: float) -> Regression:
+    """FireNet at its published size: 37,777 parameters.
+
+    Args:
+        loss: as of `e2vid`.
+        data: `motion` and `contrast`, which it does not need.
+    """
+    return _regression(FireNet(), loss=loss)
+
+
+def e2vid_small(*, loss: str = "l1", **data: float) -> Regression:
+    """E2VID of 12 channels and two encoders, which is told its own last frame.
+
+    Args:
+        loss: as of `e2vid`.
+        data: `motion` and `contrast`, which it does not need.
+    """
+    return _regression(E2VID(6, 12, 2), True, loss)
+
+
+def _system(low: Regression, design: Design, named: Mapping[str, Any]) -> TemporalResidualDiffusion:
+    scale = named["contrast"] if named["target"] == "frame" else named["motion"]
+    conditions = [name for name in named["conditions"].replace(" ", "").split(",") if name]
+    return TemporalResidualDiffusion(
+        low, design, conditions, named["target"], anchor=named["anchor"], scale=scale, start=named["low"]
+    )
+
+
+def trd_small(
+    *,
+    conditions: str = "low,time,high",
+    target: str = "temporal",
+    steps: int = 5,
+    anchor: float | int = 0.0,
+    low: str | None = "e2vid_small",
+    motion: float | int = 0.1,
+    contrast: float | int = 0.25,
+) -> TemporalResidualDiffusion:
+    """The system at a size that trains in minutes: 16 channels, three levels; cosine schedule, v-prediction.
+
+    Args:
+        conditions: names with commas between, as of `TemporalResidualDiffusion`.
+        target, anchor: as there.
+        steps: of sampling.
+        low: weights of the low-frequency module that a training begins with.
+        motion: standard deviation of a frame less the one before: the scale of residuals.
+        contrast: standard deviation of frames, the scale of the target "frame".
+    """
+    return _system(e2vid_small(), SMALL._replace(steps=steps), locals())
+
+
+def trd_base(
+    *,
+    conditions: str = "low,time,high",
+    target: str = "temporal",
+    steps: int = 20,
+    anchor: float | int = 0.0,
+    low: str | None = "",
+    motion: float | int = 0.1,
+    contrast: float | int = 0.25,
+) -> TemporalResidualDiffusion:
+    """The system at the inferred size: E2VID, a denoiser of 64 to 512 channels, 20 steps of sampling.
+
+    Args:
+        conditions, target, steps, anchor, motion, contrast: as of `trd_small`.
+        low: weights of a trained `e2vid`; a training needs them.
+    """
+    return _system(e2vid(), Design(steps=steps), locals())
