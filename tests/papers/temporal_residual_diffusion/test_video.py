@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from provenn.core.errors import UserError
-from provenn.papers.temporal_residual_diffusion.denoiser import EventAttention, _squares, _whole
+from provenn.papers.temporal_residual_diffusion.denoiser import Design, EventAttention, _squares, _whole
 from provenn.papers.temporal_residual_diffusion.layers import E2VID
-from provenn.papers.temporal_residual_diffusion.model import TemporalResidualDiffusion, frame_noise
+from provenn.papers.temporal_residual_diffusion.model import Regression, TemporalResidualDiffusion, frame_noise
 
 
 @pytest.fixture(autouse=True)
@@ -15,8 +15,8 @@ def seed():
 
 
 def small(conditions=("low", "time", "high"), target="temporal", **options):
-    low = E2VID(base=4, levels=2)
-    return TemporalResidualDiffusion(low, conditions, target, width=8, temporal=4, events=8, steps=3, **options)
+    design = Design(width=8, levels=4, temporal=4, events=8, steps=3)
+    return TemporalResidualDiffusion(Regression(E2VID(base=4, levels=2)), design, conditions, target, **options)
 
 
 def moved(network):
@@ -69,18 +69,18 @@ def test_a_video_does_not_depend_on_what_comes_later_on_parts_or_on_the_batch():
     network = moved(small()).double()
     voxels, frames = (part.double() for part in clip(2, 4))
     grids = list(voxels.unbind(1))
-    whole = list(network.frames(grids, frames[:, 0], seed=5))
+    whole = list(network.frames(grids, frames[:, 0], seeds=(5, 9)))
     changed = [*grids[:2], grids[2] + 1, grids[3]]
-    later = list(network.frames(changed, frames[:, 0], seed=5))
+    later = list(network.frames(changed, frames[:, 0], seeds=(5, 9)))
     assert torch.equal(whole[1], later[1]) and not torch.equal(whole[2], later[2])
-    memory, cut = network.first(frames[:, 0]), []
+    memory, cut = network.begin(frames[:, 0]), []
     for number, voxel in enumerate(grids):
-        frame, memory = network.step(voxel, memory, frame_noise(frames[:, 0], number, 5))
+        frame, memory = network.step(voxel, memory, frame_noise(frames[:, 0], number, (5, 9)))
         cut.append(frame)
     assert all(torch.equal(a, b) for a, b in zip(whole, cut, strict=True))
-    alone = list(network.frames([grid[:1] for grid in grids], frames[:1, 0], seed=5))
-    assert all(torch.allclose(a[:1], b, atol=1e-8) for a, b in zip(whole, alone, strict=True))
-    other = list(network.frames(grids, frames[:, 0], seed=6))
+    alone = list(network.frames([grid[1:] for grid in grids], frames[1:, 0], seeds=(9,)))
+    assert all(torch.allclose(a[1:], b, atol=1e-8) for a, b in zip(whole, alone, strict=True))
+    other = list(network.frames(grids, frames[:, 0], seeds=(6, 9)))
     assert not torch.allclose(whole[0], other[0])
     assert all(frame.min() >= 0 and frame.max() <= 1 for frame in whole)
 
@@ -126,7 +126,7 @@ def test_squares_come_back_and_what_is_filled_up_is_not_attended_to():
 def test_an_anchor_draws_to_the_low_frequency_estimate():
     network = small(anchor=1.0)
     voxels, frames = clip(1, 1)
-    estimate, joined, _, memory = network.conditioned(voxels[:, 0], network.first(frames[:, 0]))
+    estimate, joined, _, memory = network.conditioned(voxels[:, 0], network.begin(frames[:, 0]))
     assert torch.equal(memory.frame, estimate) and torch.equal(joined[:, 1:2], estimate)
 
 

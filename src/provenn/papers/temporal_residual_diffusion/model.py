@@ -76,6 +76,17 @@ class Reconstructor(nn.Module):
             frame, memory = self.step(voxel, memory, frame_noise(first, number, seeds))
             yield frame
 
+    def rebuilt(
+        self, clips: Sequence[Tensor], seeds: Sequence[int] = (0,)
+    ) -> Float[Tensor, "batch windows 1 rows cols"]:
+        """The frames of clips, each from its true first one on.
+
+        Args:
+            clips: voxel grids (batch, windows, bins, H, W), frames (batch, windows + 1, 1, H, W), and counts of events.
+            seeds: as of `frames`.
+        """
+        return torch.stack(list(self.frames(list(clips[0].unbind(1)), clips[1][:, 0], seeds)), 1)
+
 
 class Regression(Reconstructor):
     """A recurrent network that says the frame itself: E2VID or FireNet, the low-frequency module.

@@ -141,7 +141,9 @@ class EventVideo(Task):
             )
         rng = np.random.default_rng(seed)
         chosen = [whole[i] for i in sorted(rng.permutation(len(whole))[:clips])]
-        rest = [[part for i in sorted(group) for part in clips_of(sources[i], LONG, camera, seed)] for group in groups[1:]]
+        rest = [
+            [part for i in sorted(group) for part in clips_of(sources[i], LONG, camera, seed)] for group in groups[1:]
+        ]
         about = (
             f"{len(sources)} videos of {location.name}: {len(chosen)} clips of {len(groups[0])} to train on, "
             f"{len(groups[1])} whole to validate and {len(groups[2])} whole to test, split by seed {seed}, in parts of "
@@ -158,7 +160,7 @@ class EventVideo(Task):
         percentile = bool(getattr(dataset, "percentile", False))
         rows: list[dict[str, float]] = []
         by_frame: list[np.ndarray] = []
-        for index, truth, told in reconstructed(model, dataset, min(batch_size, 30)):
+        for _, truth, told in reconstructed(model, dataset, min(batch_size, 30)):
             told = by_percentile(told) if percentile else told
             rows.append(compared(told, truth))
             by_frame.append((told - truth).double().square().mean((1, 2, 3)).numpy())
@@ -168,7 +170,9 @@ class EventVideo(Task):
 
     def summary(self, scores: Scores) -> dict[str, float]:
         """Means over clips, of those that have a value."""
-        return {name: float(np.nanmean(scores[name])) if np.isfinite(scores[name]).any() else float("nan") for name in NAMES}
+        return {
+            name: float(np.nanmean(scores[name])) if np.isfinite(scores[name]).any() else float("nan") for name in NAMES
+        }
 
     def dummy_baseline(self, data: TaskData) -> float:
         """The error of holding the first frame."""
@@ -344,10 +348,10 @@ def reconstructed(model: nn.Module, dataset: Dataset, batch_size: int) -> Iterat
         if len(waiting) < batch_size and following == dataset[index][0].shape:
             continue
         clips = [dataset[i] for i in waiting]
-        voxels, frames = (torch.stack([clip[i] for clip in clips]).to(device) for i in (0, 1))
-        told = torch.stack(list(network.frames(list(voxels.unbind(1)), frames[:, 0], seeds=waiting)), 1)
+        batch = [torch.stack([clip[i] for clip in clips]).to(device) for i in range(3)]
+        told = network.rebuilt(batch, seeds=waiting)
         for row, number in enumerate(waiting):
-            yield number, frames[row, 1:].cpu(), told[row].cpu()
+            yield number, batch[1][row, 1:].cpu(), told[row].cpu()
         waiting = []
 
 

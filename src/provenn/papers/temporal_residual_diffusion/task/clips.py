@@ -138,7 +138,9 @@ def _together(parts: Sequence[Events]) -> Events:
 
 
 @lru_cache(maxsize=16)
-def flights(names: tuple[str, ...], count: int, seed: int, windows: int = WINDOWS, side: int = SIDE) -> tuple[Clip, ...]:
+def flights(
+    names: tuple[str, ...], count: int, seed: int, windows: int = WINDOWS, side: int = SIDE
+) -> tuple[Clip, ...]:
     """So many clips over these pictures, in turn.
 
     Args:

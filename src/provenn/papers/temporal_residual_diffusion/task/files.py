@@ -93,7 +93,7 @@ def _number(text: str) -> float | None:
     return value if np.isfinite(value) else None
 
 
-def read_events(file: Path, reading: Reading = Reading()) -> Events:  # noqa: B008  # frozen
+def read_events(file: Path, reading: Reading = Reading()) -> Events:  # frozen
     """The events of a recording.
 
     Text, also in a ZIP, has a line `t x y p` an event, with spaces or commas between, and may begin with a line

@@ -38,9 +38,7 @@ def compared(
     together = (centred[0] * centred[1]).sum(1)
     correlation = np.divide(together, norms, out=np.zeros_like(together), where=norms > 0)
     ssim = [
-        structural_similarity(
-            a, b, data_range=1.0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
-        )
+        structural_similarity(a, b, data_range=1.0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
         if min(a.shape) >= 11
         else np.nan
         for a, b in zip(told[:, 0].double().numpy(), truth[:, 0].double().numpy())
@@ -58,7 +56,9 @@ def by_percentile(frames: Float[Tensor, "frames 1 rows columns"]) -> Float[Tenso
 
 
 def fitted_thresholds(
-    frames: Float[np.ndarray, "windows1 rows columns"], counts: Float[np.ndarray, "windows 2 rows columns"], epsilon: float
+    frames: Float[np.ndarray, "windows1 rows columns"],
+    counts: Float[np.ndarray, "windows 2 rows columns"],
+    epsilon: float,
 ) -> Sequence[float]:
     """C₊ and C₋ by least squares of the true change of log intensity on the counts of both polarities."""
     change = np.log(frames[-1] + epsilon) - np.log(frames[0] + epsilon)

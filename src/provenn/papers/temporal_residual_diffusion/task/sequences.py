@@ -13,7 +13,7 @@ from provenn.data.images import SUFFIXES
 from provenn.papers.temporal_residual_diffusion.simulator import Events, Simulator
 from provenn.papers.temporal_residual_diffusion.task.clips import Clip, gathered
 from provenn.papers.temporal_residual_diffusion.task.files import Reading, checked
-from provenn.papers.temporal_residual_diffusion.task.videos import MOVING, is_video, read_video
+from provenn.papers.temporal_residual_diffusion.task.videos import MOVING, read_video
 
 READS = "a folder with videos or folders of pictures, or with sequences of EVREAL (events_ts.npy, images.npy, …)"
 # Seconds of the sequences of ECD that EVREAL takes.

@@ -45,7 +45,9 @@ def read_video(file: Path) -> Iterator[tuple[float, np.ndarray]]:
     size = None
     for number, (time, frame) in enumerate(_frames(file)):
         if size is not None and frame.shape != size:
-            raise UserError(f"{file}: frame {number} has {frame.shape[1]}×{frame.shape[0]} pixels, not {size[1]}×{size[0]}")
+            raise UserError(
+                f"{file}: frame {number} has {frame.shape[1]}×{frame.shape[0]} pixels, not {size[1]}×{size[0]}"
+            )
         size = frame.shape
         yield time, frame
     if size is None:
