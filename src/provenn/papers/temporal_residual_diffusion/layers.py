@@ -63,8 +63,8 @@ class ResidualBlock(nn.Module):
 class E2VID(nn.Module):
     """A recurrent U-Net from voxel grids to intensities: 10,710,401 parameters, or 10,712,098 with batch norms.
 
-    A head, encoders that halve the map and each carry a convolutional LSTM, residual blocks, decoders that take the sum
-    of what comes and of the encoder's output, and a prediction from the sum with the head.
+    A head, and encoders that halve the map and each carry a convolutional LSTM. Then residual blocks, decoders that
+    take the sum of what comes and of the encoder's output, and a prediction from the sum with the head.
 
     Args:
         bins: of the voxel grid.
@@ -73,7 +73,7 @@ class E2VID(nn.Module):
         norm: "none" or "batch", between convolution and ReLU of all but the head.
         upsampling: "bilinear" and a convolution, or "transposed", one convolution.
 
-    Shapes: (batch, bins, H, W) and states to (batch, 1, H, W) in 0…1 and new states; sides that are no multiples of
+    Shapes: (batch, bins, H, W) and states to (batch, 1, H, W) in 0…1 and new states. Sides that are no multiples of
     2 to the number of levels are filled up by reflection and cut back.
 
     Raises:

@@ -62,7 +62,6 @@ class Reconstructor(nn.Module):
         """
         raise NotImplementedError
 
-    @torch.no_grad()
     def frames(self, voxels: Sequence[Tensor], first: Frames, seeds: Sequence[int] = (0,)) -> Iterator[Frames]:
         """Videos, a frame for each grid; the same seed gives the same video, whatever others are in its batch.
 
@@ -73,7 +72,8 @@ class Reconstructor(nn.Module):
         """
         memory = self.begin(first)
         for number, voxel in enumerate(voxels):
-            frame, memory = self.step(voxel, memory, frame_noise(first, number, seeds))
+            with torch.no_grad():
+                frame, memory = self.step(voxel, memory, frame_noise(first, number, seeds))
             yield frame
 
     def rebuilt(
@@ -384,7 +384,7 @@ def take_low(low: Regression, start: str) -> None:
     low.load_state_dict(state)
 
 
-SMALL = Design(width=16, levels=3, temporal=8, events=16, steps=5, schedule="cosine", predicts="v")
+SMALL = Design(width=16, levels=3, temporal=6, events=16, steps=5, schedule="cosine", predicts="v")
 
 
 def _regression(network: E2VID | FireNet, closed: bool = False, loss: str = "l1") -> Regression:

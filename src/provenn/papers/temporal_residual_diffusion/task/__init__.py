@@ -336,7 +336,6 @@ def cropped(clip: Clip, size: int, seed: int) -> Clip:
     return Clip(clip.voxels[place].contiguous(), clip.frames[place].contiguous(), clip.counts[place].contiguous())
 
 
-@torch.no_grad()
 def reconstructed(model: nn.Module, dataset: Dataset, batch_size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Of each clip its number, the true frames after the first, and the model's, each from its own last one."""
     network, device = of_kind(model, Reconstructor, "the model"), device_of(model)
@@ -371,7 +370,6 @@ def _simulated(file: Path, reading: Reading) -> Events:
     return simulate_events(frames, times, reading.camera())
 
 
-@torch.no_grad()
 def _shown(
     network: Reconstructor, meta: dict[str, Any], parts: Sequence[Any], first: Tensor | None, beside: bool
 ) -> Iterator[np.ndarray]:
@@ -379,10 +377,10 @@ def _shown(
     memory: Memory | None = None
     for number, part in enumerate(progress.track(parts, "rebuilding")):
         voxel = grid_of(part, meta).to(device)
-        if memory is None:
-            memory = network.opening(voxel) if first is None else network.begin(first.to(device))
-        noise = frame_noise(voxel[:, :1], number, (0,))
-        frame, memory = network.step(voxel, memory, noise)
+        with torch.no_grad():
+            if memory is None:
+                memory = network.opening(voxel) if first is None else network.begin(first.to(device))
+            frame, memory = network.step(voxel, memory, frame_noise(voxel[:, :1], number, (0,)))
         grey = (255 * frame[0, 0].cpu().clamp(0, 1)).round().byte().numpy()
         if beside:
             yield np.concatenate([drawn(voxel[0].cpu()), np.repeat(grey[..., None], 3, 2)], 1)

@@ -56,7 +56,9 @@ class Clips(Dataset):
         return clip.voxels, clip.frames, clip.counts
 
 
-def gathered(frames: Float[np.ndarray, "frames rows columns"], parts: Sequence[Events], ends: Sequence[float]) -> Clip:
+def gathered(
+    frames: Float[np.ndarray, "frames rows columns"], parts: Sequence[Events], ends: Sequence[float | int]
+) -> Clip:
     """A clip of frames and of the events between them.
 
     Args:

@@ -192,18 +192,20 @@ def _lines(content: bytes, source: str) -> tuple[dict[str, np.ndarray], tuple[in
             size = int(words[0]), int(words[1])
         except ValueError:
             raise UserError(f"{source}: the first line of two words is width and height, got {head[:40]!r}") from None
-    elif any(word.strip().isalpha() for word in words):  # names of columns
+    elif words and all(word.isalpha() for word in words):  # names of columns
         if [w.decode("latin-1").lower() for w in words] not in (["t", "x", "y", "p"],):
             raise UserError(f"{source}: columns are t, x, y and p, got {head[:60].decode('latin-1')}")
     else:
         rest = content
+    if not rest.strip():
+        return dict.fromkeys("txyp", np.zeros(0)), size
     try:
         table = np.loadtxt(io.BytesIO(rest.replace(b",", b" ")), dtype=np.float64, ndmin=2)
     except ValueError as error:
         raise UserError(f"{source}: a line is no event `t x y p`: {str(error).splitlines()[0]}") from None
-    if table.size and table.shape[1] != 4:
+    if table.shape[1] != 4:
         raise UserError(f"{source}: a line has {table.shape[1]} numbers; expected four: t x y p")
-    return {name: table[:, i] if table.size else np.zeros(0) for i, name in enumerate("txyp")}, size
+    return {name: table[:, i] for i, name in enumerate("txyp")}, size
 
 
 def _zipped(file: Path) -> tuple[dict[str, np.ndarray], tuple[int, int] | None]:

@@ -21,9 +21,9 @@ def compared(
 ) -> dict[str, float]:
     """Means over the frames of a video.
 
-    `mse`, and `ssim` by scikit-image with Gaussian weights of σ = 1.5 and the population's covariance; of x − box5(x)
-    the mean square error, the correlation with the truth's, and the ratio of the root mean squares (1 is right, and
-    noise counts as detail). A frame smaller than SSIM's window has none.
+    `mse`, and `ssim` by scikit-image with Gaussian weights of σ = 1.5 and the population's covariance. Of x − box5(x)
+    the mean square error, the correlation with the truth's, and the ratio of the root mean squares: 1 is right, and
+    noise counts as detail. A frame smaller than SSIM's window has none.
 
     Args:
         told, truth: intensities in 0…1.
