@@ -87,6 +87,14 @@ class Reconstructor(nn.Module):
         """
         return torch.stack(list(self.frames(list(clips[0].unbind(1)), clips[1][:, 0], seeds)), 1)
 
+    def training_loss(self, batch: Sequence[Tensor]) -> Float[Tensor, ""]:
+        """The mean square error of `rebuilt`, where a subclass does not say; without gradients.
+
+        Args:
+            batch: voxel grids, frames and counts of clips.
+        """
+        return F.mse_loss(self.rebuilt(batch, range(len(batch[0]))), batch[1][:, 1:])
+
 
 class Regression(Reconstructor):
     """A recurrent network that says the frame itself: E2VID or FireNet, the low-frequency module.

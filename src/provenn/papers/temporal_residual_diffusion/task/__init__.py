@@ -153,7 +153,7 @@ class EventVideo(Task):
 
     def loss(self, model: nn.Module, batch: Sequence[Tensor]) -> Float[Tensor, ""]:
         """The model's own."""
-        return model.training_loss(batch)  # type: ignore[operator]  # nn.Module says that any attribute may be a tensor
+        return of_kind(model, Reconstructor, "the model").training_loss(batch)
 
     def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
         """Of each clip the figures of `metrics.compared`, and the error of each frame, from its true first one on."""
