@@ -269,7 +269,7 @@ def test_frames_go_to_a_folder_an_array_or_a_strip(tmp_path):
 
 def test_prediction_of_events_and_of_a_video(model, recording, tmp_path):
     write_events(tmp_path / "a.txt", recording)
-    says = TASK.predict(model, META, [tmp_path / "a.txt"], tmp_path / "a.npy", beside=True)
+    says = TASK.predict(model, META, [tmp_path / "a.txt"], tmp_path / "a.npy", paired=True)
     frames = np.load(tmp_path / "a.npy")
     count = len(list(parts_of(recording, "33ms")))
     assert frames.shape == (count, 24, 80, 3) and "first frame is not known" in says and f"{count} frames" in says
@@ -390,10 +390,12 @@ def test_the_exported_step_goes_on_as_the_system_does():
     form = TASK.portable(system, META)
     with torch.no_grad():
         told = form.system(**form.example)
-        memory = system.begin(form.example["memory_0"])
-        frame, _ = system.step(form.example["voxel"], memory, form.example["noise"])
-    assert len(told) == len(form.outputs) and told[0].shape == frame.shape
-    assert not torch.equal(told[0], frame)  # the states say something
+        voxel, noise, last, row = (form.example[name] for name in ("voxel", "noise", "last", "memory"))
+        frame, memory = system.step(voxel, system.begin(last), noise)
+        again, _ = system.step(voxel, memory, noise)
+        exported = form.system(voxel, noise, frame, row)
+    assert told[0].shape == frame.shape and not torch.equal(told[0], frame)  # the states say something
+    assert torch.equal(exported[0], again)
 
 
 def test_what_is_looked_into_has_the_windows_size(recording, tmp_path, model):

@@ -129,7 +129,7 @@ class EventAttention(nn.Module):
         inside = _squares(F.pad(torch.ones_like(x[:, :1]), pad), 1).squeeze(-1)[:, :, None] > 0
         told = F.scaled_dot_product_attention(q, k, v, attn_mask=inside.expand(-1, self.heads, -1, -1))
         rows, columns = height + pad[3], width + pad[1]
-        told = _whole(told, len(x), rows, columns)[..., :height, :width]
+        told = _whole(told, x.shape[0], rows, columns)[..., :height, :width]
         return x + self.out(torch.sigmoid(self.gate(events.abs())) * told)
 
 

@@ -1,5 +1,6 @@
 """Diffusion (Ho et al., 2020, arXiv:2006.11239), and sampling without noise (Song et al., 2021, arXiv:2010.02502)."""
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -35,12 +36,13 @@ class Schedule(nn.Module):
             raise UserError(f"a schedule has steps, linear or cosine, noise or v; got {steps}, {kind}, {predicts}")
         self.steps, self.predicts = steps, predicts
         if kind == "linear":
-            bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, steps, dtype=torch.float64), 0)
+            bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, steps, dtype=torch.float64, device="cpu"), 0)
         else:
-            at = (torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008
+            at = (torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps + 0.008) / 1.008
             curve = torch.cos(at * torch.pi / 2).square()
             bar = torch.cumprod(1 - (1 - curve[1:] / curve[:-1]).clamp(max=0.999), 0)
-        self.register_buffer("bar", bar, persistent=False)
+        self.values: list[float] = bar.tolist()
+        self.register_buffer("bar", torch.tensor(self.values, dtype=torch.float64), persistent=False)
 
     def at(self, k: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """√ᾱ_k and √(1 − ᾱ_k), to be multiplied with images."""
@@ -59,12 +61,13 @@ class Schedule(nn.Module):
         signal, spread = self.at(k, clean)
         return signal * noise - spread * clean
 
-    def told(self, x: Image, k: Tensor, said: Image, bound: float | None = None) -> tuple[Image, Image]:
+    def told(self, x: Image, k: Tensor, said: Image, bound: Tensor | float | None = None) -> tuple[Image, Image]:
         """x̂₀ and ε̂ of what the network said; after x̂₀ was cut to ±`bound`, ε̂ is computed anew."""
         signal, spread = self.at(k, x)
         clean = signal * x - spread * said if self.predicts == "v" else (x - spread * said) / signal
         if bound is not None:
-            clean = clean.clamp(-bound, bound)
+            limit = torch.as_tensor(bound, dtype=clean.dtype, device=clean.device)
+            clean = torch.minimum(torch.maximum(clean, -limit), limit)
         return clean, (x - signal * clean) / spread
 
     def chosen(self, count: int) -> list[int]:
@@ -77,8 +80,8 @@ class Schedule(nn.Module):
         """
         if not 1 <= count <= self.steps:
             raise UserError(f"between 1 and {self.steps} steps are taken, got {count}")
-        places = torch.linspace(self.steps - 1, 0, count, dtype=torch.float64) if count > 1 else [self.steps - 1.0]
-        return [int(torch.as_tensor(place).add(0.5).floor()) for place in places]
+        last = self.steps - 1
+        return [last - math.ceil(last * i / max(1, count - 1) - 0.5) for i in range(count)]
 
     def sample(
         self,
@@ -87,7 +90,7 @@ class Schedule(nn.Module):
         count: int,
         *,
         eta: float = 0.0,
-        bound: float | None = None,
+        bound: Tensor | float | None = None,
         generator: torch.Generator | None = None,
     ) -> Image:
         """Images from noise, by DDIM in `count` steps: x_j = √ᾱ_j x̂₀ + √(1 − ᾱ_j − σ²) ε̂ + σ z.
@@ -102,11 +105,11 @@ class Schedule(nn.Module):
         """
         x, steps = noise, self.chosen(count)
         for k, after in zip(steps, [*steps[1:], None]):
-            index = torch.full((len(x),), k, device=x.device)
+            index = torch.full((x.shape[0],), k, device=x.device)
             clean, error = self.told(x, index, denoise(x, index), bound)
             if after is None:
                 return clean
-            now, then = float(self.bar[k]), float(self.bar[after])
+            now, then = self.values[k], self.values[after]
             sigma = eta * ((1 - then) / (1 - now)) ** 0.5 * (1 - now / then) ** 0.5
             x = then**0.5 * clean + max(0.0, 1 - then - sigma**2) ** 0.5 * error
             if sigma:
@@ -115,8 +118,7 @@ class Schedule(nn.Module):
 
     def posterior(self, x: Image, clean: Image, k: int) -> tuple[Image, float]:
         """Mean and variance of x_{k−1} given x_k and x₀: DDPM's."""
-        bar = float(self.bar[k])
-        before = float(self.bar[k - 1]) if k else 1.0
+        bar, before = self.values[k], self.values[k - 1] if k else 1.0
         alpha = bar / before
         mean = (before**0.5 * (1 - alpha) * clean + alpha**0.5 * (1 - before) * x) / (1 - bar)
         return mean, (1 - alpha) * (1 - before) / (1 - bar)

@@ -32,7 +32,7 @@ class ConvLSTM(nn.Module):
 
     def forward(self, x: Map, state: State | None = None) -> tuple[Out, State]:
         if state is None:
-            zero = x.new_zeros(len(x), self.hidden, *x.shape[-2:])
+            zero = x.new_zeros(x.shape[0], self.hidden, *x.shape[-2:])
             state = zero, zero
         into, forget, out, cell = self.gates(torch.cat([x, state[0]], 1)).chunk(4, 1)
         c = torch.sigmoid(forget) * state[1] + torch.sigmoid(into) * torch.tanh(cell)

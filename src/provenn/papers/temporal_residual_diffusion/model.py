@@ -261,9 +261,8 @@ class TemporalResidualDiffusion(Reconstructor):
 
     def sampled(self, noise: Frames, joined: Tensor, maps: list[Tensor], voxel: Voxels) -> Frames:
         """x̂₀ from noise, in `steps` steps."""
-        bound = float(self.bound())
         return self.schedule.sample(
-            lambda x, k: self.denoiser(x, k, joined, maps, voxel), noise, self.steps, bound=bound
+            lambda x, k: self.denoiser(x, k, joined, maps, voxel), noise, self.steps, bound=self.bound()
         )
 
     def loss_of(self, clean: Frames, joined: Tensor, maps: list[Tensor], voxel: Voxels) -> tuple[Tensor, Frames]:
@@ -271,7 +270,7 @@ class TemporalResidualDiffusion(Reconstructor):
         k, noise = torch.randint(self.schedule.steps, (len(clean),), device=clean.device), torch.randn_like(clean)
         noisy = self.schedule.noisy(clean, k, noise)
         said = self.denoiser(noisy, k, joined, maps, voxel)
-        guessed, _ = self.schedule.told(noisy, k, said.detach(), float(self.bound()))
+        guessed, _ = self.schedule.told(noisy, k, said.detach(), self.bound())
         return F.mse_loss(said, self.schedule.target(clean, k, noise)), guessed
 
     @torch.no_grad()
@@ -321,7 +320,7 @@ class ResidualRegression(TemporalResidualDiffusion):
     """The same network under the same conditions, which says x₀ at once: no noise, one step (ours, to compare)."""
 
     def sampled(self, noise: Frames, joined: Tensor, maps: list[Tensor], voxel: Voxels) -> Frames:
-        last = torch.full((len(noise),), self.schedule.steps - 1, device=noise.device)
+        last = torch.full((noise.shape[0],), self.schedule.steps - 1, device=noise.device)
         told = self.denoiser(torch.zeros_like(noise), last, joined, maps, voxel)
         return told.clamp(-self.bound(), self.bound())
 

@@ -234,7 +234,7 @@ class EventVideo(Task):
         window: str = "33ms",
         first: Path | None = None,
         events: str | None = None,
-        beside: bool = False,
+        paired: bool = False,
     ) -> str:
         """Frames of a recording; or, of a video, events, or the frames that are rebuilt from them.
 
@@ -244,7 +244,7 @@ class EventVideo(Task):
             window: "33ms" or "0.05s", so many events, "0.35/pixel", or a file with the time stamps of frames.
             first: the frame before the first event; its size is the sensor's.
             events: how they are read or simulated, see `files.reading_of`.
-            beside: draw the events beside each frame.
+            paired: draw the events beside each frame.
         """
         if len(inputs) != 1:
             raise UserError(f"event-video takes one recording or one video, got {len(inputs)}")
@@ -275,7 +275,7 @@ class EventVideo(Task):
         times = [end for _, end, _ in parts]
         began = time.perf_counter()
         network = of_kind(model, Reconstructor, "the model")
-        write_video(output, _shown(network, meta, parts, start, beside), times)
+        write_video(output, _shown(network, meta, parts, start, paired), times)
         seconds = time.perf_counter() - began
         wide, high = told.size[1], told.size[0]
         if start is None:
@@ -371,7 +371,7 @@ def _simulated(file: Path, reading: Reading) -> Events:
 
 
 def _shown(
-    network: Reconstructor, meta: dict[str, Any], parts: Sequence[Any], first: Tensor | None, beside: bool
+    network: Reconstructor, meta: dict[str, Any], parts: Sequence[Any], first: Tensor | None, paired: bool
 ) -> Iterator[np.ndarray]:
     device = device_of(network)
     memory: Memory | None = None
@@ -382,7 +382,7 @@ def _shown(
                 memory = network.opening(voxel) if first is None else network.begin(first.to(device))
             frame, memory = network.step(voxel, memory, frame_noise(voxel[:, :1], number, (0,)))
         grey = (255 * frame[0, 0].cpu().clamp(0, 1)).round().byte().numpy()
-        if beside:
+        if paired:
             yield np.concatenate([drawn(voxel[0].cpu()), np.repeat(grey[..., None], 3, 2)], 1)
         else:
             yield grey
