@@ -12,7 +12,7 @@ from PIL import Image
 from provenn.core.errors import UserError
 from provenn.papers.temporal_residual_diffusion import E2VID, Regression, Sensor, simulate_events
 from provenn.papers.temporal_residual_diffusion.inspection import inspect
-from provenn.papers.temporal_residual_diffusion.model import e2vid, trd_small
+from provenn.papers.temporal_residual_diffusion.presets import e2vid, trd_small
 from provenn.papers.temporal_residual_diffusion.simulator import Events
 from provenn.papers.temporal_residual_diffusion.studies import Hold, Integration
 from provenn.papers.temporal_residual_diffusion.task import evaluated, reconstructed
@@ -110,7 +110,9 @@ def test_events_out_of_order_are_put_in_order_when_asked(tmp_path):
     assert told.t.tolist() == [0.25, 0.75] and told.x.tolist() == [2, 1] and told.p.tolist() == [-1, 1]
 
 
-@pytest.mark.parametrize("text", ["unit=h", "size=3", "size=0x4", "hot=-1", "hot=nan", "sort", "threshold=0", "a=b"])
+@pytest.mark.parametrize(
+    "text", ["unit=h", "size=3", "size=0x4", "hot=-1", "hot=nan", "sort", "threshold=0", "a=b", "steps=0"]
+)
 def test_other_ways_to_read_are_refused(text):
     with pytest.raises(UserError, match=r"events are read by|columns x rows"):
         reading_of(text)
@@ -284,6 +286,20 @@ def test_prediction_of_events_and_of_a_video(model, recording, tmp_path):
     assert told.size == (24, 40) and (told.p > 0).all() and f"{len(told.t):,} events" in says
     TASK.predict(model, META, [tmp_path / "pictures"], tmp_path / "strip.png", window="0.04s")
     assert Image.open(tmp_path / "strip.png").size[1] == 24
+
+
+def test_steps_and_seeds_of_sampling_are_the_users(model, recording, tmp_path):
+    write_events(tmp_path / "a.npz", recording)
+    torch.manual_seed(0)
+    system = trd_small(low=None, steps=3).eval()
+    told = {}
+    for how in ("", "steps=3", "steps=1", "seed=1"):
+        TASK.predict(system, META, [tmp_path / "a.npz"], tmp_path / "a.npy", events=how)
+        told[how] = np.load(tmp_path / "a.npy")
+    assert np.array_equal(told[""], told["steps=3"]) and system.steps == 3
+    assert not np.array_equal(told[""], told["steps=1"]) and not np.array_equal(told[""], told["seed=1"])
+    with pytest.raises(UserError, match="says its frames at once"):
+        TASK.predict(model, META, [tmp_path / "a.npz"], tmp_path / "b.npy", events="steps=2")
 
 
 def test_hot_pixels_are_left_out_and_said(model, recording, tmp_path):

@@ -15,12 +15,8 @@ from provenn.papers.temporal_residual_diffusion.model import (
     Regression,
     ResidualRegression,
     TemporalResidualDiffusion,
-    e2vid,
-    e2vid_small,
-    firenet,
-    trd_base,
-    trd_small,
 )
+from provenn.papers.temporal_residual_diffusion.presets import e2vid, e2vid_small, firenet, trd_base, trd_small
 from provenn.papers.temporal_residual_diffusion.simulator import (
     V2E,
     Events,

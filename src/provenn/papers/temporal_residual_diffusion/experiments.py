@@ -8,7 +8,7 @@ import torch
 from provenn.core.cost import count_parameters
 from provenn.data.photographs import grey_photograph
 from provenn.evidence import Measurement, Run, Study, Table, measures
-from provenn.papers.temporal_residual_diffusion.model import e2vid, firenet
+from provenn.papers.temporal_residual_diffusion.presets import e2vid, firenet
 from provenn.papers.temporal_residual_diffusion.simulator import Sensor, Simulator, log_intensity
 from provenn.papers.temporal_residual_diffusion.studies import PROBES, VARIANTS, moving, network, parameters, trained
 from provenn.papers.temporal_residual_diffusion.task.clips import TEST, flight

@@ -5,7 +5,6 @@ encoder, attention to events of high frequency, and the temporal residual as the
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,17 +13,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from provenn.core.errors import UserError
-from provenn.core.inputs import check_file
 from provenn.papers.temporal_residual_diffusion.denoiser import Denoiser, Design, TemporalEncoder
 from provenn.papers.temporal_residual_diffusion.diffusion import Schedule
 from provenn.papers.temporal_residual_diffusion.layers import E2VID, FireNet
+from provenn.papers.temporal_residual_diffusion.losses import LOSSES, frame_loss
+from provenn.papers.temporal_residual_diffusion.start import take_low
 from provenn.training.recipes import Recipe
 
 TARGETS = ("temporal", "lf_residual", "frame")
 CONDITIONS = ("low", "time", "high")
-LOSSES = ("l1", "structure")
 OWN = 0.3  # how often training is given the network's own last frame
-FILE, SHIPPED = "weights.safetensors", Path(__file__).with_name("weights")
 Frames = Float[Tensor, "batch 1 height width"]
 Voxels = Float[Tensor, "batch bins height width"]
 
@@ -338,142 +336,3 @@ def frame_noise(like: Frames, number: int, seeds: Sequence[int]) -> Frames:
         drawn = torch.Generator().manual_seed(seed * 1_000_003 + number)
         made.append(torch.randn(like.shape[1:], generator=drawn, dtype=torch.float32))
     return torch.stack(made).to(like)
-
-
-def frame_loss(frame: Frames, truth: Frames, loss: str) -> Float[Tensor, ""]:
-    """The loss of a frame, see `Regression`."""
-    plain = (frame - truth).abs().mean()
-    if loss == "l1":
-        return plain
-    edges = sum(((frame - truth).diff(dim=axis)).abs().mean() for axis in (-2, -1))
-    return plain + 0.2 * (1 - similarity(frame, truth)) + edges
-
-
-def similarity(frame: Frames, truth: Frames) -> Float[Tensor, ""]:
-    """The mean of SSIM, with a window of 7×7 equal weights."""
-    mean = [F.avg_pool2d(x, 7, 1) for x in (frame, truth)]
-    spread = [F.avg_pool2d(x * x, 7, 1) - m * m for x, m in zip((frame, truth), mean)]
-    both = F.avg_pool2d(frame * truth, 7, 1) - mean[0] * mean[1]
-    light = (2 * mean[0] * mean[1] + 1e-4) / (mean[0] ** 2 + mean[1] ** 2 + 1e-4)
-    return (light * (2 * both + 9e-4) / (spread[0] + spread[1] + 9e-4)).mean()
-
-
-def take_low(low: Regression, start: str) -> None:
-    """Give the low-frequency module the weights of a file, of a run's folder, or of a preset that ships.
-
-    Raises:
-        UserError: there are none, they cannot be read, or are of another network.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not start:
-        raise UserError(
-            "the low-frequency module has not learned anything: train the preset e2vid first, and give its run by "
-            "--set low=FOLDER"
-        )
-    shipped = SHIPPED / f"{start}.safetensors"
-    file = shipped if shipped.is_file() else Path(start)
-    file = file / FILE if file.is_dir() else file
-    if not file.exists():
-        raise UserError(f"no weights at {file}: low takes a .safetensors file or the folder of a run")
-    check_file(file)
-    try:
-        state = load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{file} is no safetensors file that can be read: {error}") from None
-    own = low.state_dict()
-    other = sorted(own.keys() ^ state.keys()) or [name for name in own if own[name].shape != state[name].shape]
-    if other:
-        raise UserError(f"{file} holds another network than the low-frequency module: they differ at {other[0]}")
-    if broken := [name for name in state if not state[name].isfinite().all()]:
-        raise UserError(f"{file}: {broken[0]} holds values that are no finite numbers")
-    low.load_state_dict(state)
-
-
-SMALL = Design(width=16, levels=3, temporal=6, events=16, steps=5, schedule="cosine", predicts="v")
-
-
-def _regression(network: E2VID | FireNet, closed: bool = False, loss: str = "l1") -> Regression:
-    return Regression(network, closed=closed, loss=loss)
-
-
-def e2vid(*, norm: str = "none", upsampling: str = "bilinear", loss: str = "structure", **data: float) -> Regression:
-    """E2VID at its published size: 10,710,401 parameters; with `norm="batch"` 10,712,098.
-
-    Args:
-        norm, upsampling: as of `layers.E2VID`.
-        loss: "structure", for the published LPIPS, or "l1".
-        data: `motion` and `contrast`, which it does not need.
-    """
-    return _regression(E2VID(norm=norm, upsampling=upsampling), loss=loss)
-
-
-def firenet(*, loss: str = "structure", **data: float) -> Regression:
-    """FireNet at its published size: 37,777 parameters.
-
-    Args:
-        loss: as of `e2vid`.
-        data: `motion` and `contrast`, which it does not need.
-    """
-    return _regression(FireNet(), loss=loss)
-
-
-def e2vid_small(*, loss: str = "l1", **data: float) -> Regression:
-    """E2VID of 12 channels and two encoders, which is told its own last frame.
-
-    Args:
-        loss: as of `e2vid`.
-        data: `motion` and `contrast`, which it does not need.
-    """
-    return _regression(E2VID(6, 12, 2), True, loss)
-
-
-def _system(low: Regression, design: Design, named: Mapping[str, Any]) -> TemporalResidualDiffusion:
-    scale = named["contrast"] if named["target"] == "frame" else named["motion"]
-    conditions = [name for name in named["conditions"].replace(" ", "").split(",") if name]
-    return TemporalResidualDiffusion(
-        low, design, conditions, named["target"], anchor=named["anchor"], scale=scale, start=named["low"]
-    )
-
-
-def trd_small(
-    *,
-    conditions: str = "low,time,high",
-    target: str = "temporal",
-    steps: int = 5,
-    anchor: float | int = 0.0,
-    low: str | None = "e2vid_small",
-    motion: float | int = 0.1,
-    contrast: float | int = 0.25,
-) -> TemporalResidualDiffusion:
-    """The system at a size that trains in minutes: 16 channels, three levels; cosine schedule, v-prediction.
-
-    Args:
-        conditions: names with commas between, as of `TemporalResidualDiffusion`.
-        target, anchor: as there.
-        steps: of sampling.
-        low: weights of the low-frequency module that a training begins with.
-        motion: standard deviation of a frame less the one before: the scale of residuals.
-        contrast: standard deviation of frames, the scale of the target "frame".
-    """
-    return _system(e2vid_small(), SMALL._replace(steps=steps), locals())
-
-
-def trd_base(
-    *,
-    conditions: str = "low,time,high",
-    target: str = "temporal",
-    steps: int = 20,
-    anchor: float | int = 0.0,
-    low: str | None = "",
-    motion: float | int = 0.1,
-    contrast: float | int = 0.25,
-) -> TemporalResidualDiffusion:
-    """The system at the inferred size: E2VID, a denoiser of 64 to 512 channels, 20 steps of sampling.
-
-    Args:
-        conditions, target, steps, anchor, motion, contrast: as of `trd_small`.
-        low: weights of a trained `e2vid`; a training needs them.
-    """
-    return _system(e2vid(), Design(steps=steps), locals())

@@ -14,12 +14,12 @@ from provenn.core.narrowing import of_kind
 from provenn.papers.temporal_residual_diffusion.layers import E2VID, FireNet
 from provenn.papers.temporal_residual_diffusion.model import (
     CONDITIONS,
-    SMALL,
     Reconstructor,
     Regression,
     ResidualRegression,
     TemporalResidualDiffusion,
 )
+from provenn.papers.temporal_residual_diffusion.presets import SMALL
 from provenn.papers.temporal_residual_diffusion.simulator import EPSILON
 from provenn.papers.temporal_residual_diffusion.task import TASK, assembled
 from provenn.papers.temporal_residual_diffusion.task.clips import SIDE, TEST, TRAIN, VALIDATE, Clips, flights

@@ -16,7 +16,7 @@ from provenn.core import progress
 from provenn.core.errors import UserError
 from provenn.core.files import check_no_input, check_output
 from provenn.core.narrowing import of_kind
-from provenn.papers.temporal_residual_diffusion.model import Memory, Reconstructor, frame_noise
+from provenn.papers.temporal_residual_diffusion.model import Reconstructor
 from provenn.papers.temporal_residual_diffusion.simulator import Events, simulate_events
 from provenn.papers.temporal_residual_diffusion.task.clips import (
     SIDE,
@@ -29,7 +29,7 @@ from provenn.papers.temporal_residual_diffusion.task.clips import (
     flights,
     spreads,
 )
-from provenn.papers.temporal_residual_diffusion.task.faces import answer, drawn, evaluated, picture_of
+from provenn.papers.temporal_residual_diffusion.task.faces import answer, evaluated, picture_of
 from provenn.papers.temporal_residual_diffusion.task.files import (
     ENDINGS,
     Reading,
@@ -39,6 +39,7 @@ from provenn.papers.temporal_residual_diffusion.task.files import (
 )
 from provenn.papers.temporal_residual_diffusion.task.metrics import NAMES, by_percentile, compared
 from provenn.papers.temporal_residual_diffusion.task.portable import one_step
+from provenn.papers.temporal_residual_diffusion.task.rebuilding import grid_of, rebuilt_frames, sampled_in
 from provenn.papers.temporal_residual_diffusion.task.recordings import known_first, parts_of
 from provenn.papers.temporal_residual_diffusion.task.sequences import READS, clips_of, sources_in
 from provenn.papers.temporal_residual_diffusion.task.videos import (
@@ -47,7 +48,7 @@ from provenn.papers.temporal_residual_diffusion.task.videos import (
     read_video,
     write_video,
 )
-from provenn.papers.temporal_residual_diffusion.voxels import BINS, events_to_voxel, normalised, without_hot_pixels
+from provenn.papers.temporal_residual_diffusion.voxels import BINS, normalised, without_hot_pixels
 from provenn.tasks import Task, TaskData, count_examples, device_of, split_indices
 from provenn.tasks.base import HeldOut, Portable, Scores, fingerprint
 
@@ -243,7 +244,7 @@ class EventVideo(Task):
                 to a strip as .png, or to a folder. Of a video .txt, .zip, .npy, .npz and .h5 take events.
             window: "33ms" or "0.05s", so many events, "0.35/pixel", or a file with the time stamps of frames.
             first: the frame before the first event; its size is the sensor's.
-            events: how they are read or simulated, see `files.reading_of`.
+            events: how they are read or simulated and frames sampled, see `files.reading_of`.
             paired: draw the events beside each frame.
         """
         if len(inputs) != 1:
@@ -275,7 +276,8 @@ class EventVideo(Task):
         times = [end for _, end, _ in parts]
         began = time.perf_counter()
         network = of_kind(model, Reconstructor, "the model")
-        write_video(output, _shown(network, meta, parts, start, paired), times)
+        with sampled_in(network, reading.steps):
+            write_video(output, rebuilt_frames(network, meta, parts, start, (reading.seed, paired)), times)
         seconds = time.perf_counter() - began
         wide, high = told.size[1], told.size[0]
         if start is None:
@@ -354,35 +356,9 @@ def reconstructed(model: nn.Module, dataset: Dataset, batch_size: int) -> Iterat
         waiting = []
 
 
-def grid_of(part: tuple[float, float, Events], meta: dict[str, Any]) -> Float[Tensor, "1 bins height width"]:
-    """The voxel grid of a window, as the meta says."""
-    start, end, events = part
-    bounds = (start, end) if meta["bounds"] and end > start else None
-    voxel = events_to_voxel(events, int(meta["bins"]), bounds)
-    return torch.from_numpy(normalised(voxel) if meta["normalise"] else voxel)[None]
-
-
 def _simulated(file: Path, reading: Reading) -> Events:
     frames, times = [], []
     for moment, frame in read_video(file):
         frames.append(frame)
         times.append(moment)
     return simulate_events(frames, times, reading.camera())
-
-
-def _shown(
-    network: Reconstructor, meta: dict[str, Any], parts: Sequence[Any], first: Tensor | None, paired: bool
-) -> Iterator[np.ndarray]:
-    device = device_of(network)
-    memory: Memory | None = None
-    for number, part in enumerate(progress.track(parts, "rebuilding")):
-        voxel = grid_of(part, meta).to(device)
-        with torch.no_grad():
-            if memory is None:
-                memory = network.opening(voxel) if first is None else network.begin(first.to(device))
-            frame, memory = network.step(voxel, memory, frame_noise(voxel[:, :1], number, (0,)))
-        grey = (255 * frame[0, 0].cpu().clamp(0, 1)).round().byte().numpy()
-        if paired:
-            yield np.concatenate([drawn(voxel[0].cpu()), np.repeat(grey[..., None], 3, 2)], 1)
-        else:
-            yield grey

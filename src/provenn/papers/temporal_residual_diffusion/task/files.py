@@ -25,7 +25,7 @@ LARGEST = 16_384  # pixels a side
 
 @dataclass(frozen=True)
 class Reading:
-    """How a recording is to be read, where its file does not say.
+    """How a recording is to be read where its file does not say, and how frames are sampled.
 
     Args:
         unit: of its times: s, ms, us or ns; "" for seconds where they are numbers with a point, else microseconds.
@@ -34,6 +34,8 @@ class Reading:
         sort: put events in order that are not.
         threshold: C of the camera that is simulated where a video is given.
         sensor: "ideal", or "v2e" for one with noise, mismatch, low-pass and refractory time.
+        steps: of sampling; None for the model's own.
+        seed: of the noise that sampling begins from.
     """
 
     unit: str = ""
@@ -42,6 +44,8 @@ class Reading:
     sort: bool = False
     threshold: float = 0.2
     sensor: str = "ideal"
+    steps: int | None = None
+    seed: int = 0
 
     def camera(self) -> Sensor:
         """What is simulated."""
@@ -55,7 +59,7 @@ def reading_of(text: str | None) -> Reading:
         UserError: another name or value, in one line.
 
     >>> reading_of("unit=ms,size=346x260")
-    Reading(unit='ms', size=(346, 260), hot=20.0, sort=False, threshold=0.2, sensor='ideal')
+    Reading(unit='ms', size=(346, 260), hot=20.0, sort=False, threshold=0.2, sensor='ideal', steps=None, seed=0)
     """
     given: dict[str, Any] = {}
     for part in (text or "").replace(" ", "").split(","):
@@ -68,6 +72,10 @@ def reading_of(text: str | None) -> Reading:
             given["sort"] = value == "yes"
         elif name == "sensor" and value in ("ideal", "v2e"):
             given["sensor"] = value
+        elif name == "steps" and value.isdigit() and 1 <= int(value) <= 1000:
+            given["steps"] = int(value)
+        elif name == "seed" and value.isdigit() and int(value) < 2**31:
+            given["seed"] = int(value)
         elif name == "threshold" and (_number(value) or 0) >= 0.01:
             given["threshold"] = float(value)
         elif name == "hot" and _number(value) is not None and float(value) >= 0:
@@ -80,7 +88,7 @@ def reading_of(text: str | None) -> Reading:
         else:
             raise UserError(
                 "events are read by unit=s, ms, us or ns, size=346x260, hot=20 and sort=yes, and simulated by "
-                f"threshold=0.2 (0.01 or more) and sensor=ideal or v2e; got {part!r}"
+                f"threshold=0.2 (0.01 or more) and sensor=ideal or v2e, sampled by steps=5 and seed=0; got {part!r}"
             )
     return Reading(**given)
 
