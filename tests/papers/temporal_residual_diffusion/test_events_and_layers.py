@@ -258,7 +258,7 @@ def test_sampling_with_the_truth_gives_the_image_back(kind, predicts):
         start = schedule.noisy(clean, k, noise)
         told = schedule.sample(lambda x, k: schedule.target(clean, k, true_noise(schedule, x, clean, k)), start, count)
         assert torch.allclose(told, clean, atol=1e-6)
-    assert (schedule.bar.diff() < 0).all() and 0 < schedule.bar[-1] < schedule.bar[0] < 1
+    assert (torch.tensor(schedule.values).diff() < 0).all() and 0 < schedule.values[-1] < schedule.values[0] < 1
 
 
 def true_noise(schedule, x, clean, k):
@@ -270,14 +270,14 @@ def test_the_marginal_is_that_of_the_chain_and_the_posterior_is_bayes():
     schedule = Schedule(20)
     signal, variance = 1.0, 0.0
     for k in range(20):
-        before = float(schedule.bar[k - 1]) if k else 1.0
-        alpha = float(schedule.bar[k]) / before
+        before = schedule.values[k - 1] if k else 1.0
+        alpha = schedule.values[k] / before
         signal, variance = signal * alpha**0.5, alpha * variance + 1 - alpha
-        assert signal == pytest.approx(float(schedule.bar[k]) ** 0.5)
-        assert variance == pytest.approx(1 - float(schedule.bar[k]))
+        assert signal == pytest.approx(schedule.values[k] ** 0.5)
+        assert variance == pytest.approx(1 - schedule.values[k])
     x, clean = torch.full((1, 1, 1, 1), 0.7).double(), torch.full((1, 1, 1, 1), -0.2).double()
     mean, spread = schedule.posterior(x, clean, 9)
-    before, now = float(schedule.bar[8]), float(schedule.bar[9])
+    before, now = schedule.values[8], schedule.values[9]
     alpha = now / before
     precision = 1 / (1 - before) + alpha / (1 - alpha)
     expected = (before**0.5 * -0.2 / (1 - before) + alpha**0.5 * 0.7 / (1 - alpha)) / precision

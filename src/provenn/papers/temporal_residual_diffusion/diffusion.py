@@ -28,8 +28,6 @@ class Schedule(nn.Module):
         UserError: another kind, or no steps.
     """
 
-    bar: Tensor
-
     def __init__(self, steps: int = 1000, kind: Kind = "linear", predicts: Predicts = "noise"):
         super().__init__()
         if steps < 1 or kind not in ("linear", "cosine") or predicts not in ("noise", "v"):
@@ -41,12 +39,12 @@ class Schedule(nn.Module):
             at = (torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps + 0.008) / 1.008
             curve = torch.cos(at * torch.pi / 2).square()
             bar = torch.cumprod(1 - (1 - curve[1:] / curve[:-1]).clamp(max=0.999), 0)
-        self.values: list[float] = bar.tolist()
-        self.register_buffer("bar", torch.tensor(self.values, dtype=torch.float64), persistent=False)
+        self.values: list[float] = bar.tolist()  # no buffer: a model in half precision keeps its schedule
 
     def at(self, k: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """√ᾱ_k and √(1 − ᾱ_k), to be multiplied with images."""
-        bar = self.bar[k].to(like.dtype).view(-1, 1, 1, 1)
+        every = torch.tensor(self.values, dtype=torch.float64, device=k.device)
+        bar = every[k].to(like.dtype).view(-1, 1, 1, 1)
         return bar.sqrt(), (1 - bar).sqrt()
 
     def noisy(self, clean: Image, k: Tensor, noise: Image) -> Image:
