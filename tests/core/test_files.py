@@ -197,6 +197,7 @@ ELSEWHERE = {
             *("tasks/super_resolution.py:answer", "tasks/semantic_segmentation.py:answer"),
             "papers/lambda_pnn/task/__init__.py:answer",
             "papers/s2lic/task/__init__.py:answer",
+            "papers/temporal_residual_diffusion/task/faces.py:answer",
         ],
         "in a worker's own folder",
     ),

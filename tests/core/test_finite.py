@@ -42,8 +42,9 @@ INPUTS = {  # of each kind of work: what is given, and where the answer goes
     "image-compression": ("image.png", "answer.s2l"),
     "spectra-regression": ("spectra.npy", "answer.csv"),
     "wound-segmentation": ("image.png", "answer.png"),
+    "event-video": ("events.txt", "answer.npy"),
 }
-TRIED = {"pansharpening": "image.png"}  # in the browser, where that is something else
+TRIED = {"pansharpening": "image.png", "event-video": "image.png"}  # in the browser, where that is something else
 # A factor under which every parameter has a square in float32, and every model that ships runs out of its range.
 FACTOR, BOUND = 1e18, 1e19
 
@@ -62,6 +63,8 @@ def inputs(tmp_path_factory) -> Path:
     np.save(folder / "spectra.npy", np.random.default_rng(0).random((3, 1440), dtype=np.float32))
     for name, bands, side in (("ms", 3, 32), ("pan", 1, 128)):
         np.save(folder / f"{name}.npy", np.random.default_rng(0).random((bands, side, side), dtype=np.float32))
+    events = [f"{0.001 * i:.3f} {i % 20} {i % 16} {i % 2}" for i in range(80)]
+    (folder / "events.txt").write_text("\n".join(["20 16", *events]))
     (folder / "words").write_text("def main(argument):\n    return argument\n" * 4)
     return folder
 

@@ -21,6 +21,8 @@ from PIL import Image
 import provenn
 from provenn.catalog import Card
 from provenn.cli import app, main
+from provenn.papers.temporal_residual_diffusion.task.files import read_events, write_events
+from provenn.papers.temporal_residual_diffusion.task.videos import write_video
 from provenn.tasks import Face
 
 ROOT = Path(__file__).parents[2]
@@ -107,6 +109,13 @@ def samples(tmp_path_factory) -> Path:
     rows = [f"{4000 + 90 * row},{row / 50 if row % 4 else ''}" for row in range(24)]
     (folder / "survey/labels.csv").write_text("\n".join(["Teff,iron", *rows]))
     np.save(folder / "spectra.npy", rng.normal(1, 0.05, (3, 1440)).astype(np.float32))
+    recorded = [f"{0.002 * i:.4f} {i % 32} {i % 24} {i % 2}" for i in range(200)]
+    (folder / "events.txt").write_text("\n".join(["32 24", *recorded]))
+    write_events(folder / "events.h5", read_events(folder / "events.txt"))
+    moving = [np.roll(np.kron(rng.integers(0, 256, (6, 8)), np.ones((6, 6))), i, 1).astype(np.uint8) for i in range(12)]
+    for name in ("video.mp4", "videos/a.mp4", "videos/b.mp4", "videos/c.mp4"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_video(folder / name, moving, [i / 30 for i in range(12)])
     for number in range(4):
         (folder / f"text/{number}.txt").write_text("The quick brown fox jumps over the lazy dog. " * 200)
     return folder

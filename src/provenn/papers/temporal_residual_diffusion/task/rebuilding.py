@@ -1,0 +1,79 @@
+"""Frames of a recording, one after another."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from provenn.core import progress
+from provenn.core.errors import UserError
+from provenn.papers.temporal_residual_diffusion.model import (
+    Memory,
+    Reconstructor,
+    TemporalResidualDiffusion,
+    frame_noise,
+)
+from provenn.papers.temporal_residual_diffusion.simulator import Events
+from provenn.papers.temporal_residual_diffusion.task.faces import drawn
+from provenn.papers.temporal_residual_diffusion.voxels import events_to_voxel, normalised
+from provenn.tasks import device_of
+
+
+def grid_of(part: tuple[float, float, Events], meta: dict[str, Any]) -> Float[Tensor, "1 bins height width"]:
+    """The voxel grid of a window, as the meta says."""
+    start, end, events = part
+    bounds = (start, end) if meta["bounds"] and end > start else None
+    voxel = events_to_voxel(events, int(meta["bins"]), bounds)
+    return torch.from_numpy(normalised(voxel) if meta["normalise"] else voxel)[None]
+
+
+@contextmanager
+def sampled_in(network: Reconstructor, steps: int | None) -> Iterator[None]:
+    """Inside, frames are sampled in so many steps.
+
+    Raises:
+        UserError: a network that samples nothing.
+    """
+    if steps is None:
+        yield
+        return
+    system = network if isinstance(network, TemporalResidualDiffusion) else None
+    if system is None:
+        raise UserError("steps are of sampling, and this model says its frames at once: leave out steps=")
+    before, system.steps = system.steps, steps
+    try:
+        yield
+    finally:
+        system.steps = before
+
+
+def rebuilt_frames(
+    network: Reconstructor, meta: dict[str, Any], parts: Sequence[Any], first: Tensor | None, how: tuple[int, bool]
+) -> Iterator[np.ndarray]:
+    """Frames of 8 bits, one after another.
+
+    Args:
+        network: what rebuilds.
+        meta: of its grids.
+        parts: windows, as `parts_of` gives them.
+        first: the frame before; None where it is not known.
+        how: the seed of sampling, and whether events are drawn beside.
+    """
+    seed, paired = how
+    device = device_of(network)
+    memory: Memory | None = None
+    for number, part in enumerate(progress.track(parts, "rebuilding")):
+        voxel = grid_of(part, meta).to(device)
+        with torch.no_grad():
+            if memory is None:
+                memory = network.opening(voxel) if first is None else network.begin(first.to(device))
+            frame, memory = network.step(voxel, memory, frame_noise(voxel[:, :1], number, (seed,)))
+        grey = (255 * frame[0, 0].cpu().clamp(0, 1)).round().byte().numpy()
+        if paired:
+            yield np.concatenate([drawn(voxel[0].cpu()), np.repeat(grey[..., None], 3, 2)], 1)
+        else:
+            yield grey

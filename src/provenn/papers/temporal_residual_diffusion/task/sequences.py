@@ -1,0 +1,132 @@
+"""The user's own videos and recordings as clips: events simulated of videos, or real ones beside frames (EVREAL)."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from provenn.core import progress
+from provenn.core.errors import UserError
+from provenn.core.inputs import check_file
+from provenn.data.images import SUFFIXES
+from provenn.papers.temporal_residual_diffusion.simulator import Events, Simulator
+from provenn.papers.temporal_residual_diffusion.task.clips import Clip, gathered
+from provenn.papers.temporal_residual_diffusion.task.files import Reading, checked
+from provenn.papers.temporal_residual_diffusion.task.videos import MOVING, read_video
+
+READS = "a folder with videos or folders of pictures, or with sequences of EVREAL (events_ts.npy, images.npy, …)"
+# Seconds of the sequences of ECD that EVREAL takes.
+CUTS = {
+    "boxes_6dof_cut": (5.0, 20.0),
+    "calibration_cut": (5.0, 20.0),
+    "dynamic_6dof_cut": (5.0, 20.0),
+    "office_zigzag_cut": (5.0, 12.0),
+    "poster_6dof_cut": (5.0, 20.0),
+    "shapes_6dof_cut": (5.0, 20.0),
+    "slider_depth_cut": (1.0, 2.5),
+}
+PARTS = ("events_ts", "events_xy", "events_p", "images", "images_ts")
+
+
+def sources_in(folder: Path) -> list[Path]:
+    """The videos and sequences of a folder, by name.
+
+    Raises:
+        UserError: it is none, or has none.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file; expected {READS}")
+    found = [
+        each
+        for each in sorted(folder.iterdir())
+        if not each.name.startswith(".")
+        and (each.suffix.lower() in (*MOVING, ".gif") if each.is_file() else is_sequence(each) or _has_pictures(each))
+    ]
+    if not found:
+        raise UserError(f"{folder} holds no video; expected {READS}")
+    return found
+
+
+def is_sequence(folder: Path) -> bool:
+    """Whether a folder is a sequence of EVREAL."""
+    return (folder / "events_ts.npy").is_file()
+
+
+def _has_pictures(folder: Path) -> bool:
+    return any(file.suffix.lower() in SUFFIXES for file in folder.iterdir())
+
+
+def clips_of(source: Path, windows: int, camera: Any, seed: int = 0, cut: bool = False) -> Iterator[Clip]:
+    """The whole of a video or a sequence, in parts of so many windows; the last one may be shorter.
+
+    Args:
+        source: a video, a folder of pictures, or a sequence of EVREAL.
+        windows: of a part.
+        camera: what is simulated of a video.
+        seed: of its noise.
+        cut: take of a sequence of ECD what EVREAL takes.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    pieces = _recorded(source, cut) if is_sequence(source) else _simulated(source, camera, seed)
+    frames: list[np.ndarray] = []
+    times: list[float] = []
+    parts: list[Events] = []
+    for time, frame, events in pieces:
+        if frames and events is not None:
+            parts.append(events)
+        frames.append(frame)
+        times.append(time)
+        if len(parts) == windows:
+            yield gathered(np.stack(frames), parts, times)
+            frames, times, parts = [frame], [time], []
+    if parts:
+        yield gathered(np.stack(frames), parts, times)
+
+
+def _simulated(source: Path, camera: Any, seed: int) -> Iterator[tuple[float, np.ndarray, Events | None]]:
+    simulator = None
+    for time, frame in read_video(source):
+        if simulator is None:
+            simulator = Simulator(frame, time, camera, seed)
+            yield time, frame, None
+        else:
+            yield time, frame, simulator.step(frame, time)
+
+
+def _recorded(folder: Path, cut: bool) -> Iterator[tuple[float, np.ndarray, Events | None]]:
+    loaded = {}
+    for name in PARTS:
+        check_file(folder / f"{name}.npy")
+        try:
+            loaded[name] = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError, OSError) as error:
+            raise UserError(f"{folder / name}.npy is no NumPy file that can be read: {error}") from None
+    images, stamps = loaded["images"], np.asarray(loaded["images_ts"], np.float64).ravel()
+    if len(images) != len(stamps) or len(images) < 2 or images.ndim not in (3, 4):
+        raise UserError(f"{folder}: {len(images)} images and {len(stamps)} times; expected as many, two or more")
+    size = int(images.shape[2]), int(images.shape[1])
+    if loaded["events_xy"].ndim != 2 or loaded["events_xy"].shape[1] != 2:
+        raise UserError(f"{folder}: events_xy.npy has the shape {loaded['events_xy'].shape}; expected (events, 2)")
+    columns = {
+        "t": np.asarray(loaded["events_ts"], np.float64).ravel(),
+        "x": np.asarray(loaded["events_xy"][:, 0]),
+        "y": np.asarray(loaded["events_xy"][:, 1]),
+        "p": np.asarray(loaded["events_p"]).ravel(),
+    }
+    events = checked(columns, size, Reading(unit="s", size=size), str(folder))
+    if cut and folder.name not in CUTS:
+        progress.say(f"{folder.name} has no cut among EVREAL's of ECD: it is taken whole")
+    start, end = CUTS.get(folder.name, (0.0, np.inf)) if cut else (0.0, np.inf)
+    before = None
+    for number, time in enumerate(stamps - stamps[0]):
+        if not start <= time <= end:
+            continue
+        image = np.asarray(images[number])
+        grey = image.astype(np.float64) / (255 if image.dtype == np.uint8 else 1)
+        grey = grey.mean(-1) if grey.ndim == 3 else grey
+        now = float(stamps[number])
+        yield now, grey.clip(0, 1), None if before is None else events.between(before, now)
+        before = now
