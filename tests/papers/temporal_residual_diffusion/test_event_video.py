@@ -15,7 +15,7 @@ from provenn.papers.temporal_residual_diffusion.inspection import inspect
 from provenn.papers.temporal_residual_diffusion.presets import e2vid, trd_small
 from provenn.papers.temporal_residual_diffusion.simulator import Events
 from provenn.papers.temporal_residual_diffusion.studies import Hold, Integration
-from provenn.papers.temporal_residual_diffusion.task import evaluated, reconstructed
+from provenn.papers.temporal_residual_diffusion.task import answer, evaluated, reconstructed
 from provenn.papers.temporal_residual_diffusion.task.clips import TEST, Clips, flight, flights, gathered, seen_by_camera
 from provenn.papers.temporal_residual_diffusion.task.files import Reading, read_events, reading_of, write_events
 from provenn.papers.temporal_residual_diffusion.task.metrics import by_percentile, compared
@@ -23,6 +23,7 @@ from provenn.papers.temporal_residual_diffusion.task.recordings import parts_of
 from provenn.papers.temporal_residual_diffusion.task.sequences import clips_of
 from provenn.papers.temporal_residual_diffusion.task.videos import read_video, write_video
 from provenn.tasks import get_task
+from provenn.tasks.demos import Trial
 
 TASK = get_task("event-video")
 META = TASK.default_meta({})
@@ -412,6 +413,15 @@ def test_the_exported_step_goes_on_as_the_system_does():
         exported = form.system(voxel, noise, frame, row)
     assert told[0].shape == frame.shape and not torch.equal(told[0], frame)  # the states say something
     assert torch.equal(exported[0], again)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3000, 2), (300, 200)])
+def test_pictures_of_any_size_are_tried_in_the_browser(size, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, size[::-1], dtype=np.uint8)).save("given.png")
+    told = answer(Trial(TASK, model, META, Path("given.png"), {}, print))
+    assert told["kind"] == "compared" and Image.open("before.png").size == Image.open("after.png").size == told["size"]
+    assert "simulated events" in told["text"]
 
 
 def test_what_is_looked_into_has_the_windows_size(recording, tmp_path, model):

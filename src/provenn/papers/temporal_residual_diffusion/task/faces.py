@@ -81,7 +81,9 @@ def answer(trial: Trial) -> dict[str, Any]:
     from PIL import Image
 
     picture = np.asarray(as_shown(trial.file).convert("L"))
-    least = int(np.ceil(2.3 * DEMO_SIDE))
+    least, side = int(np.ceil(2.3 * DEMO_SIDE)), 4 * min(picture.shape)
+    top, left = (max(0, length - side) // 2 for length in picture.shape)
+    picture = picture[top : top + side, left : left + side]  # of a line of pixels the middle
     if min(picture.shape) < least:
         scale = least / min(picture.shape)
         shape = round(picture.shape[1] * scale), round(picture.shape[0] * scale)
