@@ -6,7 +6,7 @@ import torch
 from provenn.core.errors import UserError
 from provenn.papers.temporal_residual_diffusion.denoiser import Design, EventAttention, _squares, _whole
 from provenn.papers.temporal_residual_diffusion.layers import E2VID
-from provenn.papers.temporal_residual_diffusion.model import Regression, TemporalResidualDiffusion, frame_noise
+from provenn.papers.temporal_residual_diffusion.model import Regression, Stream, TemporalResidualDiffusion, frame_noise
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +83,19 @@ def test_a_video_does_not_depend_on_what_comes_later_on_parts_or_on_the_batch():
     other = list(network.frames(grids, frames[:, 0], seeds=(6, 9)))
     assert not torch.allclose(whole[0], other[0])
     assert all(frame.min() >= 0 and frame.max() <= 1 for frame in whole)
+
+
+def test_a_stream_gives_the_same_video_and_begins_anew():
+    network = moved(small())
+    voxels, frames = clip(1, 3)
+    grids = list(voxels.unbind(1))
+    whole = list(network.frames(grids, frames[:, 0], seeds=(4,)))
+    stream = Stream(network, seed=4)
+    for _ in range(2):
+        stream.reset(frames[:, 0])
+        assert all(torch.equal(a, stream.step(grid)) for a, grid in zip(whole, grids, strict=True))
+    stream.reset()
+    assert not torch.equal(stream.step(grids[0]), whole[0])
 
 
 def test_each_condition_reaches_the_frame_and_can_be_left_out():

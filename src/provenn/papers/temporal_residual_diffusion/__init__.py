@@ -14,6 +14,7 @@ from provenn.papers.temporal_residual_diffusion.model import (
     Reconstructor,
     Regression,
     ResidualRegression,
+    Stream,
     TemporalResidualDiffusion,
 )
 from provenn.papers.temporal_residual_diffusion.presets import e2vid, e2vid_small, firenet, trd_base, trd_small
@@ -50,6 +51,7 @@ __all__ = [
     "Schedule",
     "Sensor",
     "Simulator",
+    "Stream",
     "TemporalEncoder",
     "TemporalResidualDiffusion",
     "e2vid",

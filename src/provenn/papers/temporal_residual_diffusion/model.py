@@ -94,6 +94,34 @@ class Reconstructor(nn.Module):
         return F.mse_loss(self.rebuilt(batch, range(len(batch[0]))), batch[1][:, 1:])
 
 
+class Stream:
+    """A video that goes on window by window: the same frames as `Reconstructor.frames` gives at once.
+
+    Args:
+        network: what turns events into frames.
+        seed: of the noise.
+    """
+
+    def __init__(self, network: Reconstructor, seed: int = 0):
+        self.network, self.seed = network.eval(), seed
+        self.reset()
+
+    def reset(self, first: Frames | None = None) -> None:
+        """Begin anew, after a frame that is known, or after none."""
+        self.memory = None if first is None else self.network.begin(first)
+        self.number = 0
+
+    @torch.no_grad()
+    def step(self, voxel: Voxels) -> Frames:
+        """The frame after the events of a window."""
+        if self.memory is None:
+            self.memory = self.network.opening(voxel)
+        noise = frame_noise(voxel[:, :1], self.number, (self.seed,))
+        frame, self.memory = self.network.step(voxel, self.memory, noise)
+        self.number += 1
+        return frame
+
+
 class Regression(Reconstructor):
     """A recurrent network that says the frame itself: E2VID or FireNet, the low-frequency module.
 

@@ -12,10 +12,9 @@ from torch import Tensor
 from provenn.core import progress
 from provenn.core.errors import UserError
 from provenn.papers.temporal_residual_diffusion.model import (
-    Memory,
     Reconstructor,
+    Stream,
     TemporalResidualDiffusion,
-    frame_noise,
 )
 from provenn.papers.temporal_residual_diffusion.simulator import Events
 from provenn.papers.temporal_residual_diffusion.task.faces import drawn
@@ -65,13 +64,11 @@ def rebuilt_frames(
     """
     seed, paired = how
     device = device_of(network)
-    memory: Memory | None = None
-    for number, part in enumerate(progress.track(parts, "rebuilding")):
+    stream = Stream(network, seed)
+    stream.reset(None if first is None else first.to(device))
+    for part in progress.track(parts, "rebuilding"):
         voxel = grid_of(part, meta).to(device)
-        with torch.no_grad():
-            if memory is None:
-                memory = network.opening(voxel) if first is None else network.begin(first.to(device))
-            frame, memory = network.step(voxel, memory, frame_noise(voxel[:, :1], number, (seed,)))
+        frame = stream.step(voxel)
         grey = (255 * frame[0, 0].cpu().clamp(0, 1)).round().byte().numpy()
         if paired:
             yield np.concatenate([drawn(voxel[0].cpu()), np.repeat(grey[..., None], 3, 2)], 1)
