@@ -6,12 +6,11 @@ import numpy as np
 import torch
 
 from provenn.core.cost import count_parameters
-from provenn.data.photographs import grey_photograph
 from provenn.evidence import Measurement, Run, Study, Table, measures
 from provenn.papers.temporal_residual_diffusion.presets import e2vid, firenet
 from provenn.papers.temporal_residual_diffusion.simulator import Sensor, Simulator, log_intensity
 from provenn.papers.temporal_residual_diffusion.studies import PROBES, VARIANTS, moving, network, parameters, trained
-from provenn.papers.temporal_residual_diffusion.task.clips import TEST, flight
+from provenn.papers.temporal_residual_diffusion.task.clips import TEST, flight_over
 from provenn.training import Recipe
 
 CLIPS = Study(
@@ -73,7 +72,7 @@ async def events_bound(run: Run) -> Measurement:
     """The largest difference of log intensity and the sum of events, in thresholds, over clips and thresholds."""
     rows: list[list[Any]] = []
     for number, threshold in enumerate((0.05, 0.15, 0.3, 0.5)):
-        frames = flight(grey_photograph(TEST[number]), np.random.default_rng(number), 10, 32)
+        frames = flight_over(TEST[number], np.random.default_rng(number), 10, 32)
         sensor = Sensor(threshold, threshold)
         camera, total, worst = Simulator(frames[0], 0.0, sensor), np.zeros(frames[0].shape), 0.0
         first = log_intensity(frames[0], sensor)

@@ -18,7 +18,6 @@ from provenn.papers.temporal_residual_diffusion.diffusion import Schedule
 from provenn.papers.temporal_residual_diffusion.layers import E2VID, FireNet
 from provenn.papers.temporal_residual_diffusion.losses import LOSSES, frame_loss
 from provenn.papers.temporal_residual_diffusion.start import take_low
-from provenn.training.recipes import Recipe
 
 TARGETS = ("temporal", "lf_residual", "frame")
 CONDITIONS = ("low", "time", "high")
@@ -221,8 +220,8 @@ class TemporalResidualDiffusion(Reconstructor):
         self.low.eval()
         return self
 
-    def optimizers(self, recipe: Recipe) -> torch.optim.Optimizer:
-        """That of the recipe; the weights of `start` are taken into the low-frequency module first."""
+    def optimizers(self, recipe: Any) -> torch.optim.Optimizer:
+        """That of a `provenn.training.Recipe`; the weights of `start` are taken into the low-frequency module first."""
         if self.start is not None:
             take_low(self.low, self.start)
         return recipe.make_optimizer(self)

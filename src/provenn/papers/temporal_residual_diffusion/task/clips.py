@@ -115,6 +115,13 @@ def flight(
     return (gain * seen[:, 0].numpy().astype(np.float64) + offset).clip(0, 1)
 
 
+def flight_over(
+    name: str, rng: np.random.Generator, windows: int, side: int
+) -> Float[np.ndarray, "frames rows columns"]:
+    """`flight` over a bundled picture."""
+    return flight(grey_photograph(name), rng, windows, side)
+
+
 def seen_by_camera(
     frames: Float[np.ndarray, "frames rows columns"], rng: np.random.Generator, sub: int = SUB, rate: float | int = RATE
 ) -> Clip:
@@ -154,7 +161,7 @@ def flights(
     made = []
     for number in range(count):
         rng = np.random.default_rng([seed, number, windows, side])
-        frames = flight(grey_photograph(names[number % len(names)]), rng, windows, side)
+        frames = flight_over(names[number % len(names)], rng, windows, side)
         made.append(seen_by_camera(frames, rng))
     return tuple(made)
 
