@@ -181,6 +181,15 @@ def test_normalised_grids_have_mean_0_and_spread_1_where_there_are_events():
     assert abs(float(voxel[there].mean())) < 0.05 and 0.9 < float(voxel[there].std()) < 1.1
 
 
+def test_times_may_be_counted_from_the_first_and_the_last_event():
+    data, own = TASK.load("moving", clips=2), TASK.load("moving", clips=2, bounds=False)
+    assert own.meta["bounds"] is False and torch.equal(data.train[0].counts, own.train[0].counts)
+    assert torch.allclose(own.train[0].voxels.sum(1), data.train[0].voxels.sum(1), atol=1e-4)
+    assert not torch.allclose(own.train[0].voxels, data.train[0].voxels, atol=1e-2)
+    held = TASK.held_out("moving", own.meta)
+    assert torch.equal(held.dataset[0].voxels, own.test[0].voxels)
+
+
 def test_figures_are_what_they_say(clip):
     truth = clip.frames[1:]
     same_again = compared(truth, truth)
@@ -285,6 +294,9 @@ def test_prediction_of_events_and_of_a_video(model, recording, tmp_path):
     says = TASK.predict(model, META, [tmp_path / "pictures"], tmp_path / "e.npz", events="threshold=0.5")
     told = read_events(tmp_path / "e.npz")
     assert told.size == (24, 40) and (told.p > 0).all() and f"{len(told.t):,} events" in says
+    write_video(tmp_path / "one", frames_of(1, (24, 40)), [0.0])
+    with pytest.raises(UserError, match="one frame; events come of two or more"):
+        TASK.predict(model, META, [tmp_path / "one"], tmp_path / "none.npz")
     TASK.predict(model, META, [tmp_path / "pictures"], tmp_path / "strip.png", window="0.04s")
     assert Image.open(tmp_path / "strip.png").size[1] == 24
 

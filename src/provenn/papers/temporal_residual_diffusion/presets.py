@@ -1,17 +1,10 @@
 """The systems by size, and the networks that stand inside them or beside."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from provenn.papers.temporal_residual_diffusion.denoiser import Design
 from provenn.papers.temporal_residual_diffusion.layers import E2VID, FireNet
 from provenn.papers.temporal_residual_diffusion.model import Regression, TemporalResidualDiffusion
 
 SMALL = Design(width=16, levels=3, temporal=6, events=16, steps=5, schedule="cosine", predicts="v")
-
-
-def _regression(network: E2VID | FireNet, closed: bool = False, loss: str = "l1") -> Regression:
-    return Regression(network, closed=closed, loss=loss)
 
 
 def e2vid(*, norm: str = "none", upsampling: str = "bilinear", loss: str = "structure", **data: float) -> Regression:
@@ -22,7 +15,7 @@ def e2vid(*, norm: str = "none", upsampling: str = "bilinear", loss: str = "stru
         loss: "structure", for the published LPIPS, or "l1".
         data: `motion` and `contrast`, which it does not need.
     """
-    return _regression(E2VID(norm=norm, upsampling=upsampling), loss=loss)
+    return Regression(E2VID(norm=norm, upsampling=upsampling), loss=loss)
 
 
 def firenet(*, loss: str = "structure", **data: float) -> Regression:
@@ -32,7 +25,7 @@ def firenet(*, loss: str = "structure", **data: float) -> Regression:
         loss: as of `e2vid`.
         data: `motion` and `contrast`, which it does not need.
     """
-    return _regression(FireNet(), loss=loss)
+    return Regression(FireNet(), loss=loss)
 
 
 def e2vid_small(*, loss: str = "l1", **data: float) -> Regression:
@@ -42,15 +35,15 @@ def e2vid_small(*, loss: str = "l1", **data: float) -> Regression:
         loss: as of `e2vid`.
         data: `motion` and `contrast`, which it does not need.
     """
-    return _regression(E2VID(6, 12, 2), True, loss)
+    return Regression(E2VID(6, 12, 2), closed=True, loss=loss)
 
 
-def _system(low: Regression, design: Design, named: Mapping[str, Any]) -> TemporalResidualDiffusion:
-    scale = named["contrast"] if named["target"] == "frame" else named["motion"]
-    conditions = [name for name in named["conditions"].replace(" ", "").split(",") if name]
-    return TemporalResidualDiffusion(
-        low, design, conditions, named["target"], anchor=named["anchor"], scale=scale, start=named["low"]
-    )
+def _named(conditions: str) -> list[str]:
+    return [name for name in conditions.replace(" ", "").split(",") if name]
+
+
+def _scale(target: str, motion: float, contrast: float) -> float:
+    return contrast if target == "frame" else motion
 
 
 def trd_small(
@@ -73,7 +66,10 @@ def trd_small(
         motion: standard deviation of a frame less the one before: the scale of residuals.
         contrast: standard deviation of frames, the scale of the target "frame".
     """
-    return _system(e2vid_small(), SMALL._replace(steps=steps), locals())
+    design, scale = SMALL._replace(steps=steps), _scale(target, motion, contrast)
+    return TemporalResidualDiffusion(
+        e2vid_small(), design, _named(conditions), target, anchor=anchor, scale=scale, start=low
+    )
 
 
 def trd_base(
@@ -92,4 +88,5 @@ def trd_base(
         conditions, target, steps, anchor, motion, contrast: as of `trd_small`.
         low: weights of a trained `e2vid`; a training needs them.
     """
-    return _system(e2vid(), Design(steps=steps), locals())
+    design, scale = Design(steps=steps), _scale(target, motion, contrast)
+    return TemporalResidualDiffusion(e2vid(), design, _named(conditions), target, anchor=anchor, scale=scale, start=low)

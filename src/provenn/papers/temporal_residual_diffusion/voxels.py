@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float32
@@ -64,6 +65,23 @@ def normalised(voxel: Float32[np.ndarray, "bins rows columns"]) -> Float32[np.nd
     made = np.zeros_like(voxel)
     made[there] = (values - values.mean()) / (spread if spread > 0 else 1.0)
     return made
+
+
+class Grids(NamedTuple):
+    """How the grid of a window is made.
+
+    Args:
+        bounds: whether times are counted from the window's bounds; else from its first and last event, as E2VID does.
+        normalise: whether cells that are not zero get mean 0 and standard deviation 1, as E2VID does.
+    """
+
+    bounds: bool = True
+    normalise: bool = False
+
+    def of(self, start: float | int, end: float | int, events: Events) -> Float32[np.ndarray, "bins rows columns"]:
+        """The grid of the events from `start` to `end`; of a window without length it has no bounds."""
+        voxel = events_to_voxel(events, BINS, (start, end) if self.bounds and end > start else None)
+        return normalised(voxel) if self.normalise else voxel
 
 
 def windows(

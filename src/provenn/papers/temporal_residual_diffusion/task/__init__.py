@@ -17,7 +17,7 @@ from provenn.core.errors import UserError
 from provenn.core.files import check_no_input, check_output
 from provenn.core.narrowing import of_kind
 from provenn.papers.temporal_residual_diffusion.model import Reconstructor
-from provenn.papers.temporal_residual_diffusion.simulator import Events, simulate_events
+from provenn.papers.temporal_residual_diffusion.simulator import joined
 from provenn.papers.temporal_residual_diffusion.task.clips import (
     SIDE,
     TEST,
@@ -39,16 +39,15 @@ from provenn.papers.temporal_residual_diffusion.task.files import (
 )
 from provenn.papers.temporal_residual_diffusion.task.metrics import NAMES, by_percentile, compared
 from provenn.papers.temporal_residual_diffusion.task.portable import one_step
-from provenn.papers.temporal_residual_diffusion.task.rebuilding import grid_of, rebuilt_frames, sampled_in
+from provenn.papers.temporal_residual_diffusion.task.rebuilding import grid_of, grids_of, rebuilt_frames, sampled_in
 from provenn.papers.temporal_residual_diffusion.task.recordings import known_first, parts_of
-from provenn.papers.temporal_residual_diffusion.task.sequences import READS, clips_of, sources_in
+from provenn.papers.temporal_residual_diffusion.task.sequences import READS, clips_of, simulated, sources_in
 from provenn.papers.temporal_residual_diffusion.task.videos import (
     check_written,
     is_video,
-    read_video,
     write_video,
 )
-from provenn.papers.temporal_residual_diffusion.voxels import BINS, normalised, without_hot_pixels
+from provenn.papers.temporal_residual_diffusion.voxels import BINS, without_hot_pixels
 from provenn.tasks import Task, TaskData, count_examples, device_of, split_indices
 from provenn.tasks.base import HeldOut, Portable, Scores, fingerprint
 
@@ -91,6 +90,7 @@ class EventVideo(Task):
         clips: int = CLIPS[0],
         windows: int = WINDOWS,
         size: int = SIDE,
+        bounds: bool = True,
         normalise: bool = False,
         threshold: float = 0.2,
     ) -> TaskData:
@@ -102,6 +102,7 @@ class EventVideo(Task):
             clips: to train on, at most.
             windows: of a clip to train on.
             size: side of a clip to train on, in pixels; a place in each of the user's is drawn.
+            bounds: count times from the bounds of a window; else from its first and last event, as E2VID does.
             normalise: grids whose cells that are not zero have mean 0 and standard deviation 1, as E2VID has them.
             threshold: C of the camera that is simulated of the user's videos.
         """
@@ -109,12 +110,13 @@ class EventVideo(Task):
             raise UserError(f"clips and windows are 1 or more, size 16 to 256; got {clips}, {windows} and {size}")
         if not 0.01 <= threshold <= 2:
             raise UserError(f"threshold lies between 0.01 and 2, got {threshold:g}")
-        meta = {"bins": BINS, "bounds": True, "normalise": normalise, "size": size}
+        meta = self.default_meta({}) | {"bounds": bounds, "normalise": normalise, "size": size}
+        grids = grids_of(meta)
         location = self._named(source)
         if isinstance(location, str):
             counts = (clips, *CLIPS[1:])
             parts = [
-                flights(names, count, 3 * seed + number, windows, size)
+                flights(names, count, 3 * seed + number, windows, size, grids)
                 for number, (names, count) in enumerate(zip((TRAIN, VALIDATE, TEST), counts, strict=True))
             ]
             about = (
@@ -131,19 +133,21 @@ class EventVideo(Task):
         order = split_indices(len(sources), (1.0,), seed)[0]
         groups = order[2 * tenth :], order[:tenth], order[tenth : 2 * tenth]
         camera = Reading(threshold=threshold).camera()
+        rng = np.random.default_rng(seed)
         train: list[Clip] = []
         for index in progress.track(sorted(groups[0]), "reading videos"):
-            train += [cropped(clip, size, seed) for clip in clips_of(sources[index], windows, camera, seed)]
+            read = clips_of(sources[index], windows, camera, seed, grids=grids)
+            train += [cropped(clip, size, rng) for clip in read]
         whole = [clip for clip in train if len(clip.voxels) == windows and min(clip.frames.shape[-2:]) == size]
         if not whole:
             raise UserError(
                 f"{location}: no video to train on has {windows + 1} frames of {size}×{size} pixels; take smaller "
                 "windows= or size="
             )
-        rng = np.random.default_rng(seed)
         chosen = [whole[i] for i in sorted(rng.permutation(len(whole))[:clips])]
         rest = [
-            [part for i in sorted(group) for part in clips_of(sources[i], LONG, camera, seed)] for group in groups[1:]
+            [part for i in sorted(group) for part in clips_of(sources[i], LONG, camera, seed, grids=grids)]
+            for group in groups[1:]
         ]
         about = (
             f"{len(sources)} videos of {location.name}: {len(chosen)} clips of {len(groups[0])} to train on, "
@@ -158,7 +162,7 @@ class EventVideo(Task):
 
     def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
         """Of each clip the figures of `metrics.compared`, and the error of each frame, from its true first one on."""
-        percentile = bool(getattr(dataset, "percentile", False))
+        percentile = of_kind(dataset, Clips, "the data").percentile
         rows: list[dict[str, float]] = []
         by_frame: list[np.ndarray] = []
         for _, truth, told in reconstructed(model, dataset, min(batch_size, 30)):
@@ -205,16 +209,16 @@ class EventVideo(Task):
         """
         location = self._named(source)
         if isinstance(location, str) or not whole:
-            chosen = self.load(source, seed=seed, normalise=bool(meta["normalise"])).test
-            about = f"the test split of {source}"
+            kept = {name: meta[name] for name in ("bounds", "normalise", "size")}
+            test = self.load(source, seed=seed, clips=1, threshold=threshold, **kept).test  # which is of any count
+            clips, about = of_kind(test, Clips, "the data").clips, f"the test split of {source}"
         else:
             camera = Reading(threshold=threshold).camera()
-            clips = [part for each in sources_in(location) for part in clips_of(each, LONG, camera, seed, cut)]
-            chosen, about = Clips(gridded(clips, meta)), f"all of {location}, in parts of at most {LONG} windows"
-        if percentile:
-            chosen.percentile = True  # type: ignore[attr-defined]  # asked of it by `scores`
-            about += ", frames stretched from percentiles 1 and 99"
-        return HeldOut(chosen, f"{about}; each begins with its true first frame")
+            grids = grids_of(meta)
+            clips = [part for each in sources_in(location) for part in clips_of(each, LONG, camera, seed, cut, grids)]
+            about = f"all of {location}, in parts of at most {LONG} windows"
+        about += ", frames stretched from percentiles 1 and 99" if percentile else ""
+        return HeldOut(Clips(clips, percentile), f"{about}; each begins with its true first frame")
 
     def default_meta(self, options: dict[str, Any]) -> dict[str, Any]:
         return {"bins": BINS, "bounds": True, "normalise": False, "size": SIDE}
@@ -256,35 +260,36 @@ class EventVideo(Task):
         check_no_input(output, [str(file)])
         lines = []
         if is_video(file):
-            told = _simulated(file, reading)
+            pieces = simulated(file, reading.camera())
+            start: Tensor | None = torch.from_numpy(next(pieces)[1]).float()[None, None]
+            parts = [part for _, _, part in pieces if part is not None]
+            if not parts:
+                raise UserError(f"{file} has one frame; events come of two or more")
+            told = joined(parts)
             lines.append(f"{file}: {len(told.t):,} events were simulated of it")
             if output.suffix.lower() in ENDINGS:
                 write_events(output, told)
                 return f"{lines[0]}, threshold {reading.threshold:g}, {reading.sensor}\nwrote {output}"
-            if first is None:
-                start: Tensor | None = torch.from_numpy(next(read_video(file))[1]).float()[None, None]
-            else:
-                start = known_first(first, told.size)
         else:
-            told = read_events(file, reading)
-            start = None if first is None else known_first(first, told.size)
+            told, start = read_events(file, reading), None
             if reading.hot:
                 told, hot = without_hot_pixels(told, reading.hot)
                 lines += [f"{hot} hot pixel(s) were left out; --events hot=0 keeps them"] if hot else []
+        start = start if first is None else known_first(first, told.size)
         check_written(output, told.size)
-        parts = list(parts_of(told, window))
-        times = [end for _, end, _ in parts]
+        cut = list(parts_of(told, window))
+        times = [end for _, end, _ in cut]
         began = time.perf_counter()
         network = of_kind(model, Reconstructor, "the model")
         with sampled_in(network, reading.steps):
-            write_video(output, rebuilt_frames(network, meta, parts, start, (reading.seed, paired)), times)
+            write_video(output, rebuilt_frames(network, meta, cut, start, reading.seed, paired), times)
         seconds = time.perf_counter() - began
         wide, high = told.size[1], told.size[0]
         if start is None:
             lines.append("the first frame is not known: what does not move stays grey; --first gives it")
         lines.append(
-            f"{len(told.t):,} events of {wide}×{high} pixels in {times[-1] - parts[0][0]:.2f} s, {len(parts)} frames, "
-            f"{len(parts) / max(seconds, 1e-9):.1f} a second"
+            f"{len(told.t):,} events of {wide}×{high} pixels in {times[-1] - cut[0][0]:.2f} s, {len(cut)} frames, "
+            f"{len(cut) / max(seconds, 1e-9):.1f} a second"
         )
         return "\n".join([*lines, f"wrote {output}"])
 
@@ -303,8 +308,6 @@ TASK = EventVideo()
 
 def assembled(name: str, parts: Sequence[Clips], meta: dict[str, Any], about: str) -> TaskData:
     """Splits as the task's data, with the spreads of residuals and frames that a system is scaled by."""
-    if meta["normalise"]:
-        parts = [Clips(gridded(part.clips, meta)) for part in parts]
     motion, contrast = spreads(parts[0].clips)
     every = (tensor for part in parts for clip in part.clips for tensor in (clip.voxels, clip.frames))
     return TaskData(
@@ -319,23 +322,10 @@ def assembled(name: str, parts: Sequence[Clips], meta: dict[str, Any], about: st
     )
 
 
-def gridded(clips: Sequence[Clip], meta: dict[str, Any]) -> list[Clip]:
-    """Clips with grids as the meta says."""
-    if not meta["normalise"]:
-        return list(clips)
-    return [
-        Clip(torch.stack([torch.from_numpy(normalised(v.numpy())) for v in clip.voxels]), clip.frames, clip.counts)
-        for clip in clips
-    ]
-
-
-def cropped(clip: Clip, size: int, seed: int) -> Clip:
+def cropped(clip: Clip, size: int, rng: np.random.Generator) -> Clip:
     """A square of a clip, where the rng says; smaller ones as they are."""
-    rows, columns = clip.frames.shape[-2:]
-    rng = np.random.default_rng([seed, rows, columns, int(1e6 * float(clip.frames.mean()))])
-    top, left = (int(rng.integers(max(1, length - size + 1))) for length in (rows, columns))
-    place = (..., slice(top, top + size), slice(left, left + size))
-    return Clip(clip.voxels[place].contiguous(), clip.frames[place].contiguous(), clip.counts[place].contiguous())
+    top, left = (int(rng.integers(max(1, length - size + 1))) for length in clip.frames.shape[-2:])
+    return Clip(*(part[..., top : top + size, left : left + size].contiguous() for part in clip))
 
 
 def reconstructed(model: nn.Module, dataset: Dataset, batch_size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -354,11 +344,3 @@ def reconstructed(model: nn.Module, dataset: Dataset, batch_size: int) -> Iterat
         for row, number in enumerate(waiting):
             yield number, batch[1][row, 1:].cpu(), told[row].cpu()
         waiting = []
-
-
-def _simulated(file: Path, reading: Reading) -> Events:
-    frames, times = [], []
-    for moment, frame in read_video(file):
-        frames.append(frame)
-        times.append(moment)
-    return simulate_events(frames, times, reading.camera())

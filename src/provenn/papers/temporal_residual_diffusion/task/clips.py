@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from provenn.data.photographs import grey_photograph
-from provenn.papers.temporal_residual_diffusion.simulator import Events, Sensor, Simulator
-from provenn.papers.temporal_residual_diffusion.voxels import BINS, events_to_voxel
+from provenn.papers.temporal_residual_diffusion.simulator import Events, Sensor, Simulator, joined
+from provenn.papers.temporal_residual_diffusion.voxels import Grids
 
 # Pictures, by what is done with them: none is in two of the three.
 TRAIN = ("camera", "astronaut", "coffee", "rocket", "brick", "gravel", "coins", "page", "china")
@@ -24,8 +25,8 @@ SHOT = 0.1  # events of noise a second and pixel: about one in 300
 THRESHOLDS = (0.15, 0.3)
 
 
-class Clip:
-    """A window's grids and counts beside the frames around it.
+class Clip(NamedTuple):
+    """Grids and counts of windows beside the frames around them.
 
     Args:
         voxels: (windows, bins, height, width), over the bounds of each window.
@@ -33,31 +34,34 @@ class Clip:
         counts: (windows, 2, height, width), events of positive and of negative polarity.
     """
 
-    def __init__(self, voxels: Tensor, frames: Tensor, counts: Tensor):
-        self.voxels, self.frames, self.counts = voxels, frames, counts
+    voxels: Tensor
+    frames: Tensor
+    counts: Tensor
 
 
 class Clips(Dataset):
-    """Clips as the task has them: voxels, frames, counts.
+    """Clips as a data set.
 
     Args:
         clips: of one size and length where they are to be trained on.
-        name: of each, for messages.
+        percentile: whether frames are stretched from percentiles 1 and 99 before they are compared.
     """
 
-    def __init__(self, clips: Sequence[Clip], name: str = ""):
-        self.clips, self.name = list(clips), name
+    def __init__(self, clips: Sequence[Clip], percentile: bool = False):
+        self.clips, self.percentile = list(clips), percentile
 
     def __len__(self) -> int:
         return len(self.clips)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        clip = self.clips[index]
-        return clip.voxels, clip.frames, clip.counts
+    def __getitem__(self, index: int) -> Clip:
+        return self.clips[index]
 
 
 def gathered(
-    frames: Float[np.ndarray, "frames rows columns"], parts: Sequence[Events], ends: Sequence[float | int]
+    frames: Float[np.ndarray, "frames rows columns"],
+    parts: Sequence[Events],
+    ends: Sequence[float | int],
+    grids: Grids = Grids(),  # noqa: B008  # a tuple
 ) -> Clip:
     """A clip of frames and of the events between them.
 
@@ -65,25 +69,24 @@ def gathered(
         frames: one more than parts.
         parts: the events of each window.
         ends: the times of the frames.
+        grids: how grids are made.
     """
     size = parts[0].size
-    grids = [
-        events_to_voxel(part, BINS, (start, end)) for part, start, end in zip(parts, ends[:-1], ends[1:], strict=True)
-    ]
+    made = [grids.of(start, end, part) for part, start, end in zip(parts, ends[:-1], ends[1:], strict=True)]
     counts = np.zeros((len(parts), 2, *size), np.float32)
     for number, part in enumerate(parts):
         place = part.y.astype(np.int64) * size[1] + part.x
         for sign, chosen in enumerate((part.p > 0, part.p < 0)):
             counts[number, sign] = np.bincount(place[chosen], minlength=size[0] * size[1]).reshape(size)
     return Clip(
-        torch.from_numpy(np.stack(grids)),
+        torch.from_numpy(np.stack(made)),
         torch.from_numpy(np.asarray(frames, np.float32))[:, None],
         torch.from_numpy(counts),
     )
 
 
 def flight(
-    picture: np.ndarray, rng: np.random.Generator, windows: int, side: int, sub: int = SUB
+    picture: np.ndarray, rng: np.random.Generator, windows: int, side: int
 ) -> Float[np.ndarray, "frames rows columns"]:
     """What a camera sees that moves over a picture: translation with acceleration, rotation, zoom, gain and offset.
 
@@ -92,10 +95,9 @@ def flight(
         rng: of the way.
         windows: of the clip.
         side: of the view.
-        sub: renderings of a window.
     """
     rows, columns = picture.shape
-    t = np.arange(windows * sub + 1) / sub  # in frames
+    t = np.arange(windows * SUB + 1) / SUB  # in frames
     zoom = rng.uniform(1.0, min(2.5, min(rows, columns) / (2.2 * side))) * np.exp(rng.normal(0, 0.01) * t)
     angle = rng.uniform(0, 2 * np.pi) + rng.normal(0, 0.02) * t
     speed, bend = rng.normal(0, 1.2, 2), rng.normal(0, 0.08, 2)
@@ -123,32 +125,33 @@ def flight_over(
 
 
 def seen_by_camera(
-    frames: Float[np.ndarray, "frames rows columns"], rng: np.random.Generator, sub: int = SUB, rate: float | int = RATE
+    frames: Float[np.ndarray, "frames rows columns"],
+    rng: np.random.Generator,
+    grids: Grids = Grids(),  # noqa: B008  # a tuple
 ) -> Clip:
-    """A clip of frames rendered `sub` times a window, and the events of a camera whose thresholds are drawn.
+    """A clip of frames rendered `SUB` times a window, and the events of a camera whose thresholds are drawn.
 
     Args:
         frames: intensities.
         rng: of the camera.
-        sub: renderings of a window.
-        rate: windows a second.
+        grids: how grids are made.
     """
     positive = rng.uniform(*THRESHOLDS)
     sensor = Sensor(positive, positive * rng.normal(1, 0.1), mismatch=0.02, shot=SHOT)
-    camera, step = Simulator(frames[0], 0.0, sensor, int(rng.integers(2**31))), 1 / (rate * sub)
+    camera, step = Simulator(frames[0], 0.0, sensor, int(rng.integers(2**31))), 1 / (RATE * SUB)
     parts = [camera.step(frame, (number + 1) * step) for number, frame in enumerate(frames[1:])]
-    joined = [_together(parts[start : start + sub]) for start in range(0, len(parts), sub)]
-    return gathered(frames[::sub], joined, [number * sub * step for number in range(len(joined) + 1)])
-
-
-def _together(parts: Sequence[Events]) -> Events:
-    columns = [np.concatenate([part[i] for part in parts]) for i in range(4)]
-    return Events(columns[0], columns[1], columns[2], columns[3], parts[0].size)
+    whole = [joined(parts[start : start + SUB]) for start in range(0, len(parts), SUB)]
+    return gathered(frames[::SUB], whole, [number * SUB * step for number in range(len(whole) + 1)], grids)
 
 
 @lru_cache(maxsize=16)
 def flights(
-    names: tuple[str, ...], count: int, seed: int, windows: int = WINDOWS, side: int = SIDE
+    names: tuple[str, ...],
+    count: int,
+    seed: int,
+    windows: int = WINDOWS,
+    side: int = SIDE,
+    grids: Grids = Grids(),  # noqa: B008  # a tuple
 ) -> tuple[Clip, ...]:
     """So many clips over these pictures, in turn.
 
@@ -157,12 +160,13 @@ def flights(
         count: clips.
         seed: of ways and cameras.
         windows, side: of a clip.
+        grids: how grids are made.
     """
     made = []
     for number in range(count):
         rng = np.random.default_rng([seed, number, windows, side])
         frames = flight_over(names[number % len(names)], rng, windows, side)
-        made.append(seen_by_camera(frames, rng))
+        made.append(seen_by_camera(frames, rng, grids))
     return tuple(made)
 
 

@@ -252,9 +252,8 @@ def _arrays(file: Path) -> tuple[dict[str, np.ndarray], tuple[int, int] | None]:
 
 
 def _size(found: Any) -> tuple[int, int] | None:
-    for wide, high in (("width", "height"),):
-        if wide in found and high in found:
-            return int(np.asarray(found[wide])), int(np.asarray(found[high]))
+    if "width" in found and "height" in found:
+        return int(found["width"]), int(found["height"])
     return None
 
 
@@ -272,8 +271,8 @@ def _hdf5(file: Path) -> tuple[dict[str, np.ndarray], tuple[int, int] | None]:
         if "sensor_resolution" in opened.attrs:  # rows and columns
             high, wide = (int(side) for side in opened.attrs["sensor_resolution"][:2])
             size = wide, high
-        elif "width" in opened.attrs and "height" in opened.attrs:
-            size = int(opened.attrs["width"]), int(opened.attrs["height"])
+        else:
+            size = _size(opened.attrs)
         return columns, size
 
 
@@ -290,14 +289,17 @@ def write_events(file: Path, events: Events) -> None:
     whole = columns | {"t": np.rint(events.t * 1e6).astype(np.int64)}
     rows, wide = events.size
     if ending in (".txt", ".zip"):
-        lines = [f"{wide} {rows}\n"]
-        lines += [f"{t:.9f} {x} {y} {int(p > 0)}\n" for t, x, y, p in zip(*(c.tolist() for c in columns.values()))]
+        table = np.stack([events.t, events.x, events.y, events.p > 0], 1)
+        style: dict[str, Any] = {"fmt": "%.9f %d %d %d", "header": f"{wide} {rows}", "comments": ""}
         with atomic_write(file) as place:
             if ending == ".txt":
-                place.write_text("".join(lines), encoding="ascii")
+                np.savetxt(place, table, **style)
             else:
-                with zipfile.ZipFile(place, "w", zipfile.ZIP_DEFLATED) as packed:
-                    packed.writestr("events.txt", "".join(lines))
+                with (
+                    zipfile.ZipFile(place, "w", zipfile.ZIP_DEFLATED) as packed,
+                    packed.open("events.txt", "w") as text,
+                ):
+                    np.savetxt(text, table, **style)
     elif ending in ARRAYS:
         with atomic_write(file) as place, place.open("wb") as handle:
             if ending == ".npy":

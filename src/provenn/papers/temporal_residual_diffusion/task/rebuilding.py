@@ -18,16 +18,18 @@ from provenn.papers.temporal_residual_diffusion.model import (
 )
 from provenn.papers.temporal_residual_diffusion.simulator import Events
 from provenn.papers.temporal_residual_diffusion.task.faces import drawn
-from provenn.papers.temporal_residual_diffusion.voxels import events_to_voxel, normalised
+from provenn.papers.temporal_residual_diffusion.voxels import Grids
 from provenn.tasks import device_of
+
+
+def grids_of(meta: dict[str, Any]) -> Grids:
+    """How grids are made, as the meta says."""
+    return Grids(bool(meta["bounds"]), bool(meta["normalise"]))
 
 
 def grid_of(part: tuple[float, float, Events], meta: dict[str, Any]) -> Float[Tensor, "1 bins height width"]:
     """The voxel grid of a window, as the meta says."""
-    start, end, events = part
-    bounds = (start, end) if meta["bounds"] and end > start else None
-    voxel = events_to_voxel(events, int(meta["bins"]), bounds)
-    return torch.from_numpy(normalised(voxel) if meta["normalise"] else voxel)[None]
+    return torch.from_numpy(grids_of(meta).of(*part))[None]
 
 
 @contextmanager
@@ -51,7 +53,7 @@ def sampled_in(network: Reconstructor, steps: int | None) -> Iterator[None]:
 
 
 def rebuilt_frames(
-    network: Reconstructor, meta: dict[str, Any], parts: Sequence[Any], first: Tensor | None, how: tuple[int, bool]
+    network: Reconstructor, meta: dict[str, Any], parts: Sequence[Any], first: Tensor | None, seed: int, paired: bool
 ) -> Iterator[np.ndarray]:
     """Frames of 8 bits, one after another.
 
@@ -60,9 +62,9 @@ def rebuilt_frames(
         meta: of its grids.
         parts: windows, as `parts_of` gives them.
         first: the frame before; None where it is not known.
-        how: the seed of sampling, and whether events are drawn beside.
+        seed: of sampling.
+        paired: whether events are drawn beside.
     """
-    seed, paired = how
     device = device_of(network)
     stream = Stream(network, seed)
     stream.reset(None if first is None else first.to(device))

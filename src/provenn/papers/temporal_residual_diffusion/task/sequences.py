@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -10,10 +9,11 @@ from provenn.core import progress
 from provenn.core.errors import UserError
 from provenn.core.inputs import check_file
 from provenn.data.images import SUFFIXES
-from provenn.papers.temporal_residual_diffusion.simulator import Events, Simulator
+from provenn.papers.temporal_residual_diffusion.simulator import Events, Sensor, Simulator
 from provenn.papers.temporal_residual_diffusion.task.clips import Clip, gathered
 from provenn.papers.temporal_residual_diffusion.task.files import Reading, checked
 from provenn.papers.temporal_residual_diffusion.task.videos import MOVING, read_video
+from provenn.papers.temporal_residual_diffusion.voxels import Grids
 
 READS = "a folder with videos or folders of pictures, or with sequences of EVREAL (events_ts.npy, images.npy, …)"
 # Seconds of the sequences of ECD that EVREAL takes.
@@ -57,7 +57,14 @@ def _has_pictures(folder: Path) -> bool:
     return any(file.suffix.lower() in SUFFIXES for file in folder.iterdir())
 
 
-def clips_of(source: Path, windows: int, camera: Any, seed: int = 0, cut: bool = False) -> Iterator[Clip]:
+def clips_of(
+    source: Path,
+    windows: int,
+    camera: Sensor,
+    seed: int = 0,
+    cut: bool = False,
+    grids: Grids = Grids(),  # noqa: B008  # a tuple
+) -> Iterator[Clip]:
     """The whole of a video or a sequence, in parts of so many windows; the last one may be shorter.
 
     Args:
@@ -66,11 +73,12 @@ def clips_of(source: Path, windows: int, camera: Any, seed: int = 0, cut: bool =
         camera: what is simulated of a video.
         seed: of its noise.
         cut: take of a sequence of ECD what EVREAL takes.
+        grids: how grids are made.
 
     Raises:
         UserError: it cannot be read.
     """
-    pieces = _recorded(source, cut) if is_sequence(source) else _simulated(source, camera, seed)
+    pieces = _recorded(source, cut) if is_sequence(source) else simulated(source, camera, seed)
     frames: list[np.ndarray] = []
     times: list[float] = []
     parts: list[Events] = []
@@ -80,13 +88,20 @@ def clips_of(source: Path, windows: int, camera: Any, seed: int = 0, cut: bool =
         frames.append(frame)
         times.append(time)
         if len(parts) == windows:
-            yield gathered(np.stack(frames), parts, times)
+            yield gathered(np.stack(frames), parts, times, grids)
             frames, times, parts = [frame], [time], []
     if parts:
-        yield gathered(np.stack(frames), parts, times)
+        yield gathered(np.stack(frames), parts, times, grids)
 
 
-def _simulated(source: Path, camera: Any, seed: int) -> Iterator[tuple[float, np.ndarray, Events | None]]:
+def simulated(source: Path, camera: Sensor, seed: int = 0) -> Iterator[tuple[float, np.ndarray, Events | None]]:
+    """Of each frame of a video its time, itself, and the events since the last one; none before the first.
+
+    Args:
+        source: a video or a folder of pictures.
+        camera: what is simulated.
+        seed: of its noise.
+    """
     simulator = None
     for time, frame in read_video(source):
         if simulator is None:
