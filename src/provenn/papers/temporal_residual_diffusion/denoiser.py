@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from provenn.core.errors import UserError
+from provenn.nn.diffusion import noise_level_features
 from provenn.papers.temporal_residual_diffusion.layers import ConvLSTM, State
 
 Map = Float[Tensor, "batch channels height width"]
@@ -28,14 +29,6 @@ def _zero(layer: nn.Conv2d) -> nn.Conv2d:
 def _norm(channels: int) -> nn.GroupNorm:
     """Of 32 groups; a narrow map has groups of four channels."""
     return nn.GroupNorm(math.gcd(32, channels) if channels >= 64 else max(1, channels // 4), channels)
-
-
-def time_embedding(k: Int[Tensor, " batch"], width: int) -> Float[Tensor, "batch width"]:
-    """Sines and cosines of a step, of frequencies from 1 to 1/10,000."""
-    half = width // 2
-    rates = torch.exp(-math.log(10_000) * torch.arange(half, device=k.device) / half)
-    angles = k[:, None] * rates
-    return torch.cat([angles.sin(), angles.cos()], 1)
 
 
 class TimedBlock(nn.Module):
@@ -188,10 +181,10 @@ class Design(NamedTuple):
     schedule: str = "linear"
     predicts: str = "noise"
 
-    @property
-    def multiple(self) -> int:
-        """What the sides of a frame are filled up to a multiple of."""
-        return 2 ** (self.levels - 1)
+    def padding(self, x: Tensor) -> tuple[int, int, int, int]:
+        """What fills the sides of a map up to multiples of what the U-Net halves them by, for `F.pad`."""
+        multiple = 2 ** (self.levels - 1)
+        return (0, -x.shape[-1] % multiple, 0, -x.shape[-2] % multiple)
 
 
 class Denoiser(nn.Module):
@@ -208,7 +201,7 @@ class Denoiser(nn.Module):
         high: "attention" to events, "joined" for `EventJoin` on events that are not high-passed, or "" for neither.
 
     Shapes: x_k (batch, 1, H, W), the step k, what is joined to the input (batch, inputs, H, W), maps of the temporal
-        encoder and the voxel grid, to (batch, 1, H, W). Sides are multiples of `design.multiple`.
+        encoder and the voxel grid, to (batch, 1, H, W). Sides are such that `design.padding` adds nothing.
     """
 
     def __init__(self, inputs: int, design: Design = Design(), *, time: bool = True, high: str = "attention"):  # noqa: B008  # a tuple
@@ -253,7 +246,7 @@ class Denoiser(nn.Module):
     def forward(
         self, x: Map, k: Int[Tensor, " batch"], joined: Tensor, memory: list[Tensor], voxel: Tensor | None
     ) -> Map:
-        embedded = self.timed(time_embedding(k, self.width).to(x.dtype))
+        embedded = self.timed(noise_level_features(k, self.width).to(x.dtype))
         events = None
         if len(self.high) and voxel is not None:
             mean = F.avg_pool2d(F.pad(voxel, (2, 2, 2, 2), mode="replicate"), 5, 1)

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from provenn.core.errors import UserError
+from provenn.nn.diffusion import STEPS, noise_schedule
 
 Kind = Literal["linear", "cosine"]
 Predicts = Literal["noise", "v"]
@@ -17,28 +18,28 @@ Denoise = Callable[[Tensor, Tensor], Tensor]  # x_k and k to the prediction
 
 
 class Schedule(nn.Module):
-    """ᾱ_k for k = 0 … K − 1, and what follows from it.
+    """ᾱ_k for k = 0 … 999, and what follows from it.
 
     Args:
-        steps: K.
-        kind: "linear" has β from 1e-4 to 0.02; "cosine" is that of Nichol and Dhariwal (2021).
+        kind: "linear" is `provenn.nn.diffusion.noise_schedule`; "cosine" is that of Nichol and Dhariwal (2021).
         predicts: what a network says: "noise" ε, or "v" = √ᾱ ε − √(1 − ᾱ) x₀.
 
     Raises:
-        UserError: another kind, or no steps.
+        UserError: another kind.
     """
 
-    def __init__(self, steps: int = 1000, kind: Kind = "linear", predicts: Predicts = "noise"):
+    steps = STEPS
+
+    def __init__(self, kind: Kind = "linear", predicts: Predicts = "noise"):
         super().__init__()
-        if steps < 1 or kind not in ("linear", "cosine") or predicts not in ("noise", "v"):
-            raise UserError(f"a schedule has steps, linear or cosine, noise or v; got {steps}, {kind}, {predicts}")
-        self.steps, self.predicts = steps, predicts
-        if kind == "linear":
-            bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, steps, dtype=torch.float64, device="cpu"), 0)
-        else:
-            at = (torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps + 0.008) / 1.008
+        if kind not in ("linear", "cosine") or predicts not in ("noise", "v"):
+            raise UserError(f"a schedule is linear or cosine, and predicts noise or v; got {kind} and {predicts}")
+        self.predicts = predicts
+        with torch.device("cpu"):
+            at = (torch.arange(STEPS + 1, dtype=torch.float64) / STEPS + 0.008) / 1.008
             curve = torch.cos(at * torch.pi / 2).square()
-            bar = torch.cumprod(1 - (1 - curve[1:] / curve[:-1]).clamp(max=0.999), 0)
+            cosine = torch.cumprod(1 - (1 - curve[1:] / curve[:-1]).clamp(max=0.999), 0)
+            bar = noise_schedule() if kind == "linear" else cosine
         self.values: list[float] = bar.tolist()  # no buffer: a model in half precision keeps its schedule
 
     def at(self, k: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,10 +72,10 @@ class Schedule(nn.Module):
     def chosen(self, count: int) -> list[int]:
         """`count` steps, evenly spaced from the noisiest, which is always among them, to the cleanest.
 
-        >>> Schedule(10).chosen(3)
-        [9, 5, 0]
-        >>> Schedule(10).chosen(1)
-        [9]
+        >>> Schedule().chosen(3)
+        [999, 500, 0]
+        >>> Schedule().chosen(1)
+        [999]
         """
         if not 1 <= count <= self.steps:
             raise UserError(f"between 1 and {self.steps} steps are taken, got {count}")
@@ -113,10 +114,3 @@ class Schedule(nn.Module):
             if sigma:
                 x = x + sigma * torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
         return x
-
-    def posterior(self, x: Image, clean: Image, k: int) -> tuple[Image, float]:
-        """Mean and variance of x_{k−1} given x_k and x₀: DDPM's."""
-        bar, before = self.values[k], self.values[k - 1] if k else 1.0
-        alpha = bar / before
-        mean = (before**0.5 * (1 - alpha) * clean + alpha**0.5 * (1 - before) * x) / (1 - bar)
-        return mean, (1 - alpha) * (1 - before) / (1 - bar)

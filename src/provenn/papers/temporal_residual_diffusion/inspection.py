@@ -25,9 +25,7 @@ def inspect(model: nn.Module, x: Float[Tensor, "1 bins height width"]) -> dict[s
     hooks = [
         part.gate.register_forward_hook(lambda _, __, out: gates.append(out.sigmoid().mean(1)[0])) for part in attending
     ]
-    size, multiple = x.shape[-2:], model.design.multiple
-    pad = (0, -size[1] % multiple, 0, -size[0] % multiple)
-    voxel = nn.functional.pad(x, pad)
+    voxel = nn.functional.pad(x, model.design.padding(x))
     grey = torch.full_like(voxel[:, :1], 0.5)
     try:
         with torch.no_grad():

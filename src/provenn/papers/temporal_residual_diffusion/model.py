@@ -211,7 +211,7 @@ class TemporalResidualDiffusion(Reconstructor):
         self.time = TemporalEncoder(design.bins, design.temporal, design.levels - 1) if with_time else None
         high = "attention" if "high" in conditions else "joined" if "joined" in conditions else ""
         self.denoiser = Denoiser(2 + design.bins, design, time=with_time, high=high)
-        self.schedule = Schedule(1000, design.schedule, design.predicts)  # type: ignore[arg-type]  # which it checks
+        self.schedule = Schedule(design.schedule, design.predicts)  # type: ignore[arg-type]  # which it checks
         self.register_buffer("scale", torch.tensor(float(scale)))
 
     def train(self, mode: bool = True) -> "TemporalResidualDiffusion":
@@ -308,8 +308,7 @@ class TemporalResidualDiffusion(Reconstructor):
             noise: what sampling begins from, of the frame's shape.
         """
         noise = torch.zeros_like(memory.frame) if noise is None else noise
-        size, multiple = voxel.shape[-2:], self.design.multiple
-        pad = (0, -size[1] % multiple, 0, -size[0] % multiple)
+        size, pad = voxel.shape[-2:], self.design.padding(voxel)
         whole = memory
         if any(pad):
             voxel, noise = F.pad(voxel, pad), F.pad(noise, pad)
