@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import av
+import h5py
 import numpy as np
 import pytest
 import rasterio
@@ -21,8 +23,6 @@ from PIL import Image
 import provenn
 from provenn.catalog import Card
 from provenn.cli import app, main
-from provenn.papers.temporal_residual_diffusion.task.files import read_events, write_events
-from provenn.papers.temporal_residual_diffusion.task.videos import write_video
 from provenn.tasks import Face
 
 ROOT = Path(__file__).parents[2]
@@ -111,11 +111,18 @@ def samples(tmp_path_factory) -> Path:
     np.save(folder / "spectra.npy", rng.normal(1, 0.05, (3, 1440)).astype(np.float32))
     recorded = [f"{0.002 * i:.4f} {i % 32} {i % 24} {i % 2}" for i in range(200)]
     (folder / "events.txt").write_text("\n".join(["32 24", *recorded]))
-    write_events(folder / "events.h5", read_events(folder / "events.txt"))
-    moving = [np.roll(np.kron(rng.integers(0, 256, (6, 8)), np.ones((6, 6))), i, 1).astype(np.uint8) for i in range(12)]
+    with h5py.File(folder / "events.h5", "w") as events:
+        for name, column in zip("txyp", np.loadtxt(folder / "events.txt", skiprows=1).T):
+            events[f"events/{name}"] = column
+    moving = np.kron(rng.integers(0, 256, (6, 8)), np.ones((6, 6))).astype(np.uint8)
     for name in ("video.mp4", "videos/a.mp4", "videos/b.mp4", "videos/c.mp4"):
         (folder / name).parent.mkdir(exist_ok=True)
-        write_video(folder / name, moving, [i / 30 for i in range(12)])
+        with av.open(str(folder / name), "w") as video:
+            stream = video.add_stream("libx264", rate=30)
+            stream.width, stream.height, stream.pix_fmt = moving.shape[1], moving.shape[0], "yuv420p"
+            frames = [av.VideoFrame.from_ndarray(np.roll(moving, i, 1), format="gray") for i in range(12)]
+            for frame in (*frames, None):
+                video.mux(stream.encode(frame))
     for number in range(4):
         (folder / f"text/{number}.txt").write_text("The quick brown fox jumps over the lazy dog. " * 200)
     return folder

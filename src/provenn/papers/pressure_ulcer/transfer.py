@@ -6,38 +6,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from provenn.core.errors import UserError
-from provenn.core.inputs import check_file
+from provenn.core.tensors import read_tensors
 
-FILE = "weights.safetensors"  # in the folder of a run
 SHIPPED = Path(__file__).with_name("weights")
 HEAD = "head."
 RATE_SHARE = 0.1  # of the recipe's learning rate, where weights are taken over
 
 
 def read_start(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a weight file that `provenn train` wrote, of the folder of its run, or of a preset that ships.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    shipped = SHIPPED / f"{path}.safetensors"
-    file = shipped if shipped.is_file() else Path(path)
-    file = file / FILE if file.is_dir() else file
-    if not file.exists():
-        raise UserError(f"no weights at {file}: start takes a .safetensors file or the folder of a run")
-    check_file(file)
-    try:
-        state = load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{file} is no safetensors file that can be read: {error}") from None
-    broken = next((name for name, x in state.items() if x.is_floating_point() and not x.isfinite().all()), None)
-    if broken is not None:
-        raise UserError(f"{file}: {broken} holds values that are no finite numbers")
-    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    """`read_tensors` of a file, of a run, or of a preset of this paper that ships."""
+    return read_tensors(path, SHIPPED, "start")
 
 
 def transfer(model: nn.Module, state: Mapping[str, Tensor], *, strict_head: bool = False) -> list[str]:
