@@ -49,8 +49,8 @@ def read_identities(root: Path) -> Identities:
     - MSMT17: `list_train.txt`, `list_val.txt`, `list_query.txt` and `list_gallery.txt` name them. Its lists count the
       identities of training and test from zero each; those of the test are counted on from those of the training here.
     - `identity/camera/*.jpg`, in folders `train`, `query` and `gallery` or at once. Of one folder, every second
-      identity by name is for the test. The first picture of each by each camera is a query then, and the gallery holds all:
-      what is of a query's identity and camera is left out of its ranking.
+      identity by name is for the test. The first picture of each by each camera is a query then, and the gallery
+      holds all: what is of a query's identity and camera is left out of its ranking.
 
     Raises:
         UserError: it is none of these, a part is empty, or a name lacks identity or camera.
