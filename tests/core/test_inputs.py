@@ -100,6 +100,7 @@ def test_what_is_no_file_is_named(tmp_path):
 OPENS = {
     "data/audio.py": "wavfile.read, behind check_file",
     "data/frames.py": "pandas, behind check_file",
+    "data/identities.py": "the lists of MSMT17, behind check_file",
     "data/images.py": "Image.open, behind check_file",
     "data/masks.py": "Image.open, behind check_file",
     "data/photographs.py": "pictures that ship with scikit-image",

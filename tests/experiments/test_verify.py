@@ -17,8 +17,9 @@ from provenn import catalog
 from provenn.catalog import Experiment
 from provenn.evidence import Evidence, Measurement, Verdict, provenance, view
 from provenn.evidence.provenance import Provenance
+from provenn.evidence.experiment import measures
 from provenn.evidence.record import EVIDENCE, LEDGER, Ledger, Record, Repeated, Verification
-from provenn.experiments.verify import compared
+from provenn.experiments.verify import _unrepeatable, compared
 
 PAIR = Experiment(id="better", kind="quality", says="It is better.", expects={"above": 0.0})
 COUNT = Experiment(id="parameters", kind="exact", says="It has 4.", published={"value": 4, "source": "Table 1"})
@@ -71,6 +72,21 @@ def test_seeds_that_all_agree_leave_no_scatter():
 def test_counts_are_the_same_and_errors_of_rounding_keep_their_verdict(experiment, before, now, outcome):
     record = record_of(experiment, Measurement.exact(before))
     assert compared(experiment, record, Measurement.exact(now))[0] is outcome
+
+
+def test_numbers_that_differ_are_not_printed_alike():
+    outcome, words = compared(PAIR, record_of(PAIR, Measurement.exact(0.9999891)), Measurement.exact(0.9999712))
+    assert outcome is Repeated.DIFFERS
+    assert words == "0.9999712 now, 0.9999891 in the record"
+
+
+@pytest.mark.parametrize("clock", [True, False])
+def test_time_and_memory_are_not_repeated(clock):
+    @measures("better", clock=clock)
+    def time_over_area(run):
+        raise AssertionError("is not called")
+
+    assert bool(_unrepeatable(time_over_area, record_of(PAIR, BEFORE), "cpu")) is clock
 
 
 def test_a_record_without_values_of_seeds_cannot_be_repeated_by_one():

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from provenn.core import progress
 from provenn.core.errors import UserError
-from provenn.core.inputs import check_file
+from provenn.core.inputs import check_file, read_text
 from provenn.data.images import SUFFIXES, images_in
 
 PARTS = ("train", "query", "gallery")
@@ -99,7 +99,7 @@ def _listed(root: Path, listing: Path) -> list[Seen]:
     if folder is None:
         raise UserError(f"{root} has {listing.name} but no folder called {' or '.join(LISTED[group])}")
     seen = []
-    for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(listing).splitlines(), 1):
         words = line.split()
         if not words:
             continue

@@ -41,7 +41,7 @@ from provenn.experiments.workers import Workers
 RUN = "runs/verify"
 ERROR = 1e-3  # of an identity: what is larger is none of rounding
 ROUNDING = 1e-6  # relative: sums in another order
-CLOCK = "a clock, which only `provenn reproduce` reads again"
+CLOCK = "time or memory of the machine, which only `provenn reproduce` measures again"
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,10 @@ def compared(experiment: Experiment, record: Record, fresh: Measurement) -> tupl
     if not recorded.seeds:
         before = [*_known(recorded.effect), *recorded.values, *recorded.baselines]
         after = [*_known(fresh.effect), *fresh.values, *fresh.baselines]
-        words = f"{view.number(fresh.effect)} now, {view.number(recorded.effect)} in the record"
+        shown = [view.number(fresh.effect), view.number(recorded.effect)]
+        if shown[0] == shown[1] and before != after:
+            shown = [repr(fresh.effect), repr(recorded.effect)]
+        words = f"{shown[0]} now, {shown[1]} in the record"
         if before == after:
             return Repeated.EXACT, words
         again = Record.of(experiment, fresh, budget="small")
@@ -288,7 +291,8 @@ def _unrepeatable(measure: Measure, record: Record, device: str) -> str:
     """Why nothing of a record can be repeated here, or ""."""
     recorded = record.measurement
     timing = measure.timing if isinstance(measure, (Ratio, Exponent)) else None
-    if recorded.estimator == "clock ratio" or (timing is not None and timing.quantity == "time"):
+    timed = getattr(measure, "clock", False) or (timing is not None and timing.quantity == "time")
+    if timed or recorded.estimator == "clock ratio":
         return CLOCK
     try:
         choose_device(device)

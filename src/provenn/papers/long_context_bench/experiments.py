@@ -317,13 +317,13 @@ async def sdpa_documents_gpu(run: Run, tokens: int = 32_768) -> Measurement:
     )
 
 
-@measures("time_over_area")
+@measures("time_over_area", clock=True)
 async def time_over_area(run: Run, tokens: int = 4096, rounds: int = 5) -> Measurement:
     """Of attention that skips blocks."""
     return await _over_area(run, Blockwise(), tokens, rounds)
 
 
-@measures("explicit_over_area")
+@measures("explicit_over_area", clock=True)
 async def explicit_over_area(run: Run, tokens: int = 2048, rounds: int = 5) -> Measurement:
     """Of explicit attention."""
     return await _over_area(run, Naive(), tokens, rounds)
@@ -356,7 +356,7 @@ def fingerprints(tokens: int) -> dict[str, str]:
     return sums
 
 
-@measures("spread_of_repeats")
+@measures("spread_of_repeats", clock=True)
 async def spread_of_repeats(run: Run, tokens: int = 2048, repetitions: int = 20) -> Measurement:
     """(80 % − 20 %) / median of the protocol's repetitions, over several runs of it."""
     tokens, repetitions = (512, 4) if run.smoke else (tokens, repetitions)

@@ -170,7 +170,7 @@ def _report_of(megapixels: float) -> Any:
     return lambda: segment(photo, model, "42.5px/cm")
 
 
-@measures("photo_in_seconds")
+@measures("photo_in_seconds", clock=True)
 async def photo_in_seconds(run: Run) -> Measurement:
     """Seconds from 12 megapixels in memory to the report, of the mobile preset; decoding the file is left out."""
     megapixels, rounds = (0.1, 2) if run.smoke else (12.0, 7)
@@ -198,7 +198,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
-@measures("photo_in_memory")
+@measures("photo_in_memory", clock=True)
 async def photo_in_memory(run: Run) -> Measurement:
     """The most memory that a process of its own holds, Python and torch included."""
     megapixels = 0.1 if run.smoke else 12.0
