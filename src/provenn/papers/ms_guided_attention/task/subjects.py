@@ -1,0 +1,289 @@
+"""Subjects with labels in the layouts that people keep them in, split by subject."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+
+from provenn.core import progress
+from provenn.core.errors import UserError
+from provenn.core.inputs import read_text
+from provenn.data.images import images_in, read_image
+from provenn.data.masks import IGNORED
+from provenn.papers.ms_guided_attention.task.volumes import (
+    Volume,
+    _to_slices,
+    dicom_slices,
+    is_nifti,
+    natural,
+    read_dicom,
+    read_nifti,
+    read_pictures,
+    stem_of,
+)
+from provenn.tasks import split_indices
+
+IMAGES = ("images", "imagesTr", "Img", "img")  # folders of images, and of labels, as they are called
+LABELS = ("labels", "labelsTr", "masks", "GT", "gt")
+PARTS = {"train": ("train", "training"), "val": ("val", "validation"), "test": ("test", "testing")}
+SLICE = re.compile(r"(.+?)[_-]?(?:slice)?[_-]?(\d+)$")  # Subj_21slice_22, patient3_007
+AROUND = re.compile(r"[-_](label|labels|seg|mask|gt)$", re.IGNORECASE)  # training_axial_crop_pat0-label
+Splits = dict[str, list["Source"]]
+CLASSES = "classes.txt"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a subject's images and labels lie.
+
+    Args:
+        name: of the subject.
+        image: a NIfTI file, a folder of DICOM slices, or pictures of slices.
+        labels: a NIfTI file, or pictures of slices.
+    """
+
+    name: str
+    image: tuple[Path, ...]
+    labels: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A subject in memory.
+
+    Args:
+        name: of the subject.
+        image: in 0…1.
+        mask: class numbers, 255 where nothing is judged.
+        spacing: millimetres between slices, rows and columns.
+    """
+
+    name: str
+    image: Float32[np.ndarray, "slices channels height width"]
+    mask: UInt8[np.ndarray, "slices height width"]
+    spacing: tuple[float, float, float]
+
+
+def find_subjects(root: Path) -> Splits:
+    """Subjects of a folder, by split where it has some; else all are "train".
+
+    - `images/` and `labels/` (also `imagesTr` and `labelsTr`, `Img` and `GT`) of NIfTI files of the same names, or of
+      pictures of slices called by subject and number, such as `Subj_21slice_22.png`.
+    - One folder of NIfTI files, of which the labels end in `-label` (HVSMR).
+    - A folder a subject with `DICOM_anon` and `Ground` somewhere in it (CHAOS; of two phases `InPhase`).
+
+    Raises:
+        UserError: none of these; labels without image, or the other way round.
+    """
+    if not root.is_dir():
+        raise UserError(f"{root} is no folder: give one with the volumes of the subjects and their labels")
+    splits: Splits = {}
+    for split, names in PARTS.items():
+        folder = next((root / name for name in names if (root / name).is_dir()), None)
+        if folder is not None:
+            splits[split] = _in_folder(folder)
+    if not splits:
+        splits = {"train": _in_folder(root)}
+    seen: dict[str, str] = {}
+    for split, subjects in splits.items():
+        for subject in subjects:
+            if subject.name in seen:
+                raise UserError(f"{root}: the subject {subject.name} is in {seen[subject.name]} and in {split}")
+            seen[subject.name] = split
+    return splits
+
+
+def _in_folder(folder: Path) -> list[Source]:
+    pair = [next((folder / name for name in names if (folder / name).is_dir()), None) for names in (IMAGES, LABELS)]
+    if pair[0] is not None and pair[1] is not None:
+        found = _paired_folders(pair[0], pair[1])
+    else:
+        found = _paired_names(folder) or _chaos(folder)
+    if not found:
+        raise UserError(
+            f"{folder} holds no subjects: expected images/ and labels/ of NIfTI files or of slices, NIfTI files with "
+            "their …-label.nii.gz, or folders of subjects with DICOM_anon and Ground"
+        )
+    return sorted(found, key=lambda subject: natural(Path(subject.name)))
+
+
+def _paired_folders(images: Path, labels: Path) -> list[Source]:
+    volumes = [file for file in sorted(images.iterdir()) if is_nifti(file) and not file.name.startswith(".")]
+    if volumes:
+        truth = {AROUND.sub("", stem_of(file)): file for file in labels.iterdir() if is_nifti(file)}
+        sources = []
+        for file in volumes:
+            name = re.sub(r"_0000$", "", stem_of(file))  # nnU-Net counts the channels of a file's name
+            if name not in truth:
+                raise UserError(f"{file} has no labels: expected {labels / (name + '.nii.gz')}")
+            sources.append(Source(name, (file,), (truth[name],)))
+        return sources
+    return _stacks(images_in(images), images_in(labels), labels)
+
+
+def _stacks(images: Sequence[Path], labels: Sequence[Path], folder: Path) -> list[Source]:
+    """Pictures of slices by subject; slice numbers may have leading zeros or none."""
+    truth = {file.stem: file for file in labels}
+    subjects: dict[str, list[Path]] = {}
+    for file in images:
+        match = SLICE.match(file.stem)
+        if match is None:
+            raise UserError(f"{file}: expected the subject and the number of the slice, such as Subj_21slice_22.png")
+        if file.stem not in truth:
+            raise UserError(f"{file} has no labels: expected {folder / file.name}")
+        subjects.setdefault(match[1], []).append(file)
+    return [
+        Source(name, tuple(sorted(files, key=natural)), tuple(truth[f.stem] for f in sorted(files, key=natural)))
+        for name, files in subjects.items()
+    ]
+
+
+def _paired_names(folder: Path) -> list[Source]:
+    volumes = {stem_of(file): file for file in sorted(folder.iterdir()) if is_nifti(file)}
+    labels = {AROUND.sub("", name): file for name, file in volumes.items() if AROUND.search(name)}
+    images = {name: file for name, file in volumes.items() if not AROUND.search(name)}
+    alone = next((file for name, file in images.items() if name not in labels), None)
+    if alone is not None:
+        raise UserError(f"{alone} has no labels: expected {stem_of(alone)}-label.nii.gz beside it")
+    return [Source(name, (file,), (labels[name],)) for name, file in images.items()]
+
+
+def _chaos(folder: Path) -> list[Source]:
+    sources = []
+    for ground in sorted(folder.rglob("Ground")):
+        name = ground.relative_to(folder).parts[0]
+        images = ground.parent / "DICOM_anon"
+        images = images / "InPhase" if (images / "InPhase").is_dir() else images
+        if images.is_dir() and (not images.parent.name == "DICOM_anon" or "T1DUAL" in ground.parts):
+            sources.append(Source(name, tuple(dicom_slices(images)), tuple(images_in(ground))))
+    both = [source.name for source in sources]
+    twice = next((name for name in both if both.count(name) > 1), None)
+    if twice is not None:  # T1DUAL and T2SPIR of one subject
+        sources = [source for source in sources if "T1DUAL" in source.image[0].parts]
+    return [source for source in sources if source.image]
+
+
+def read_subject(source: Source, values: Sequence[int], channels: int = 1) -> Labelled:
+    """A subject's volume and class numbers.
+
+    Args:
+        source: where it lies.
+        values: what each class is called in the labels.
+        channels: images a voxel.
+
+    Raises:
+        UserError: files that cannot be read, of different sizes, or with values of no class.
+    """
+    volume, raw = read_pair(source, channels)
+    table = {value: index for index, value in enumerate(values)}
+    mask = np.full(raw.shape, IGNORED, np.uint8)
+    for value in np.unique(raw).tolist():
+        if value not in table and value != IGNORED:
+            raise UserError(
+                f"{source.labels[0]}: holds the value {value}, which is no class; the classes are called "
+                f"{', '.join(map(str, values))} (write all to {CLASSES}, a line each: the value and a name)"
+            )
+        if value in table:
+            mask[raw == value] = table[value]
+    return Labelled(source.name, volume.slices, mask, volume.spacing)
+
+
+def read_pair(source: Source, channels: int = 1) -> tuple[Volume, np.ndarray]:
+    """A subject's volume, and the values of its labels as slices."""
+    first = source.image[0]
+    if is_nifti(first):
+        volume = read_nifti(first, channels)
+        truth = read_nifti(source.labels[0], labels=True)
+        near = truth.affine is None or volume.affine is None or np.allclose(truth.affine, volume.affine, atol=1e-2)
+        if not near:
+            raise UserError(f"{source.labels[0]} does not lie where {first.name} does: their affines differ")
+        raw = np.rint(truth.slices[:, 0]).astype(np.int64)
+    else:
+        pictures = first.suffix.lower() not in (".dcm", ".dicom", ".ima", "")
+        volume = (
+            read_pictures(first.parent, source.image, channels)
+            if pictures
+            else read_dicom(first.parent, source.image, channels)
+        )
+        levels = {file.stem: file for file in source.labels}
+        if pictures:
+            files = list(source.labels)
+        elif set(levels) >= set(volume.names):
+            files = [levels[name] for name in volume.names]
+        else:
+            files = sorted(source.labels, key=natural)
+        raw = np.stack([read_image(file).colour[..., 0] for file in files]).astype(np.int64)
+        if volume.turned is not None and raw.shape[0] == volume.slices.shape[0]:
+            raw = _turned_like(raw, volume)
+    if raw.shape != (len(volume.slices), *volume.slices.shape[2:]):
+        shapes = [" × ".join(map(str, shape)) for shape in (raw.shape, (len(volume.slices), *volume.slices.shape[2:]))]
+        raise UserError(f"{source.labels[0]} and its subject's others have {shapes[0]} voxels, the image {shapes[1]}")
+    return volume, raw
+
+
+def _turned_like(raw: np.ndarray, volume: Volume) -> np.ndarray:
+    """Labels in the file's rows and columns, turned as the volume was."""
+    from nibabel import orientations
+
+    return _to_slices(orientations.apply_orientation(raw.transpose(2, 1, 0), volume.turned))
+
+
+def with_splits(root: Path, splits: Splits, seed: int, share: float) -> Splits:
+    """The same, and what of train, val and test is missing cut from `train`, by subject."""
+    if "train" not in splits:
+        raise UserError(f"{root} holds {next(iter(splits))!r} but no subjects to train on")
+    splits = dict(splits)
+    if "val" in splits and "test" not in splits:
+        splits["test"] = splits.pop("val")
+    missing = [split for split in ("val", "test") if split not in splits]
+    subjects = splits["train"]
+    if len(subjects) <= len(missing):
+        raise UserError(f"{root}: {len(subjects)} subjects are too few: {' and '.join(missing)} are cut from them")
+    order = split_indices(len(subjects), (1.0,), seed)[0]
+    count = min(max(1, round(share * len(subjects))), (len(subjects) - 1) // max(1, len(missing)))
+    for split in missing:
+        splits[split] = [subjects[order.pop()] for _ in range(count)]
+    splits["train"] = [subjects[index] for index in sorted(order)]
+    return splits
+
+
+def read_classes(root: Path, sources: Iterable[Source]) -> tuple[list[int], list[str]]:
+    """What classes are called in the labels, and their names: of `classes.txt`, or all values that occur.
+
+    Raises:
+        UserError: lines that are no value and name, or more than 255 values.
+    """
+    file = root / CLASSES
+    if file.is_file():
+        values, names = [], []
+        for number, line in enumerate(read_text(file).splitlines(), 1):
+            if not line.strip():
+                continue
+            value, _, name = line.strip().partition(" ")
+            if not value.lstrip("-").isdecimal() or int(value) in values:
+                raise UserError(f"{file}, line {number}: expected a value of its own and a name, got {line!r}")
+            values.append(int(value))
+            names.append(name.strip() or f"class {value}")
+        if len(values) < 2:
+            raise UserError(f"{file}: {len(values)} classes; there are two or more, the background first")
+        return values, names
+    seen: set[int] = set()
+    for source in progress.track(list(sources), "reading labels"):
+        seen |= set(_values_of(source))
+        if len(seen) > IGNORED:
+            raise UserError(f"{source.labels[0]}: more than {IGNORED} values: are these labels?")
+    seen.discard(IGNORED)
+    values = sorted(seen)
+    if len(values) < 2:
+        raise UserError(f"{root}: the labels hold {len(values)} value(s); segmentation needs two or more")
+    return values, ["background" if value == 0 else f"class {value}" for value in values]
+
+
+def _values_of(source: Source) -> list[int]:
+    first = source.labels[0]
+    if is_nifti(first):
+        return np.unique(np.rint(read_nifti(first, labels=True).slices)).astype(int).tolist()
+    return sorted({int(value) for file in source.labels for value in np.unique(read_image(file).colour[..., 0])})

@@ -1,0 +1,317 @@
+"""Volumes from and to files: NIfTI, series of DICOM slices, and slices as pictures."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+
+from provenn.core import progress
+from provenn.core.errors import UserError
+from provenn.core.files import atomic_write
+from provenn.core.inputs import check_file
+from provenn.data.images import SUFFIXES, images_in, read_pixels
+from provenn.data.masks import palette, write_mask
+from provenn.papers.ms_guided_attention.task.brains import scaled
+
+NIFTI, DICOM = (".nii", ".nii.gz"), (".dcm", ".dicom", ".ima")
+UNEVEN = 0.1  # of the distance between slices, that they may differ by
+Affine = np.ndarray  # 4 × 4, from indices to millimetres, axes pointing right, forward and up
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A stack of slices as a network sees it: axial, from below, the nose up where the file says where that is.
+
+    Args:
+        file: it was read from: a file, or a folder of slices.
+        slices: (slices, channels, height, width), in 0…1.
+        spacing: millimetres between slices, rows and columns; ones where the file does not say.
+        affine: of the file; None of pictures.
+        turned: how the file's axes became (columns, rows, slices), as nibabel has it; None of pictures.
+        header: of a NIfTI file.
+        names: of the slices, where they are files of their own, in the file's order.
+    """
+
+    file: Path
+    slices: Float32[np.ndarray, "slices channels height width"]
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    affine: Affine | None = None
+    turned: np.ndarray | None = None
+    header: Any = None
+    names: tuple[str, ...] = field(default=())
+
+
+def is_nifti(file: Path) -> bool:
+    """Whether the name is that of a NIfTI file."""
+    return file.name.lower().endswith(NIFTI)
+
+
+def stem_of(file: Path) -> str:
+    """The name without its ending, `.nii.gz` being one."""
+    return file.name[: -len(".nii.gz")] if file.name.lower().endswith(".nii.gz") else file.stem
+
+
+def natural(file: Path) -> tuple[tuple[int, str], ...]:
+    """A key that puts slice 2 before slice 10, with or without leading zeros."""
+    parts = re.findall(r"\d+|\D+", file.name)
+    return tuple((int(part), "") if part.isdecimal() else (-1, part) for part in parts)
+
+
+def read_volume(given: Path, channels: int = 1) -> Volume:
+    """A volume from a NIfTI file, a folder of DICOM slices, a folder of pictures, or one picture.
+
+    NIfTI and DICOM are scaled so that their 0.5 % darkest voxels are 0 and their 0.5 % brightest 1; pictures are taken
+    as they are.
+
+    Args:
+        given: the file or folder.
+        channels: of the network; a NIfTI file of four dimensions has so many images in its last one.
+
+    Raises:
+        UserError: none of these, or one that cannot be read.
+    """
+    if given.is_dir():
+        files = dicom_slices(given)
+        if files:
+            return read_dicom(given, files, channels)
+        return read_pictures(given, images_in(given), channels)
+    check_file(given)
+    if is_nifti(given):
+        return read_nifti(given, channels)
+    if given.suffix.lower() in SUFFIXES:
+        return read_pictures(given, [given], channels)
+    if given.suffix.lower() in DICOM:
+        return read_dicom(given, [given], channels)
+    raise UserError(f"{given} is no volume: expected .nii, .nii.gz, a folder of DICOM slices, or pictures")
+
+
+def read_nifti(file: Path, channels: int = 1, *, labels: bool = False) -> Volume:
+    """A NIfTI file.
+
+    Args:
+        file: it.
+        channels: as in `read_volume`.
+        labels: its values are class numbers, and stay as they are.
+    """
+    nibabel = _library("nibabel", "NIfTI")
+    check_file(file)
+    try:
+        with progress.quiet_loggers("nibabel.global"):
+            image = nibabel.load(file)
+            values = np.asarray(image.get_fdata(dtype=np.float32))
+    except Exception as error:  # nibabel raises of many kinds
+        raise UserError(f"{file} cannot be read as NIfTI: {' '.join(str(error).split())[:200]}") from None
+    if values.ndim == 4 and values.shape[3] == 1:
+        values = values[..., 0]
+    if values.ndim not in (3, 4) or 0 in values.shape:
+        raise UserError(f"{file} has {values.ndim} dimensions of {values.shape}: a volume has three, or four of images")
+    if labels and values.ndim == 4:
+        raise UserError(f"{file} has four dimensions: labels have three")
+    count = values.shape[3] if values.ndim == 4 else 1
+    if not labels and count != channels:
+        raise UserError(f"{file} holds {count} image(s) a voxel; the network takes {channels}")
+    if not np.isfinite(values).all():
+        raise UserError(f"{file} holds numbers that are not finite")
+    known = image.affine is not None and _placed(image.header)
+    if not known and not labels:
+        progress.say(f"{file} does not say where it lies: its slices are taken as they stand, along the last dimension")
+    affine = np.asarray(image.affine if known else np.diag([1, -1, 1, 1]), float)
+    parts = [values[..., index] for index in range(count)] if values.ndim == 4 else [values]
+    return _oriented(file, parts, affine, header=image.header, labels=labels)
+
+
+def _placed(header: Any) -> bool:
+    """Whether a header says how the volume lies: NIfTI's two codes, of which one must not be 0."""
+    try:
+        return bool(int(header["sform_code"]) or int(header["qform_code"]))
+    except (KeyError, ValueError, TypeError, IndexError):
+        return True  # another format of nibabel's, whose affine is all there is
+
+
+def _oriented(
+    file: Path,
+    parts: Sequence[np.ndarray],
+    affine: Affine,
+    *,
+    header: Any = None,
+    labels: bool = False,
+    names: Sequence[str] = (),
+) -> Volume:
+    """A volume from arrays of a file, each scaled by itself."""
+    from nibabel import orientations
+
+    turned = orientations.io_orientation(affine)
+    if np.isnan(turned).any():
+        raise UserError(f"{file}: its affine has an axis of length 0")
+    planes = [_to_slices(orientations.apply_orientation(part, turned)) for part in parts]
+    slices = np.stack([plane if labels else scaled(plane) for plane in planes], 1).astype(np.float32)
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    along = np.empty(3)
+    along[turned[:, 0].astype(int)] = lengths  # right, forward, up
+    return Volume(
+        file, np.ascontiguousarray(slices), (along[2], along[1], along[0]), affine, turned, header, tuple(names)
+    )
+
+
+def _to_slices(array: np.ndarray) -> np.ndarray:
+    """(right, forward, up) to (slices, rows from the nose on, columns)."""
+    return array.transpose(2, 1, 0)[:, ::-1]
+
+
+def from_slices(labels: np.ndarray, volume: Volume) -> np.ndarray:
+    """Labels of slices in the axes of the file that the volume was read from."""
+    from nibabel import orientations
+
+    array = labels[:, ::-1].transpose(2, 1, 0)
+    back = orientations.ornt_transform(orientations.axcodes2ornt(("R", "A", "S")), volume.turned)
+    return orientations.apply_orientation(array, back)
+
+
+def dicom_slices(folder: Path) -> list[Path]:
+    """Files of a folder that are DICOM by their ending, or by the mark after their first 128 bytes."""
+    found = []
+    for file in sorted(folder.iterdir()):
+        if not file.is_file() or file.name.startswith("."):
+            continue
+        if file.suffix.lower() in DICOM or (not file.suffix and _is_dicom(file)):
+            found.append(file)
+    return found
+
+
+def _is_dicom(file: Path) -> bool:
+    with open(file, "rb") as opened:
+        return opened.read(132)[128:] == b"DICM"
+
+
+def read_dicom(given: Path, files: Sequence[Path], channels: int = 1) -> Volume:
+    """A series of DICOM slices, in the order of their positions.
+
+    Raises:
+        UserError: several series, a slice that is missing or there twice, or slices that do not fit each other.
+    """
+    pydicom = _library("pydicom", "DICOM")
+    if channels != 1:
+        raise UserError(f"{given}: a series has one image a voxel; the network takes {channels}")
+    slices = []
+    for file in files:
+        check_file(file)
+        try:
+            part = pydicom.dcmread(file)
+            pixels = part.pixel_array.astype(np.float32)
+        except Exception as error:  # pydicom raises of many kinds
+            raise UserError(f"{file} cannot be read as DICOM: {' '.join(str(error).split())[:200]}") from None
+        if pixels.ndim != 2:
+            raise UserError(f"{file} holds an image of shape {pixels.shape}: expected one grey slice")
+        pixels = pixels * float(getattr(part, "RescaleSlope", 1)) + float(getattr(part, "RescaleIntercept", 0))
+        slices.append((file, part, pixels))
+    series = {str(getattr(part, "SeriesInstanceUID", "")): part for _, part, _ in slices}
+    if len(series) > 1:
+        named = ", ".join(str(getattr(part, "SeriesDescription", uid)) for uid, part in list(series.items())[:5])
+        raise UserError(f"{given} holds {len(series)} series ({named}): give each a folder of its own")
+    try:
+        rows = np.array([float(x) for x in slices[0][1].ImageOrientationPatient])
+        places = np.array([[float(x) for x in part.ImagePositionPatient] for _, part, _ in slices])
+        between = [float(x) for x in slices[0][1].PixelSpacing]
+    except (AttributeError, TypeError, ValueError):
+        raise UserError(f"{given}: its slices do not say where they lie (position, orientation, spacing)") from None
+    if len({pixels.shape for _, _, pixels in slices}) > 1:
+        raise UserError(f"{given}: its slices have different sizes")
+    normal = np.cross(rows[:3], rows[3:])
+    heights = places @ normal
+    order = np.argsort(heights, kind="stable")
+    step = _even_step(given, heights[order], float(getattr(slices[0][1], "SliceThickness", 1) or 1))
+    affine = np.eye(4)
+    # Columns of a slice run along `rows[:3]`; DICOM points left and back where the affine points right and forward.
+    affine[:3, 0], affine[:3, 1] = rows[:3] * between[1], rows[3:] * between[0]
+    affine[:3, 2], affine[:3, 3] = normal * step, places[order[0]]
+    affine[:2] *= -1
+    array = np.stack([slices[index][2].T for index in order], 2)
+    return _oriented(given, [array], affine, names=[slices[index][0].stem for index in order])
+
+
+def _even_step(given: Path, heights: np.ndarray, thickness: float) -> float:
+    if len(heights) == 1:
+        return thickness
+    steps = np.diff(heights)
+    usual = float(np.median(steps))
+    if steps.min() < 1e-3:
+        raise UserError(f"{given} has two slices at {heights[int(steps.argmin())]:g} mm")
+    worst = int(np.abs(steps - usual).argmax())
+    if abs(steps[worst] - usual) > UNEVEN * usual:
+        raise UserError(
+            f"{given}: slices {worst + 1} and {worst + 2} lie {steps[worst]:g} mm apart, the others {usual:g}: "
+            "one is missing, or two series are mixed"
+        )
+    return usual
+
+
+def read_pictures(given: Path, files: Sequence[Path], channels: int = 1) -> Volume:
+    """Pictures of one size as the slices of a volume, in the order of their numbers."""
+    files = sorted(files, key=natural)
+    parts = [read_pixels(file, channels).numpy() for file in files]
+    odd = next((file for file, part in zip(files, parts) if part.shape != parts[0].shape), None)
+    if odd is not None:
+        raise UserError(f"{odd} has another size than {files[0].name}: slices of a volume have one size")
+    slices = np.stack(parts).astype(np.float32) / 255
+    return Volume(given, slices, names=tuple(file.stem for file in files))
+
+
+def write_labels(
+    file: Path, labels: UInt8[np.ndarray, "slices height width"], volume: Volume, values: Sequence[int]
+) -> None:
+    """Write class numbers as a label volume in the header, affine and axes of the volume.
+
+    Args:
+        file: .nii or .nii.gz; of pictures .png, of several slices a folder.
+        labels: class numbers.
+        volume: they are of.
+        values: what each class is called in the file.
+    """
+    table = np.asarray(values)
+    if volume.affine is None:
+        _write_pictures(file, labels, volume, table)
+        return
+    nibabel = _library("nibabel", "NIfTI")
+    kind = np.uint8 if table.max() < 256 and table.min() >= 0 else np.int16
+    array = table.astype(kind)[from_slices(labels, volume)]
+    header = None if volume.header is None else volume.header.copy()
+    if header is not None:
+        header.set_data_dtype(kind)
+        header.set_slope_inter(1, 0)
+        header["cal_max"], header["cal_min"] = 0, 0
+    image = nibabel.Nifti1Image(array, volume.affine, header)
+    if header is None:
+        image.header.set_xyzt_units("mm")
+        image.set_qform(volume.affine, 1)
+        image.set_sform(volume.affine, 1)
+    content = image.to_bytes()
+    if file.name.lower().endswith(".gz"):
+        import gzip
+
+        content = gzip.compress(content, mtime=0)
+    with atomic_write(file) as opened:
+        opened.write(content)
+
+
+def _write_pictures(file: Path, labels: np.ndarray, volume: Volume, table: np.ndarray) -> None:
+    if not (0 <= table.min() and table.max() < 256):
+        raise UserError(f"labels of {table.min()} to {table.max()} fit no picture: predict a NIfTI file")
+    colours = palette(len(table))
+    if table.tolist() != list(range(len(table))):  # grey levels, as the truth has them
+        colours = [(value, value, value) for value in range(256)]
+    targets = [file] if len(labels) == 1 and file.suffix else [file / f"{name}.png" for name in volume.names]
+    for target, part in zip(targets, labels, strict=True):
+        write_mask(target, table.astype(np.uint8)[part], colours)
+
+
+def _library(name: str, what: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(f"{what} needs {name}: pip install 'provenn[medical]'") from None
