@@ -71,8 +71,8 @@ EXPERIMENTS = {
     "semantic_rung": BRAINS.against("semantic", "two steps"),
     "supervision_more": BRAINS.against("guided", "single"),
     "over_the_best": BRAINS.against("guided", RIVALS, shown=("features",)),
-    "over_the_best_surface": BRAINS.against("guided", RIVALS, metric="surface_distance"),
-    "smaller_spread": BRAINS.against("guided", "unet", metric="dice_std", ratio=True),
+    "over_the_best_surface": BRAINS.against("guided", RIVALS, metric="surface distance"),
+    "smaller_spread": BRAINS.against("guided", "unet", metric="deviation of Dice", ratio=True),
 }
 
 

@@ -3,6 +3,7 @@
 Where text and code of the authors differ, the text is the default and the code an option.
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -12,6 +13,8 @@ from torch.nn import functional as F
 
 from provenn.nn.arguments import check_whole
 from provenn.nn.segmentation import resize
+from provenn.ops.autograd import at_least_single, without_autocast
+from provenn.ops.softmax_attention import softmax_attention
 
 Cam = Literal["softmax", "max_minus"]
 CAMS = ("softmax", "max_minus")
@@ -50,10 +53,10 @@ class PositionAttention(nn.Module):
         query, key = self._query_and_key(x)
         if self.fused:
             width = max(query.shape[-1], value.shape[-1])
-            query, key, filled = (F.pad(part, (0, width - part.shape[-1])) for part in (query, key, value))
+            filled = (F.pad(part, (0, width - part.shape[-1])) for part in (query, key, value))
             # Of other strides than these PyTorch's CPU takes the form that keeps the map.
-            heads = (part[:, None].contiguous() for part in (query, key, filled))
-            gathered = F.scaled_dot_product_attention(*heads, scale=1.0)[:, 0, :, : value.shape[-1]]
+            q, k, v = (part[:, None].contiguous() for part in filled)
+            gathered = softmax_attention(q, k, v, scale=1.0)[:, 0, :, : value.shape[-1]]
         else:
             gathered = self._weights(query, key) @ value
         return self.gamma * gathered.transpose(1, 2).reshape(x.shape) + x
@@ -68,8 +71,7 @@ class PositionAttention(nn.Module):
     @staticmethod
     def _weights(query: Tensor, key: Tensor) -> Tensor:
         # Without 1/√d the scores grow with the keys' width: their softmax is taken in single precision.
-        scores = query @ key.transpose(1, 2)
-        return scores.float().softmax(-1).to(query.dtype) if scores.dtype.itemsize < 4 else scores.softmax(-1)
+        return at_least_single(query @ key.transpose(1, 2)).softmax(-1).to(query.dtype)
 
 
 class ChannelAttention(nn.Module):
@@ -88,6 +90,8 @@ class ChannelAttention(nn.Module):
 
     def __init__(self, channels: int, *, cam: Cam = "softmax"):
         check_whole(channels=channels)
+        if channels < 1:
+            raise ValueError(f"channels must be at least 1, got {channels}")
         if cam not in CAMS:
             raise ValueError(f"cam must be one of {', '.join(CAMS)}, got {cam!r}")
         super().__init__()
@@ -100,9 +104,8 @@ class ChannelAttention(nn.Module):
 
     def weights(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels channels"]:
         """A: rows sum to 1. In single precision at least, since half precision cannot hold sums of n products."""
-        flat = x.flatten(2)
-        with torch.autocast(x.device.type, enabled=False):
-            flat = flat if flat.dtype.itemsize >= 4 else flat.float()
+        flat = at_least_single(x.flatten(2))
+        with without_autocast(flat):
             energy = flat @ flat.transpose(1, 2)
             if self.cam == "max_minus":
                 energy = energy.amax(-1, keepdim=True) - energy
@@ -175,13 +178,18 @@ class SemanticModule(nn.Module):
         channels: of its input, 2C.
         widths: of the two levels; twice and four times `channels` by default.
 
+    Raises ValueError for other than two widths.
+
     Shapes: (batch, channels, height, width), both sides even, to z (batch, widths[1], height/4, width/4) and r, as the
     input.
     """
 
-    def __init__(self, channels: int, widths: tuple[int, int] | None = None):
+    def __init__(self, channels: int, widths: Sequence[int] | None = None):
+        widths = (2 * channels, 4 * channels) if widths is None else widths
+        if len(widths) != 2 or min(widths) < 1:
+            raise ValueError(f"widths must be two numbers of at least 1, got {widths}")
         super().__init__()
-        first, second = (2 * channels, 4 * channels) if widths is None else widths
+        first, second = widths
         self.enc1, self.enc2 = two_convolutions(channels, first), two_convolutions(first, second)
         self.dec2 = two_convolutions(second, first)
         self.up2 = nn.ConvTranspose2d(first, first, 2, stride=2)

@@ -1,5 +1,6 @@
 """The multi-scale guided attention network for medical images (Sinha and Dolz, 2020, arXiv:1906.02849)."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -8,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from provenn.nn.arguments import check_finite, check_whole
+from provenn.nn.arguments import check_whole
 from provenn.nn.padding import mirror_pad
 from provenn.nn.resnet import BasicBlock, Bottleneck, Gate, ResNet
 from provenn.nn.segmentation import resize
@@ -121,15 +122,16 @@ class GuidedAttentionNet(nn.Module):
         parts: Sequence[str] = ("position", "channel"),
         cam: Cam = "softmax",
         share_semantic_conv: bool = True,
-        semantic_widths: tuple[int, int] | None = None,
+        semantic_widths: Sequence[int] | None = None,
         deep_supervision: bool = True,
         predict: Literal["mean", "finest"] = "mean",
-        weights: tuple[float | int, float | int, float | int] = (1.0, 0.25, 0.1),
+        weights: Sequence[float | int] = (1.0, 0.25, 0.1),
         reduction: Literal["mean", "sum"] = "mean",
         between: bool = False,
     ):
         check_whole(num_classes=num_classes, in_channels=in_channels, dim=dim, steps=steps)
-        check_finite(alpha=weights[0], beta=weights[1], gamma=weights[2])
+        if len(weights) != 3 or not all(math.isfinite(weight) and weight >= 0 for weight in weights):
+            raise ValueError(f"weights must be three finite numbers, none negative, got {weights}")
         for name, value in (("num_classes", num_classes), ("in_channels", in_channels), ("dim", dim)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -143,8 +145,6 @@ class GuidedAttentionNet(nn.Module):
         ):
             if chosen not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {chosen!r}")
-        if min(weights) < 0:
-            raise ValueError(f"weights must not be negative, got {weights}")
         if guided and between:
             raise ValueError("between is for a network without semantic modules: give guided=False too")
         super().__init__()

@@ -1,8 +1,9 @@
 """Data, networks and probes of the guided attention experiments: drawn brain subjects of 64×64 pixels."""
 
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -179,7 +180,22 @@ def on_own_class(model: nn.Module, data: TaskData) -> float:
     return float(np.mean(gains))
 
 
-PROBES = {"lost by prediction": lost_by_prediction, "own class": on_own_class}
+_JUDGED: WeakKeyDictionary[nn.Module, dict[str, float]] = WeakKeyDictionary()
+
+
+def judged(name: str, model: nn.Module, data: TaskData) -> float:
+    """A further metric of the task on the test subjects; they are predicted once for all of these."""
+    if model not in _JUDGED:
+        _JUDGED[model] = TASK.evaluate(model, data.test)
+    return _JUDGED[model][name]
+
+
+PROBES = {
+    "lost by prediction": lost_by_prediction,
+    "own class": on_own_class,
+    "surface distance": partial(judged, "surface_distance"),
+    "deviation of Dice": partial(judged, "dice_std"),
+}
 
 
 # Two classes told apart by a far marker

@@ -382,7 +382,7 @@ def _of_classes(predicted: np.ndarray, subject: Labelled, classes: int) -> list[
     return found
 
 
-def of_subjects(values: Float[np.ndarray, "subjects classes"]) -> Float[np.ndarray, " subjects"]:
+def of_subjects(values: Float[np.ndarray, "subjects classes"]) -> Float[np.ndarray, " judged"]:
     """The mean over the classes that a subject, or its prediction, has; subjects without any are left out."""
     there = ~np.isnan(values)
     counts = there.sum(1)

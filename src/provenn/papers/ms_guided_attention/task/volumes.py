@@ -293,8 +293,8 @@ def write_labels(
         import gzip
 
         content = gzip.compress(content, mtime=0)
-    with atomic_write(file) as opened:
-        opened.write(content)
+    with atomic_write(file) as part:
+        part.write_bytes(content)
 
 
 def _write_pictures(file: Path, labels: np.ndarray, volume: Volume, table: np.ndarray) -> None:
