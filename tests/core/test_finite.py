@@ -43,6 +43,7 @@ INPUTS = {  # of each kind of work: what is given, and where the answer goes
     "spectra-regression": ("spectra.npy", "answer.csv"),
     "wound-segmentation": ("image.png", "answer.png"),
     "event-video": ("events.txt", "answer.npy"),
+    "volume-segmentation": ("image.png", "answer.png"),
 }
 TRIED = {"pansharpening": "image.png", "event-video": "image.png"}  # in the browser, where that is something else
 # A factor under which every parameter has a square in float32, and every model that ships runs out of its range.

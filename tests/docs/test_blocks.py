@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import av
 import h5py
+import nibabel
 import numpy as np
 import pytest
 import rasterio
@@ -123,6 +124,16 @@ def samples(tmp_path_factory) -> Path:
             frames = [av.VideoFrame.from_ndarray(np.roll(moving, i, 1), format="gray") for i in range(12)]
             for frame in (*frames, None):
                 video.mux(stream.encode(frame))
+    for kind in ("images", "labels"):
+        (folder / "scans" / kind).mkdir(parents=True)
+    for number in range(4):
+        values = rng.integers(0, 3, (20, 24, 3)).astype(np.int16)
+        labels = nibabel.Nifti1Image(values, np.diag([2.0, 2.0, 5.0, 1.0]))
+        image = nibabel.Nifti1Image((values + rng.random(values.shape)).astype(np.float32), labels.affine)
+        nibabel.save(image, folder / f"scans/images/{number}.nii.gz")
+        nibabel.save(labels, folder / f"scans/labels/{number}.nii.gz")
+    shutil.copyfile(folder / "scans/images/0.nii.gz", folder / "scan.nii.gz")
+    shutil.copyfile(folder / "scans/labels/0.nii.gz", folder / "truth.nii.gz")
     for number in range(4):
         (folder / f"text/{number}.txt").write_text("The quick brown fox jumps over the lazy dog. " * 200)
     return folder
