@@ -16,8 +16,8 @@ from plugins import FIXTURES, install
 from provenn import catalog
 from provenn.catalog import Experiment
 from provenn.evidence import Evidence, Measurement, Verdict, provenance, view
-from provenn.evidence.provenance import Provenance
 from provenn.evidence.experiment import measures
+from provenn.evidence.provenance import Provenance
 from provenn.evidence.record import EVIDENCE, LEDGER, Ledger, Record, Repeated, Verification
 from provenn.experiments.verify import _unrepeatable, compared
 

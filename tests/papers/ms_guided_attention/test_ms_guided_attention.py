@@ -101,7 +101,7 @@ def test_layers_of_guided_attention_are_as_described():
     got = opened(layer)(feature, guide, semantic, conv)
     u = torch.cat([feature, guide], 1)
     position, channel = (layer.layers[name](u) for name in ("position", "channel"))
-    latent, back = semantic(u)
+    _, back = semantic(u)
     torch.testing.assert_close(got.attention, layer.mix((position + channel) * conv(back)))
     assert got.latent.shape == (2, 32, 2, 2) and got.reconstruction.shape == u.shape and torch.equal(got.inputs, u)
     alone = layer(feature, guide)

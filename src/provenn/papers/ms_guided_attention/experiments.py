@@ -104,7 +104,7 @@ EXPERIMENTS["fused_memory"] = MEMORY.against("fused", "explicit", at=4096)
 @measures("parameters")
 def parameters(run: Run) -> Measurement:
     """Built from the brief description of Table VIII: whether each count is met."""
-    printed = {
+    printed: dict[str, tuple[Any, dict[str, Any], int]] = {
         "U-Net": (UNet, {}, 31_030_853),
         "Attention U-Net": (UNet, {"gated": True}, 34_877_681),
         "DAF": (DeepAttentiveFeatures, {}, 43_482_179),
@@ -153,7 +153,9 @@ def printed_spread(run: Run) -> Measurement:
         "HVSMR": (4.93, {"U-Net": 6.72, "DANet": 5.91, "PAN": 5.08}),
         "BRATS": (10.74, {"U-Net": 12.39, "DANet": 10.89, "Attention U-Net": 10.58}),
     }
-    rows: list[list[Any]] = [[name, own, *min((v, k) for k, v in others.items())] for name, (own, others) in printed.items()]
+    rows: list[list[Any]] = [
+        [name, own, *min((v, k) for k, v in others.items())] for name, (own, others) in printed.items()
+    ]
     smallest = sum(row[1] < row[2] for row in rows)
     columns = ["data", "guided", "smallest of the others", "whose"]
     table = Table(caption="Deviation of Dice over subjects, points, as printed", columns=columns, rows=rows)

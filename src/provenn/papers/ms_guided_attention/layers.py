@@ -157,9 +157,7 @@ class AttentionLayer(nn.Module):
         self.attention = attention
         self.leave = conv_bn_prelu(channels, channels, 3)
 
-    def forward(
-        self, x: Float[Tensor, "batch doubled height width"]
-    ) -> Float[Tensor, "batch channels height width"]:
+    def forward(self, x: Float[Tensor, "batch doubled height width"]) -> Float[Tensor, "batch channels height width"]:
         return self.leave(self.attention(self.enter(x)))
 
     def around_attention(self, x: Float[Tensor, "batch doubled height width"]) -> tuple[Tensor, Tensor]:

@@ -180,17 +180,15 @@ class GuidedAttentionNet(nn.Module):
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes height width"]:
         return self.decoded(self.encoded(x), x.shape[2:])
 
-    def decoded(
-        self, levels: list[Tensor], size: Sequence[int]
-    ) -> Float[Tensor, "batch classes height width"]:
+    def decoded(self, levels: list[Tensor], size: Sequence[int]) -> Float[Tensor, "batch classes height width"]:
         """The logits from the trunk's map of each stage."""
         features, fused = self._scales(levels)
         last = self._guide(features, fused)[-1]
-        heads = list(self.classify)[-1]
+        heads: Any = self.classify[-1]
         if self.predict == "finest":
-            return self._enlarged(heads[0](last[0].attention), size)  # type: ignore[index]
+            return self._enlarged(heads[0](last[0].attention), size)
         total = torch.zeros((), dtype=fused.dtype, device=fused.device)
-        for head, part in zip(heads, last, strict=True):  # type: ignore[arg-type]  # modules in a ModuleList
+        for head, part in zip(heads, last, strict=True):
             total = total + head(part.attention)
         return self._enlarged(total / 4, size)  # a mean of enlarged maps is the enlarged mean
 
@@ -201,8 +199,8 @@ class GuidedAttentionNet(nn.Module):
         guided = self._guide(features, fused, around=self.between)
         logits = [head(feature) for head, feature in zip(self.classify_features, features)]
         for step, heads in zip(self.supervised, self.classify, strict=True):
-            pairs = zip(heads, guided[step - 1], strict=True)  # type: ignore[arg-type]
-            logits += [head(part.attention) for head, part in pairs]
+            each: Any = heads  # a ModuleList hides its kind
+            logits += [head(part.attention) for head, part in zip(each, guided[step - 1], strict=True)]
         return Outputs([self._enlarged(part, size) for part in logits], guided)
 
     def training_loss(self, batch: Any) -> Float[Tensor, ""]:
@@ -261,9 +259,10 @@ class GuidedAttentionNet(nn.Module):
     def _guide(self, features: Sequence[Tensor], fused: Tensor, *, around: bool = False) -> list[list[Guided]]:
         """All steps at all scales."""
         steps: list[list[Guided]] = []
-        for step, modules in enumerate(self.attention):
+        for step in range(self.steps):
+            modules: Any = self.attention[step]  # a ModuleList hides its kind
             scales: list[Guided] = []
-            for scale, (attend, feature) in enumerate(zip(modules, features, strict=True)):  # type: ignore[arg-type]
+            for scale, (attend, feature) in enumerate(zip(modules, features, strict=True)):
                 semantic: Any = self.semantic[step] if len(self.semantic) else None
                 convs: Any = self.semantic_conv[step] if len(self.semantic) else None
                 conv = None if convs is None else convs[scale % len(convs)]
@@ -318,18 +317,14 @@ class DeepAttentiveFeatures(nn.Module):
         dim: int = 64,
     ):
         super().__init__()
-        self.base = GuidedAttentionNet(
-            num_classes, in_channels, backbone=backbone, dim=dim, steps=1, guided=False
-        )
+        self.base = GuidedAttentionNet(num_classes, in_channels, backbone=backbone, dim=dim, steps=1, guided=False)
         del self.base.attention
         self.weigh = nn.ModuleList(
             nn.Sequential(conv_bn_prelu(2 * dim, dim, 3), conv_bn_prelu(dim, dim, 3), nn.Conv2d(dim, dim, 1))
             for _ in range(4)
         )
         self.refine = nn.ModuleList(
-            nn.Sequential(
-                conv_bn_prelu(2 * dim, dim, 3), conv_bn_prelu(dim, dim, 3), conv_bn_prelu(dim, dim, 1)
-            )
+            nn.Sequential(conv_bn_prelu(2 * dim, dim, 3), conv_bn_prelu(dim, dim, 3), conv_bn_prelu(dim, dim, 1))
             for _ in range(4)
         )
         self.apply(_xavier)

@@ -11,7 +11,7 @@ from torch import Tensor
 from provenn.core.errors import UserError
 
 DEAD = re.compile(r"^(conv6_\d|conv7_\d|attention\d|refine\d)\.")
-# Scales are counted from the coarsest in the authors' convolutions, and from the finest elsewhere; ours from the finest.
+# Scales are counted from the coarsest in the authors' convolutions, from the finest elsewhere and here.
 _NAMES = [
     (r"^resnext\.layer0\.0\.", lambda m: "trunk.conv1."),
     (r"^resnext\.layer0\.1\.", lambda m: "trunk.bn1."),
@@ -55,7 +55,7 @@ def convert(
         ) from error
     if group.shape[1] != 8:
         raise UserError(f"the authors' trunk is ResNeXt-101 32×8d; these weights have groups of {group.shape[1]}")
-    shapes = {"num_classes": classes, "in_channels": stem.shape[1]}
+    shapes: dict[str, object] = {"num_classes": classes, "in_channels": stem.shape[1]}
     live = {name: tensor for name, tensor in state.items() if not DEAD.match(name)}
     return "guided_attention_released", shapes, {_rename(name): tensor for name, tensor in live.items()}
 
@@ -64,7 +64,6 @@ def _layer(match: re.Match[str], part: str) -> str:
     index = int(match[3])
     place = f"enter.{index}" if index < 3 else "attention" if index == 3 else f"leave.{index - 4}"
     return f"attention.{int(match[1]) - 1}.{int(match[2]) - 1}.layers.{part}.{place}."
-
 
 
 def _rename(name: str) -> str:

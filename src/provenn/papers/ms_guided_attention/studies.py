@@ -1,6 +1,6 @@
 """Data, networks and probes of the guided attention experiments: drawn brain subjects of 64×64 pixels."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -21,6 +21,7 @@ from provenn.tasks import TaskData, fingerprint
 
 COUNTS = {"train": 16, "val": 8, "test": 64}  # subjects: test subjects cost nothing
 SHORT = {"train": 2, "val": 1, "test": 2}
+RIDGE = 1e-4  # of the mean square of a channel, so that dead channels leave the fit determined
 LOOKED_AT = 8  # test subjects that a probe of attention or skips reads
 
 
@@ -98,32 +99,44 @@ def few(names: tuple[str, ...]) -> dict[str, tuple[str, Variant]]:
 
 
 def lost_by_prediction(model: nn.Module, data: TaskData) -> float:
-    """Dice lost when each finer map is replaced by its best linear prediction from the next coarser one.
+    """Soft Dice lost when each finer map is replaced by its best linear prediction from the next coarser one.
 
     One scale at a time; the mean over scales. The prediction is a 1×1 convolution of the coarser map, enlarged, fitted
-    by least squares to training slices.
+    to training slices by least squares with a little ridge. Soft Dice is of probabilities, the first class left out.
     """
     train: Slices = data.train  # type: ignore[assignment]  # data sets of this task
     test: Subjects = data.test  # type: ignore[assignment]
-    some = Subjects(test.subjects[:LOOKED_AT], data.meta)
     if not isinstance(model, (GuidedAttentionNet, UNet)):
         return float("nan")
-    skips = model.skips if isinstance(model, UNet) else 3
-    whole = TASK.evaluate(model, some)["dice"]
-    images = torch.stack([Subjects(train.subjects, data.meta)[one][0][:: max(1, 18 // 4)] for one in range(2)])
-    levels = model.encoded(images.flatten(0, 1))
-    lost = []
-    for level in range(skips):
+    seen, judged = (Subjects(part.subjects[:LOOKED_AT], data.meta) for part in (train, test))
+    levels = model.encoded(torch.cat([seen[one][0][::4] for one in range(min(2, len(seen)))]))
+    whole, lost = _soft(model, judged), []
+    for level in range(model.skips if isinstance(model, UNet) else 3):
         weights = _linear(levels[level + 1], levels[level])
-        lost.append(whole - TASK.evaluate(_Predicted(model, level, weights), some)["dice"])
+        lost.append(whole - _soft(_Predicted(model, level, weights), judged))
     return float(np.mean(lost))
 
 
+def _soft(model: nn.Module, data: Subjects) -> float:
+    """The mean over subjects and classes of 2Σpq / (Σp + Σq)."""
+    values = []
+    for index in range(len(data)):
+        images, masks = data[index]
+        likely = torch.cat([model(part).softmax(1) for part in images.split(8)])[:, 1:]
+        true = F.one_hot(masks.long(), likely.shape[1] + 1).permute(0, 3, 1, 2)[:, 1:]
+        both, sums = (likely * true).sum((0, 2, 3)), (likely + true).sum((0, 2, 3))
+        values.append(float((2 * both / sums).mean()))
+    return float(np.mean(values))
+
+
 def _linear(coarse: Tensor, fine: Tensor) -> Tensor:
-    """Weights (coarse channels + 1, fine channels) of the least squares fit, at up to 20,000 places."""
+    """Weights (coarse channels + 1, fine channels) of the fit, at up to 20,000 places."""
     x, y = _pairs(coarse, fine)
     chosen = torch.linspace(0, len(x) - 1, min(len(x), 20_000)).long()
-    return torch.linalg.lstsq(x[chosen].double(), y[chosen].double()).solution.float()
+    x, y = x[chosen].double(), y[chosen].double()
+    square = x.T @ x
+    ridge = RIDGE * square.diagonal().mean() * torch.eye(len(square), dtype=square.dtype)
+    return torch.linalg.solve(square + ridge, x.T @ y).float()
 
 
 def _pairs(coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,10 +154,9 @@ class _Predicted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         levels = self.model.encoded(x)
-        seen, fine = _pairs(levels[self.level + 1], levels[self.level])
+        seen, _ = _pairs(levels[self.level + 1], levels[self.level])
         batch, _, height, width = levels[self.level].shape
         levels[self.level] = (seen @ self.linear).view(batch, height, width, -1).permute(0, 3, 1, 2)
-        del fine
         return self.model.decoded(levels, x.shape[2:])
 
 
@@ -157,7 +169,7 @@ def on_own_class(model: nn.Module, data: TaskData) -> float:
     if not isinstance(model, GuidedAttentionNet):
         return 0.0
     test: Subjects = data.test  # type: ignore[assignment]
-    layer: Any = model.attention[-1][0].layers["position"]  # type: ignore[index,union-attr]
+    layer: Any = model.attention[-1][0].layers["position"]  # type: ignore[index]
     if not isinstance(layer.attention, PositionAttention):
         return 0.0
     seen: list[Tensor] = []
@@ -190,7 +202,7 @@ def judged(name: str, model: nn.Module, data: TaskData) -> float:
     return _JUDGED[model][name]
 
 
-PROBES = {
+PROBES: Mapping[str, Callable[[nn.Module, TaskData], float]] = {
     "lost by prediction": lost_by_prediction,
     "own class": on_own_class,
     "surface distance": partial(judged, "surface_distance"),

@@ -107,8 +107,8 @@ class VolumeSegmentation(Task):
         return _folder(named, seed, size or FRAME, augmentation, val_share, channels)
 
     def loss(self, model: nn.Module, batch: Sequence[Tensor]) -> Float[Tensor, ""]:
-        """Cross-entropy, and soft Dice times `model.dice` where a model has that."""
-        images, masks = batch
+        """Cross-entropy, and soft Dice times `model.dice` where a model has that; of slices, or of whole subjects."""
+        images, masks = (part.flatten(0, 1) if batch[0].ndim == 5 else part for part in batch)
         logits, masks = full_logits(model, images).float(), masks.long()
         total = F.cross_entropy(logits, masks, ignore_index=IGNORED, reduction="sum")
         entropy = total / (masks != IGNORED).sum().clamp_min(1)
@@ -417,8 +417,8 @@ def drawn(seed: int, counts: dict[str, int], augmentation: str) -> TaskData:
         fingerprint=fingerprint(*(array for part in parts.values() for one in part for array in (one.image, one.mask))),
         options={"num_classes": len(TISSUES), "in_channels": 1},
         meta=meta,
-        about=f"{counts['train']} subjects to train on, {counts['test']} to test, each 18 axial slices of {SIDE}×{SIDE} "
-        "pixels at 3 mm. All are the MNI152 template, moved, lit and grained anew: the spread over subjects is the "
+        about=f"{counts['train']} subjects to train on, {counts['test']} to test, each 18 axial slices of "
+        f"{SIDE}×{SIDE} pixels at 3 mm. All are the MNI152 template, moved, lit and grained anew: the spread over subjects is the "
         "generator's. They are no patients.",
     )
 
@@ -438,9 +438,7 @@ def _folder(root: Path, seed: int, size: int, augmentation: str, share: float, c
         "mean": flat.mean(1).astype(float).tolist(),
         "std": np.maximum(flat.std(1), 1e-6).astype(float).tolist(),
     }
-    checksums = [
-        f"{one.name} {fingerprint(one.image, one.mask)}" for part in read.values() for one in part
-    ]
+    checksums = [f"{one.name} {fingerprint(one.image, one.mask)}" for part in read.values() for one in part]
     count = sum(map(len, read.values()))
     return TaskData(
         str(root),
@@ -601,7 +599,5 @@ def answer(trial: Trial) -> dict[str, Any]:
     labels = predict_slices(trial.model, read_volume(trial.file, trial.meta["channels"]).slices, trial.meta, 1)
     shares = np.bincount(labels.ravel(), minlength=len(trial.meta["classes"])) / labels.size
     colours = palette(len(trial.meta["classes"]))
-    found = [
-        (trial.meta["classes"][k], float(shares[k]), list(colours[k])) for k in np.argsort(-shares) if shares[k]
-    ]
+    found = [(trial.meta["classes"][k], float(shares[k]), list(colours[k])) for k in np.argsort(-shares) if shares[k]]
     return {"kind": "mask", "size": size, "shares": found}

@@ -46,7 +46,9 @@ def template() -> Float32[np.ndarray, "maps slices 64 64"]:
     try:
         from nilearn.datasets import load_mni152_gm_template, load_mni152_template, load_mni152_wm_template
     except ImportError:
-        raise UserError("the brain comes with nilearn, which is not installed: pip install 'provenn[medical]'") from None
+        raise UserError(
+            "the brain comes with nilearn, which is not installed: pip install 'provenn[medical]'"
+        ) from None
     from scipy.ndimage import binary_fill_holes
 
     t1, grey, white = (

@@ -50,9 +50,9 @@ def agreement(
         return Agreement(dice, similarity, voxels, diagonal, diagonal)
     box = _box(predicted | true)
     predicted, true = predicted[box], true[box]
-    in_voxels = (
-        distance_transform_edt(~true)[predicted].sum() + distance_transform_edt(~predicted)[true].sum()
-    ) / (a + b)
+    in_voxels = (distance_transform_edt(~true)[predicted].sum() + distance_transform_edt(~predicted)[true].sum()) / (
+        a + b
+    )
     edges = surface(predicted), surface(true)
     to_true = distance_transform_edt(~edges[1], sampling=spacing)[edges[0]]
     to_predicted = distance_transform_edt(~edges[0], sampling=spacing)[edges[1]]

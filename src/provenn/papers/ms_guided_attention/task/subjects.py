@@ -157,7 +157,7 @@ def _chaos(folder: Path) -> list[Source]:
         name = ground.relative_to(folder).parts[0]
         images = ground.parent / "DICOM_anon"
         images = images / "InPhase" if (images / "InPhase").is_dir() else images
-        if images.is_dir() and (not images.parent.name == "DICOM_anon" or "T1DUAL" in ground.parts):
+        if images.is_dir() and (images.parent.name != "DICOM_anon" or "T1DUAL" in ground.parts):
             sources.append(Source(name, tuple(dicom_slices(images)), tuple(images_in(ground))))
     both = [source.name for source in sources]
     twice = next((name for name in both if both.count(name) > 1), None)

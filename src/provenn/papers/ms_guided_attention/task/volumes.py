@@ -298,7 +298,7 @@ def write_labels(
 
 
 def _write_pictures(file: Path, labels: np.ndarray, volume: Volume, table: np.ndarray) -> None:
-    if not (0 <= table.min() and table.max() < 256):
+    if not (table.min() >= 0 and table.max() < 256):
         raise UserError(f"labels of {table.min()} to {table.max()} fit no picture: predict a NIfTI file")
     colours = palette(len(table))
     if table.tolist() != list(range(len(table))):  # grey levels, as the truth has them
