@@ -111,7 +111,6 @@ OPENS = {
     "data/trajectories.py": "NumPy and HDF5, behind check_file",
     "data/cifar.py": "np.fromfile, behind check_file",
     "papers/lambda_pnn/task/rasters.py": "rasterio and NumPy, behind check_file",
-    "papers/ms_guided_attention/task/__init__.py": "a picture that it wrote itself, for a demo",
     "papers/ms_guided_attention/task/volumes.py": "nibabel and pydicom, behind check_file; 132 bytes of a file",
     "papers/s2lic/task/metrics.py": "what Pillow wrote to memory",
     "papers/temporal_residual_diffusion/task/files.py": "NumPy, HDF5 and lines, behind check_file",

@@ -443,7 +443,7 @@ def test_outputs_that_do_not_fit_are_refused_before_anything_is_written(tmp_path
         (["slices"], "b.nii.gz", "do not say where they lie"),
         (["slices"], "b.png", "give a folder"),
         ([volume], "b.csv", "are written as"),
-        ([volume], str(volume), "would be written over"),
+        ([volume], str(volume), "it is the input itself"),
         ([volume, "slices"], "b.nii.gz", "need a folder"),
         ([volume], "-", "not to"),
     ):

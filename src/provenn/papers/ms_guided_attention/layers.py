@@ -231,18 +231,25 @@ class GuidedAttention(nn.Module):
         channels: C.
         parts: which attention modules there are: "position" or "dilated", and "channel". A layer without one keeps its
             two convolutions, so that networks with and without attention have nearly as many parameters.
-        cam: as in `ChannelAttention`.
+        cam, fused: as in `ChannelAttention` and `PositionAttention`.
 
     Shapes: F′ and guide (batch, channels, height, width) to a `Guided`.
     """
 
-    def __init__(self, channels: int, *, parts: tuple[str, ...] = ("position", "channel"), cam: Cam = "softmax"):
+    def __init__(
+        self,
+        channels: int,
+        *,
+        parts: tuple[str, ...] = ("position", "channel"),
+        cam: Cam = "softmax",
+        fused: bool = True,
+    ):
         if set(parts) - {"position", "dilated", "channel"} or {"position", "dilated"} <= set(parts):
             raise ValueError(f"parts are position or dilated, and channel, got {parts}")
         super().__init__()
         space: nn.Module = nn.Identity()
         if "position" in parts:
-            space = PositionAttention(channels)
+            space = PositionAttention(channels, fused=fused)
         elif "dilated" in parts:
             space = DilatedPyramid(channels)
         channel = ChannelAttention(channels, cam=cam) if "channel" in parts else nn.Identity()

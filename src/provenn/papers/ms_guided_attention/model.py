@@ -100,6 +100,7 @@ class GuidedAttentionNet(nn.Module):
         predict: "mean" over the four scales as in the code, or "finest" as in figure 1.
         weights: α, β and γ of the loss: cross-entropy, agreement of latents, reconstruction.
         reduction: of the two squared terms: "mean" as in the code, or "sum" as equations 6 and 7 are printed.
+        fused: False forms the map of position attention's weights, see `PositionAttention`.
         between: put the mean squared difference of each attention module's input and output in the place of the
             semantic modules' terms, as in the ablation called "dist" (which pair is meant is inferred).
 
@@ -128,6 +129,7 @@ class GuidedAttentionNet(nn.Module):
         weights: Sequence[float | int] = (1.0, 0.25, 0.1),
         reduction: Literal["mean", "sum"] = "mean",
         between: bool = False,
+        fused: bool = True,
     ):
         check_whole(num_classes=num_classes, in_channels=in_channels, dim=dim, steps=steps)
         if len(weights) != 3 or not all(math.isfinite(weight) and weight >= 0 for weight in weights):
@@ -159,7 +161,8 @@ class GuidedAttentionNet(nn.Module):
         )
         scales = range(4)
         self.attention = nn.ModuleList(
-            nn.ModuleList(GuidedAttention(dim, parts=tuple(parts), cam=cam) for _ in scales) for _ in range(steps)
+            nn.ModuleList(GuidedAttention(dim, parts=tuple(parts), cam=cam, fused=fused) for _ in scales)
+            for _ in range(steps)
         )
         convs = 1 if share_semantic_conv else 4
         self.semantic = nn.ModuleList(SemanticModule(2 * dim, semantic_widths) for _ in range(steps if guided else 0))

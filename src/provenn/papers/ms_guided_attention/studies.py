@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from provenn.data.masks import IGNORED
 from provenn.papers.ms_guided_attention.layers import PositionAttention
-from provenn.papers.ms_guided_attention.model import DeepAttentiveFeatures, GuidedAttentionNet
+from provenn.papers.ms_guided_attention.model import IGNORED, DeepAttentiveFeatures, GuidedAttentionNet
 from provenn.papers.ms_guided_attention.rivals import DualAttention, UNet
 from provenn.papers.ms_guided_attention.task import TASK, Slices, Subjects, drawn
 from provenn.papers.ms_guided_attention.task.brains import SIDE, draw_subjects

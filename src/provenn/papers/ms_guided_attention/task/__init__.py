@@ -418,8 +418,8 @@ def drawn(seed: int, counts: dict[str, int], augmentation: str) -> TaskData:
         options={"num_classes": len(TISSUES), "in_channels": 1},
         meta=meta,
         about=f"{counts['train']} subjects to train on, {counts['test']} to test, each 18 axial slices of "
-        f"{SIDE}×{SIDE} pixels at 3 mm. All are the MNI152 template, moved, lit and grained anew: the spread over subjects is the "
-        "generator's. They are no patients.",
+        f"{SIDE}×{SIDE} pixels at 3 mm. All are the MNI152 template, moved, lit and grained anew: the spread over "
+        "subjects is the generator's. They are no patients.",
     )
 
 
@@ -590,14 +590,11 @@ def strip(
 
 def answer(trial: Trial) -> dict[str, Any]:
     """A demo: the classes of a slice laid over it, and how much each covers."""
-    from PIL import Image
-
-    trial.predict(Path("mask.png"), overlay=True)
-    size = save_shown(trial.file)
-    with Image.open("mask_overlay.png") as overlay:  # the slice itself is above it
-        overlay.crop((0, overlay.height // 2, overlay.width, overlay.height)).save("overlay.png")
-    labels = predict_slices(trial.model, read_volume(trial.file, trial.meta["channels"]).slices, trial.meta, 1)
-    shares = np.bincount(labels.ravel(), minlength=len(trial.meta["classes"])) / labels.size
-    colours = palette(len(trial.meta["classes"]))
-    found = [(trial.meta["classes"][k], float(shares[k]), list(colours[k])) for k in np.argsort(-shares) if shares[k]]
+    size, meta = save_shown(trial.file), trial.meta
+    slices = read_volume(trial.file, meta["channels"]).slices
+    labels = predict_slices(trial.model, slices, meta, 1)
+    write_image(Path("overlay.png"), Picture(strip(slices, labels, meta)[slices.shape[2] :]))
+    shares = np.bincount(labels.ravel(), minlength=len(meta["classes"])) / labels.size
+    colours = palette(len(meta["classes"]))
+    found = [(meta["classes"][k], float(shares[k]), list(colours[k])) for k in np.argsort(-shares) if shares[k]]
     return {"kind": "mask", "size": size, "shares": found}
