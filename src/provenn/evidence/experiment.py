@@ -16,17 +16,11 @@ Measure = Callable[["Run"], "Measurement | Coroutine[Any, Any, Measurement]"]
 F = TypeVar("F", bound=Callable)
 
 
-def measures(experiment: str, *, clock: bool = False) -> Callable[[F], F]:
-    """Mark a function `(run: Run) -> Measurement`, `async` or not, as the one that measures `experiment`.
-
-    Args:
-        experiment: its name in `paper.toml`.
-        clock: it measures time or a process's memory, which are the machine's: `provenn verify` does not repeat them.
-    """
+def measures(experiment: str) -> Callable[[F], F]:
+    """Mark a function `(run: Run) -> Measurement`, `async` or not, as the one that measures `experiment`."""
 
     def mark(function: F) -> F:
         function.measures = experiment  # type: ignore[attr-defined]  # functions take attributes, their type does not say so
-        function.clock = clock  # type: ignore[attr-defined]
         return function
 
     return mark

@@ -17,6 +17,7 @@ from provenn.core.errors import UserError
 from provenn.core.files import alone_in, check_writable, write_atomically
 from provenn.core.names import check_options
 from provenn.evidence import view
+from provenn.evidence.clock import of_a_machine
 from provenn.evidence.experiment import Measure, measuring_functions
 from provenn.evidence.measurement import Measurement
 from provenn.evidence.provenance import DIGESTS, Provenance, digests_of, provenance_of
@@ -291,7 +292,7 @@ def _unrepeatable(measure: Measure, record: Record, device: str) -> str:
     """Why nothing of a record can be repeated here, or ""."""
     recorded = record.measurement
     timing = measure.timing if isinstance(measure, (Ratio, Exponent)) else None
-    timed = getattr(measure, "clock", False) or (timing is not None and timing.quantity == "time")
+    timed = of_a_machine(measure) or (timing is not None and timing.quantity == "time")
     if timed or recorded.estimator == "clock ratio":
         return CLOCK
     try:

@@ -16,6 +16,7 @@ from provenn.core.errors import UserError
 from provenn.distributed import Inputs, Method, Partial, Pattern, Sharing, Simulation, Slice, attend, simulate
 from provenn.distributed.methods import Ring, pack, with_keys
 from provenn.evidence import Measurement, Run, Table, Timing, measures
+from provenn.evidence.clock import clock
 from provenn.evidence.measurement import lacks_memory, lacks_operation
 from provenn.papers.long_context_bench import masks
 from provenn.papers.long_context_bench.context_parallel import (
@@ -317,13 +318,15 @@ async def sdpa_documents_gpu(run: Run, tokens: int = 32_768) -> Measurement:
     )
 
 
-@measures("time_over_area", clock=True)
+@clock
+@measures("time_over_area")
 async def time_over_area(run: Run, tokens: int = 4096, rounds: int = 5) -> Measurement:
     """Of attention that skips blocks."""
     return await _over_area(run, Blockwise(), tokens, rounds)
 
 
-@measures("explicit_over_area", clock=True)
+@clock
+@measures("explicit_over_area")
 async def explicit_over_area(run: Run, tokens: int = 2048, rounds: int = 5) -> Measurement:
     """Of explicit attention."""
     return await _over_area(run, Naive(), tokens, rounds)
@@ -356,7 +359,8 @@ def fingerprints(tokens: int) -> dict[str, str]:
     return sums
 
 
-@measures("spread_of_repeats", clock=True)
+@clock
+@measures("spread_of_repeats")
 async def spread_of_repeats(run: Run, tokens: int = 2048, repetitions: int = 20) -> Measurement:
     """(80 % − 20 %) / median of the protocol's repetitions, over several runs of it."""
     tokens, repetitions = (512, 4) if run.smoke else (tokens, repetitions)

@@ -9,6 +9,7 @@ import torch
 
 from provenn.core.cost import count_parameters, interleaved
 from provenn.evidence import Measurement, Run, Study, Table, measures
+from provenn.evidence.clock import clock
 from provenn.papers.pressure_ulcer.losses import overlap_scores
 from provenn.papers.pressure_ulcer.model import ResidualAttentionUNet
 from provenn.papers.pressure_ulcer.studies import PROBES, VARIANTS, few, network, photo_of, trained, wounds
@@ -170,7 +171,8 @@ def _report_of(megapixels: float) -> Any:
     return lambda: segment(photo, model, "42.5px/cm")
 
 
-@measures("photo_in_seconds", clock=True)
+@clock
+@measures("photo_in_seconds")
 async def photo_in_seconds(run: Run) -> Measurement:
     """Seconds from 12 megapixels in memory to the report, of the mobile preset; decoding the file is left out."""
     megapixels, rounds = (0.1, 2) if run.smoke else (12.0, 7)
@@ -198,7 +200,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
-@measures("photo_in_memory", clock=True)
+@clock
+@measures("photo_in_memory")
 async def photo_in_memory(run: Run) -> Measurement:
     """The most memory that a process of its own holds, Python and torch included."""
     megapixels = 0.1 if run.smoke else 12.0
