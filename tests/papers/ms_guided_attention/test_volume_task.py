@@ -201,6 +201,18 @@ def test_values_of_labels_become_classes_and_unknown_ones_are_refused(tmp_path):
     assert read_classes(root, splits["train"])[0] == [0, 63, 126, 189]
 
 
+def test_black_and_white_labels_are_two_classes(tmp_path):
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+        for name in ("a_1", "b_1"):
+            pixels = np.kron([[0, 255], [255, 0]], np.ones((4, 4))).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / folder / f"{name}.png")
+    sources = find_subjects(tmp_path)["train"]
+    assert read_classes(tmp_path, sources) == ([0, 255], ["background", "class 255"])
+    assert set(np.unique(read_subject(sources[0], [0, 255]).mask)) == {0, 1}
+    assert set(np.unique(read_subject(sources[0], [0, 1]).mask)) == {0, 255}  # where 255 is no class it is not judged
+
+
 def test_no_subject_is_in_two_splits(tmp_path):
     for index in range(7):
         for level in range(3):

@@ -275,7 +275,8 @@ def read_classes(root: Path, sources: Iterable[Source]) -> tuple[list[int], list
         seen |= set(_values_of(source))
         if len(seen) > IGNORED:
             raise UserError(f"{source.labels[0]}: more than {IGNORED} values: are these labels?")
-    seen.discard(IGNORED)
+    if seen != {0, IGNORED}:  # black and white masks have two classes, and nothing that is not judged
+        seen.discard(IGNORED)
     values = sorted(seen)
     if len(values) < 2:
         raise UserError(f"{root}: the labels hold {len(values)} value(s); segmentation needs two or more")
