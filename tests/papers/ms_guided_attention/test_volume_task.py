@@ -457,7 +457,7 @@ def test_outputs_that_do_not_fit_are_refused_before_anything_is_written(tmp_path
         ([volume], "b.csv", "are written as"),
         ([volume], str(volume), "it is the input itself"),
         ([volume, "slices"], "b.nii.gz", "need a folder"),
-        ([volume], "-", "not to"),
+        ([volume], "/dev/null", "not to"),
     ):
         before = set(Path().iterdir())
         assert main(["predict", "ms_guided_attention", *map(str, given), "-o", output]) == 2

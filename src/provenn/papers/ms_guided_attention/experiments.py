@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from provenn.core.cost import count_parameters, flops
+from provenn.core.cost import count_parameters
 from provenn.evidence import Measurement, Run, Study, Table, Timing, measures
 from provenn.papers.ms_guided_attention.layers import PositionAttention
 from provenn.papers.ms_guided_attention.model import DeepAttentiveFeatures, GuidedAttentionNet
@@ -101,6 +101,28 @@ EXPERIMENTS["explicit_memory"] = MEMORY.grows("explicit")
 EXPERIMENTS["fused_memory"] = MEMORY.against("fused", "explicit", at=4096)
 
 
+def network_call(guided: bool, side: int, device: str) -> Any:
+    """The paper's network on an image of so many pixels a side, forward; counted without numbers."""
+    with torch.device("meta"):
+        model, x = GuidedAttentionNet(guided=guided).eval(), torch.zeros(1, 1, side, side)
+
+    @torch.no_grad()
+    def call() -> torch.Tensor:
+        return model(x)
+
+    return call
+
+
+OPERATIONS = Timing(
+    "operations of a forward pass",
+    {"guided": partial(network_call, True), "without guidance": partial(network_call, False)},
+    sizes=(64, 128, 256),
+    quantity="flops",
+    unit="pixels a side",
+)
+EXPERIMENTS["semantic_share"] = OPERATIONS.against("without guidance", "guided")
+
+
 @measures("parameters")
 def parameters(run: Run) -> Measurement:
     """Built from the brief description of Table VIII: whether each count is met."""
@@ -160,24 +182,3 @@ def printed_spread(run: Run) -> Measurement:
     columns = ["data", "guided", "smallest of the others", "whose"]
     table = Table(caption="Deviation of Dice over subjects, points, as printed", columns=columns, rows=rows)
     return Measurement.exact(smallest, unit="sets of three", at_paper_setting=True, tables=[table])
-
-
-@measures("semantic_share")
-def semantic_share(run: Run, side: int = 256) -> Measurement:
-    """The share of the semantic modules in the multiplications of a forward pass of the paper's network."""
-    side = 64 if run.smoke else side
-    x = torch.zeros(1, 1, side, side, device="meta")
-    counts = {}
-    with torch.device("meta"):
-        for name, guided in (("guided", True), ("without guidance", False)):
-            model = GuidedAttentionNet(guided=guided).eval()
-            counts[name] = flops(partial(_forward, model, x))
-    share = 1 - counts["without guidance"] / counts["guided"]
-    rows: list[list[Any]] = [[name, round(count / 2e9, 1)] for name, count in counts.items()]
-    table = Table(caption=f"Multiplications at {side}×{side} pixels", columns=["network", "10⁹"], rows=rows)
-    return Measurement.exact(share, unit="of the operations", setting={"side": side}, tables=[table])
-
-
-@torch.no_grad()
-def _forward(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return model(x)
