@@ -225,7 +225,8 @@ class VolumeSegmentation(Task):
             if truth is not None:
                 lines += _beside(labels, volume, truth, meta)
             if target is not None:
-                target = _fitting(target, volume)
+                alone = len(inputs) == 1 and volume.affine is None and len(volume.slices) > 1 and not target.suffix
+                target = target.parent if alone else _fitting(target, volume)
                 write_labels(target, labels, volume, meta["values"])
             if target is not None and overlay:
                 write_image(_overlay_of(target), Picture(strip(volume.slices, labels, meta)))
