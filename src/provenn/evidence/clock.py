@@ -12,13 +12,13 @@ def clock(function: F) -> F:
     >>> of_a_machine(clock(print)), of_a_machine(len)
     (True, False)
     """
-    CLOCKS.add(function)
+    CLOCKS.append(function)
     return function
 
 
-CLOCKS: set[Callable[..., Any]] = set()
+CLOCKS: list[Callable[..., Any]] = []
 
 
 def of_a_machine(function: object) -> bool:
     """Whether a measurement is so marked."""
-    return function in CLOCKS
+    return any(function is one for one in CLOCKS)  # a measurement that is read off a study has no hash
