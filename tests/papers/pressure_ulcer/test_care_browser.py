@@ -71,6 +71,7 @@ def test_a_photograph_from_a_phone_becomes_a_report(link: str, page: Page):
     check(page)
     page.get_by_label("A new patient").fill("Room 12, a name that is longer than the screen of a phone is wide")
     page.get_by_role("button", name="Add").click()
+    expect(page.get_by_label("Photograph", exact=True)).to_be_visible()  # the next page, not the one that is left
     check(page)
     for number, date in ((1, "2026-11-01"), (2, "2026-11-08")):
         page.get_by_label("Photograph", exact=True).set_input_files(SAMPLES / f"ulcer-{number}.png")

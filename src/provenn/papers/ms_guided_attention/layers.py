@@ -37,8 +37,9 @@ class PositionAttention(nn.Module):
     """
 
     def __init__(self, channels: int, key_channels: int | None = None, *, fused: bool = True):
+        check_whole(channels=channels)
         key_channels = max(1, channels // 8) if key_channels is None else key_channels
-        check_whole(channels=channels, key_channels=key_channels)
+        check_whole(key_channels=key_channels)
         if channels < 1 or key_channels < 1:
             raise ValueError(f"channels and key_channels must be at least 1, got {channels} and {key_channels}")
         super().__init__()
