@@ -466,6 +466,35 @@ def test_outputs_that_do_not_fit_are_refused_before_anything_is_written(tmp_path
     assert sorted(file.name for file in Path("labels").iterdir()) == ["x_0.png", "x_1.png"]
 
 
+def test_what_is_read_is_never_written_over(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    nifti(Path("own/a.nii.gz"), np.random.default_rng(0).random((16, 18, 4)).astype(np.float32))
+    for name in ("own/x.png", "slices/a_overlay.png", "slices/s_1.png", "slices/s_2.png"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Image.new("L", (16, 16), 90).save(name)
+    before = {file: file.read_bytes() for file in Path().rglob("*") if file.is_file()}
+    for words in (
+        ["own/a.nii.gz", "-o", "own"],
+        ["own/x.png", "-o", "own"],
+        ["slices", "-o", "slices"],
+        ["own/a.nii.gz", "slices/s_1.png", "-o", "slices"],
+        ["own/a.nii.gz", "slices", "-o", "slices", "--overlay"],
+    ):
+        assert main(["predict", "ms_guided_attention", *words]) == 2, words
+        assert "itself" in capsys.readouterr().err, words
+        assert {file: file.read_bytes() for file in Path().rglob("*") if file.is_file()} == before, words
+    assert main(["predict", "ms_guided_attention", "own/a.nii.gz", "slices", "-o", "out", "--overlay"]) == 0
+    written = sorted(str(file.relative_to("out")) for file in Path("out").rglob("*.*"))
+    assert written == [
+        "a.nii.gz",
+        "a_overlay.png",
+        "slices/a_overlay.png",
+        "slices/s_1.png",
+        "slices/s_2.png",
+        "slices_overlay.png",
+    ]
+
+
 def test_a_strip_shows_slices_above_their_classes():
     slices, labels = np.zeros((3, 1, 4, 5), np.float32), np.zeros((3, 4, 5), np.uint8)
     labels[1, 2, 3] = 2

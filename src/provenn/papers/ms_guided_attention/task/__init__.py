@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from provenn.core import progress
 from provenn.core.errors import UserError
-from provenn.core.files import is_stream
+from provenn.core.files import check_no_input, is_stream
 from provenn.core.inputs import machine_memory
 from provenn.data.images import SUFFIXES, Picture, read_pixels, write_image
 from provenn.data.masks import IGNORED, palette
@@ -30,7 +30,15 @@ from provenn.papers.ms_guided_attention.task.subjects import (
     read_subject,
     with_splits,
 )
-from provenn.papers.ms_guided_attention.task.volumes import NIFTI, Volume, is_nifti, read_volume, stem_of, write_labels
+from provenn.papers.ms_guided_attention.task.volumes import (
+    NIFTI,
+    Volume,
+    is_nifti,
+    pictures_of,
+    read_volume,
+    stem_of,
+    write_labels,
+)
 from provenn.tasks import Task, TaskData, count_examples, device_of, fingerprint
 from provenn.tasks.base import CUT, HeldOut, Portable, Scores, check_share
 from provenn.tasks.demos import Trial, save_shown
@@ -216,7 +224,7 @@ class VolumeSegmentation(Task):
             raise UserError(f"--truth is the labels of one volume; got {len(inputs)}")
         if overlay and output is None:
             raise UserError("an overlay needs a path: give a file or a folder with -o")
-        targets = _targets(inputs, output)
+        targets = _targets(inputs, output, overlay)
         lines = []
         for given, target in zip(progress.track(inputs, "predicting"), targets, strict=True):
             volume = read_volume(given, meta["channels"])
@@ -225,11 +233,9 @@ class VolumeSegmentation(Task):
             if truth is not None:
                 lines += _beside(labels, volume, truth, meta)
             if target is not None:
-                alone = len(inputs) == 1 and volume.affine is None and len(volume.slices) > 1 and not target.suffix
-                target = target.parent if alone else _fitting(target, volume)
                 write_labels(target, labels, volume, meta["values"])
-            if target is not None and overlay:
-                write_image(_overlay_of(target), Picture(strip(volume.slices, labels, meta)))
+                if overlay:
+                    write_image(_overlay_of(target), Picture(strip(volume.slices, labels, meta)))
         return "\n".join([*lines, *([] if output is None else [f"wrote {output}"]), NOTICE])
 
     def portable(self, model: nn.Module, meta: dict[str, Any]) -> Portable:
@@ -510,38 +516,52 @@ class Probabilities(Standardising):
         return self.model(self.standard(image)).softmax(1)
 
 
-def _targets(inputs: Sequence[Path], output: Path | None) -> list[Path | None]:
-    """Where the labels of each volume go: to a file of one, into a folder of several."""
+def _targets(inputs: Sequence[Path], output: Path | None, overlay: bool) -> list[Path | None]:
+    """Where the labels of each volume go, all known before anything is predicted: a file of one, a folder of several.
+
+    A folder of pictures gives a folder of pictures; of one such folder the labels lie in `output` itself.
+    """
     if output is None:
         return [None] * len(inputs)
     if is_stream(output):
         raise UserError(f"a label volume is written to a file or a folder, not to {output}")
-    single = is_nifti(output) or output.suffix.lower() == ".png"
+    ending = NIFTI[1] if is_nifti(output) else output.suffix.lower()
+    single = ending in (NIFTI[1], ".png")
     if single and len(inputs) > 1:
         raise UserError(f"{len(inputs)} volumes need a folder with -o, got {output}")
-    if not single and output.suffix and not output.is_dir():
+    if not single and ending and not output.is_dir():
         raise UserError(f"labels are written as .nii, .nii.gz or .png, got {output.name}")
-    targets = [output] if single else [output / stem_of(given) for given in inputs]
-    if len(set(targets)) < len(targets):
+    targets: list[Path | None] = []
+    for given in inputs:
+        slices = pictures_of(given)
+        kind = NIFTI[1] if slices is None else ".png"
+        if single and ending != kind and kind == ".png":
+            raise UserError(f"{given} is of pictures, which do not say where they lie: write to .png or a folder")
+        if single and ending != kind:
+            raise UserError(f"{given} gives a label volume: write it as .nii or .nii.gz, not {output.name}")
+        if single and given.is_dir() and slices is not None:
+            raise UserError(f"{given} has {len(slices)} slices: give a folder with -o")
+        if single:
+            targets.append(output)
+        elif slices is None or not given.is_dir():
+            targets.append(output / f"{stem_of(given)}{kind}")
+        else:
+            targets.append(output if len(inputs) == 1 else output / given.name)
+    files = [file for given, target in zip(inputs, targets) for file in _written(given, target, overlay)]
+    if len(set(files)) < len(files):
         raise UserError("two of the volumes have the same name, and so would their labels: predict them one by one")
-    over = next((given for given in inputs if given.resolve() in {target.resolve() for target in targets}), None)
-    if over is not None:
-        raise UserError(f"{over} is an input itself, and would be written over; choose another path with -o")
-    return list(targets)
+    for file in files:
+        check_no_input(file, [*inputs, *(slice for given in inputs for slice in pictures_of(given) or ())])
+    return targets
 
 
-def _fitting(target: Path, volume: Volume) -> Path:
-    """The path with the ending that fits the volume, or why it does not."""
-    if volume.affine is not None:
-        if target.suffix.lower() == ".png":
-            raise UserError(f"{volume.file} gives a label volume: write it as .nii or .nii.gz, not {target.name}")
-        return target if is_nifti(target) else target.with_name(f"{target.name}{NIFTI[1]}")
-    if is_nifti(target):
-        raise UserError(f"{volume.file} is of pictures, which do not say where they lie: write to .png or a folder")
-    if len(volume.slices) > 1 and target.suffix.lower() == ".png":
-        raise UserError(f"{volume.file} has {len(volume.slices)} slices: give a folder with -o")
-    alone = len(volume.slices) == 1 and not target.suffix
-    return target.with_name(f"{target.name}.png") if alone else target
+def _written(given: Path, target: Path | None, overlay: bool) -> list[Path]:
+    """The files that the labels of a volume are written to."""
+    if target is None:
+        return []
+    slices = pictures_of(given) if given.is_dir() else None
+    files = [target] if slices is None else [target / f"{file.stem}.png" for file in slices]
+    return [*files, *([_overlay_of(target)] if overlay else [])]
 
 
 def _overlay_of(target: Path) -> Path:

@@ -55,6 +55,13 @@ def stem_of(file: Path) -> str:
     return file.name[: -len(".nii.gz")] if file.name.lower().endswith(".nii.gz") else file.stem
 
 
+def pictures_of(given: Path) -> list[Path] | None:
+    """The pictures that are the slices of a volume; None where it is a NIfTI file or a DICOM series."""
+    if given.is_dir():
+        return None if dicom_slices(given) else images_in(given)
+    return [given] if given.suffix.lower() in SUFFIXES else None
+
+
 def natural(file: Path) -> tuple[tuple[int, str], ...]:
     """A key that puts slice 2 before slice 10, with or without leading zeros."""
     parts = re.findall(r"\d+|\D+", file.name)
@@ -303,7 +310,8 @@ def _write_pictures(file: Path, labels: np.ndarray, volume: Volume, table: np.nd
     colours = palette(len(table))
     if table.tolist() != list(range(len(table))):  # grey levels, as the truth has them
         colours = [(value, value, value) for value in range(256)]
-    targets = [file] if len(labels) == 1 and file.suffix else [file / f"{name}.png" for name in volume.names]
+    folder = volume.file.is_dir()
+    targets = [file / f"{name}.png" for name in volume.names] if folder else [file]
     for target, part in zip(targets, labels, strict=True):
         write_mask(target, table.astype(np.uint8)[part], colours)
 
