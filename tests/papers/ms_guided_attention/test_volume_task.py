@@ -13,10 +13,17 @@ from provenn.core.errors import UserError
 from provenn.papers.ms_guided_attention import studies
 from provenn.papers.ms_guided_attention.experiments import BRAINS, MARKERS
 from provenn.papers.ms_guided_attention.task import Slices, Subjects, framed, moved, soft_dice, strip, voxel_dice
-from provenn.papers.ms_guided_attention.task.brains import draw_subject, scaled
+from provenn.papers.ms_guided_attention.task.brains import TISSUES, draw_subject
 from provenn.papers.ms_guided_attention.task.measures import agreement
-from provenn.papers.ms_guided_attention.task.subjects import find_subjects, read_classes, read_subject, with_splits
-from provenn.papers.ms_guided_attention.task.volumes import from_slices, read_volume, write_labels
+from provenn.papers.ms_guided_attention.task.subjects import (
+    Source,
+    find_subjects,
+    labelled,
+    read_classes,
+    read_subject,
+    with_splits,
+)
+from provenn.papers.ms_guided_attention.task.volumes import from_slices, read_volume, scaled, write_labels
 from provenn.tasks import get_task
 from provenn.training import Recipe
 
@@ -587,3 +594,95 @@ def test_confusion_of_twins_counts_discs_alone():
 
 def test_studies_train_all_variants_alike():
     assert isinstance(BRAINS.recipe, Recipe) and BRAINS.recipe == MARKERS.recipe and len(BRAINS.lrs) >= 3
+
+
+def test_labels_of_a_series_go_by_name_or_by_the_order_of_names(tmp_path, recwarn):
+    """Slices are in the order of their positions, which that of their files' names is not."""
+    rng = np.random.default_rng(3)
+    array, classes = rng.integers(0, 900, (9, 7, 5)), rng.integers(0, 3, (9, 7, 5)).astype(np.uint8)
+    folder = dicom(tmp_path / "CT" / "DICOM_anon", array)
+    order = np.random.default_rng(0).permutation(5)  # as `dicom` names them
+    alike, other = tmp_path / "alike", tmp_path / "other"
+    series = [file.stem for file in sorted(folder.iterdir())]
+    for labels, names in ((alike, series), (other, [f"GT_{k}" for k in range(5)])):
+        labels.mkdir()
+        for name, level in zip(names, order):
+            Image.fromarray(classes[:, :, level]).save(labels / f"{name}.png")
+    expected = classes.transpose(2, 0, 1)[:, :, ::-1]  # columns are turned as those of the series
+    volume = read_volume(folder)
+    for labels, said in ((alike, False), (other, True)):
+        found = labelled("a", volume, sorted(labels.iterdir()), [0, 1, 2])
+        assert np.array_equal(found.mask, expected)
+        assert any("in the order of both names" in str(each.message) for each in recwarn) == said
+    (other / "GT_4.png").unlink()
+    with pytest.raises(UserError, match=r"labels of 4 slices, .* has 5"):
+        labelled("a", volume, sorted(other.iterdir()), [0, 1, 2])
+
+
+def test_truth_may_be_turned_otherwise_or_be_pictures(tmp_path, capsys, monkeypatch):
+    """A label volume in other axes than the volume lies where that one does; a prediction is its own truth."""
+    monkeypatch.chdir(tmp_path)
+    subject = draw_subject("test", 0)
+    image = 900 * subject.image.transpose(2, 1, 0)[:, ::-1, 5:9].copy()
+    nifti(Path("scan.nii.gz"), image.astype(np.float32), spacing=(3, 3, 6))
+    dicom(Path("series"), 900 * subject.image[5:9].transpose(1, 2, 0))
+    for level in range(5, 9):
+        Path("slices").mkdir(exist_ok=True)
+        Image.fromarray((255 * subject.image[level]).astype(np.uint8)).save(f"slices/s_{level}.png")
+    for given, output in (("scan.nii.gz", "scan_labels.nii.gz"), ("series", "out/"), ("slices", "found")):
+        assert main(["predict", "ms_guided_attention", given, "-o", output]) == 0
+    labels = nibabel.load("scan_labels.nii.gz")
+    turned = labels.as_reoriented(nibabel.orientations.axcodes2ornt(tuple("SPL")))
+    nibabel.save(turned, "turned.nii")
+    shifted = labels.affine.copy()
+    shifted[0, 3] += 3
+    nibabel.save(nibabel.Nifti1Image(np.asarray(labels.dataobj), shifted), "elsewhere.nii")
+    capsys.readouterr()
+    for given, truth in (("scan.nii.gz", "turned.nii"), ("series", "out/series.nii.gz"), ("slices", "found")):
+        assert main(["predict", "ms_guided_attention", given, "--truth", truth]) == 0
+        said = capsys.readouterr().out
+        unit = "pixels" if given == "slices" else "mm"
+        assert f"grey matter: Dice 1.000, ASSD 0.00 {unit}, HD95 0.00 {unit}" in said
+    for given, truth, said in (
+        ("scan.nii.gz", "elsewhere.nii", "affines differ"),
+        ("scan.nii.gz", "found", "are a NIfTI file"),
+        ("slices", "turned.nii", "whose labels are pictures too"),
+        ("slices", "found/s_5.png", "labels of 1 slices"),
+    ):
+        assert main(["predict", "ms_guided_attention", given, "--truth", truth]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_labels_that_were_written_as_pictures_are_read_as_the_same_classes(tmp_path):
+    """A palette's colours say nothing about a class."""
+    Image.new("L", (16, 16), 9).save(tmp_path / "a.png")
+    volume = read_volume(tmp_path / "a.png")
+    labels = np.random.default_rng(0).integers(0, 4, (1, 16, 16)).astype(np.uint8)
+    for values in ([0, 1, 2, 3], [0, 63, 126, 189]):
+        write_labels(tmp_path / "labels.png", labels, volume, values)
+        assert np.array_equal(labelled("a", volume, [tmp_path / "labels.png"], values).mask, labels)
+        assert read_classes(tmp_path, [Source("a", (), (tmp_path / "labels.png",))])[0] == values
+
+
+def test_drawn_subjects_are_judged_as_the_weights_see_them():
+    meta = {"classes": list(TISSUES), "channels": 1, "mean": [0.1], "std": [2.0]}
+    held = TASK.held_out("brains", meta)
+    assert held.dataset.meta is meta and len(held.dataset) == 16
+    with pytest.raises(UserError, match="the weights tell a, b in 1"):
+        TASK.held_out("brains", {**meta, "classes": ["a", "b"]})
+
+
+def test_of_two_phases_of_a_subject_one_is_taken(tmp_path):
+    array = np.random.default_rng(0).integers(0, 900, (5, 6, 2))
+    for subject, kinds in (("1", ("T1DUAL", "T2SPIR")), ("2", ("T2SPIR",))):
+        for kind in kinds:
+            inner = "DICOM_anon/InPhase" if kind == "T1DUAL" else "DICOM_anon"
+            series = dicom(tmp_path / subject / kind / inner, array)
+            (tmp_path / subject / kind / "Ground").mkdir()
+            for file in series.iterdir():
+                Image.new("L", (6, 5)).save(tmp_path / subject / kind / "Ground" / f"{file.stem}.png")
+    sources = find_subjects(tmp_path)["train"]
+    assert [(source.name, source.image[0].relative_to(tmp_path).parts[1]) for source in sources] == [
+        ("1", "T1DUAL"),
+        ("2", "T2SPIR"),
+    ]

@@ -17,15 +17,16 @@ from provenn.core import progress
 from provenn.core.errors import UserError
 from provenn.core.files import check_no_input, is_stream
 from provenn.core.inputs import machine_memory
-from provenn.data.images import SUFFIXES, Picture, read_pixels, write_image
+from provenn.data.images import SUFFIXES, Picture, images_in, read_pixels, write_image
 from provenn.data.masks import IGNORED, palette
 from provenn.nn.segmentation import full_logits
 from provenn.papers.ms_guided_attention.task.brains import SIDE, TISSUES, draw_subjects
-from provenn.papers.ms_guided_attention.task.measures import Agreement, agreement
+from provenn.papers.ms_guided_attention.task.measures import Agreement, agreement, dice
 from provenn.papers.ms_guided_attention.task.subjects import (
     Labelled,
     Source,
     find_subjects,
+    labelled,
     read_classes,
     read_subject,
     with_splits,
@@ -169,7 +170,13 @@ class VolumeSegmentation(Task):
         """As in `Task`; volumes are judged whole, at their own size."""
         named = self._named(source)
         if isinstance(named, str):
-            return HeldOut(drawn(seed, COUNTS, "none").test, f"the test split of {named}, whole volumes")
+            if meta["classes"] != list(TISSUES) or meta["channels"] != 1:
+                raise UserError(
+                    f"the weights tell {', '.join(meta['classes'])} in {meta['channels']} image(s) a voxel; "
+                    f"{named} has {', '.join(TISSUES)} in 1"
+                )
+            test = _drawn("test", COUNTS["test"], seed)
+            return HeldOut(Subjects(test, meta), f"the test split of {named}, whole volumes")
         check_share(val_share)
         splits = find_subjects(named)
         splits = splits if whole else with_splits(named, splits, seed, val_share)
@@ -218,7 +225,7 @@ class VolumeSegmentation(Task):
             model, meta, inputs, output: as in `Task.predict`. A NIfTI file or a DICOM series gives .nii or .nii.gz,
                 pictures give pictures. An input folder is one volume.
             overlay: write slices with their classes in colour beside each, as `…_overlay.png`.
-            truth: a label volume of the one input, to say how near the prediction is.
+            truth: labels of the one input, to say how near the prediction is: a NIfTI file, or pictures of slices.
         """
         if truth is not None and len(inputs) != 1:
             raise UserError(f"--truth is the labels of one volume; got {len(inputs)}")
@@ -436,6 +443,7 @@ def _folder(root: Path, seed: int, size: int, augmentation: str, share: float, c
     read = {split: _in_memory(part, values, channels) for split, part in splits.items()}
     if not any((subject.mask != IGNORED).any() for subject in read["train"]):
         raise UserError(f"{root}: nothing of the training labels is judged")
+    # Every 17th voxel is enough for a mean, and keeps memory bounded; 17 divides no usual side.
     flat = np.concatenate([one.image.transpose(1, 0, 2, 3).reshape(channels, -1)[:, ::17] for one in read["train"]], 1)
     meta = {
         "classes": names,
@@ -491,13 +499,8 @@ def voxel_dice(train: Sequence[Labelled], test: Sequence[Labelled], classes: int
     for subject in test:
         predicted = model.predict(_features(subject)).reshape(subject.mask.shape)
         judged = subject.mask != IGNORED
-        rows.append([_dice((predicted == k) & judged, subject.mask == k) for k in range(1, classes)])
+        rows.append([dice((predicted == k) & judged, subject.mask == k) for k in range(1, classes)])
     return float(of_subjects(np.asarray(rows)).mean())
-
-
-def _dice(a: np.ndarray, b: np.ndarray) -> float:
-    total = int(a.sum()) + int(b.sum())
-    return 2 * float((a & b).sum()) / total if total else float("nan")
 
 
 def _features(subject: Labelled) -> Float[np.ndarray, "voxels features"]:
@@ -581,18 +584,13 @@ def _in_a_line(labels: np.ndarray, volume: Volume, classes: Sequence[str]) -> st
 
 
 def _beside(labels: np.ndarray, volume: Volume, truth: Path, meta: dict[str, Any]) -> list[str]:
-    """A line for each class: how near the prediction is to a label volume."""
-    source = Source(stem_of(truth), (volume.file,), (truth,))
-    if not is_nifti(truth) or volume.affine is None:
-        raise UserError(f"--truth is a NIfTI label volume of a NIfTI or DICOM volume, got {truth}")
-    if is_nifti(volume.file):
-        true = read_subject(source, meta["values"], meta["channels"])
-    else:
-        raise UserError(f"--truth goes with a NIfTI volume, got {volume.file}")
+    """A line for each class: how near the prediction is to labels in a NIfTI file or in pictures."""
+    true = labelled(truth.name, volume, images_in(truth) if truth.is_dir() else [truth], meta["values"])
+    unit = "mm" if volume.affine is not None else "pixels"
     lines = []
     for name, row in zip(meta["classes"][1:], _of_classes(labels, true, len(meta["classes"]))):
         if not np.isnan(row[0]):
-            lines.append(f"  {name}: Dice {row[0]:.3f}, ASSD {row[3]:.2f} mm, HD95 {row[4]:.2f} mm")
+            lines.append(f"  {name}: Dice {row[0]:.3f}, ASSD {row[3]:.2f} {unit}, HD95 {row[4]:.2f} {unit}")
     return lines
 
 

@@ -6,7 +6,7 @@ map (scale and shear to 10 %, turns to 8°) and a smooth displacement. The image
 differs between subjects is what is drawn here, and no patient was seen.
 """
 
-from functools import cache, lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from jaxtyping import Float32, UInt8
 from provenn.core import progress
 from provenn.core.errors import UserError
 from provenn.data.brain import TISSUES
+from provenn.papers.ms_guided_attention.task.volumes import scaled
 
 SIDE, SPACING = 64, 3.0  # pixels of a slice, and millimetres between voxels
 LEVELS = slice(13, 49, 2)  # of the template's axial slices: every second one, 6 mm apart
@@ -116,16 +117,9 @@ def _brightness(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
     return 1 + 0.3 * field / max(1e-6, np.abs(field).max())
 
 
-def scaled(image: np.ndarray) -> Float32[np.ndarray, "slices height width"]:
-    """A volume with its 0.5 % darkest voxels at 0 and its 0.5 % brightest at 1."""
-    low, high = np.percentile(image, (0.5, 99.5))
-    return np.clip((image - low) / max(float(high - low), 1e-12), 0, 1).astype(np.float32)
-
-
-@lru_cache(maxsize=16)  # a study asks for them once a trial
 def draw_subjects(split: str, count: int, seed: int = 0) -> list[Subject]:
     """So many subjects of a split."""
     return [draw_subject(split, index, seed) for index in progress.track(range(count), f"drawing {split} subjects")]
 
 
-__all__ = ["SIDE", "SPACING", "TISSUES", "Subject", "draw_subject", "draw_subjects", "scaled", "template"]
+__all__ = ["SIDE", "SPACING", "TISSUES", "Subject", "draw_subject", "draw_subjects", "template"]

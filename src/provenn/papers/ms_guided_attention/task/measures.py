@@ -25,6 +25,12 @@ class Agreement(NamedTuple):
     hausdorff_95: float
 
 
+def dice(predicted: Bool[np.ndarray, "..."], true: Bool[np.ndarray, "..."]) -> float:
+    """2|A∩B| / (|A| + |B|); not a number where both are empty."""
+    total = int(predicted.sum()) + int(true.sum())
+    return 2 * float((predicted & true).sum()) / total if total else float("nan")
+
+
 def agreement(
     predicted: Bool[np.ndarray, "slices height width"],
     true: Bool[np.ndarray, "slices height width"],
@@ -43,11 +49,11 @@ def agreement(
     a, b = int(predicted.sum()), int(true.sum())
     if not a + b:
         return None
-    dice, similarity = 2 * float((predicted & true).sum()) / (a + b), 1 - abs(a - b) / (a + b)
+    overlap, similarity = dice(predicted, true), 1 - abs(a - b) / (a + b)
     if not a or not b:
         voxels = float(np.linalg.norm(predicted.shape))
         diagonal = float(np.linalg.norm(np.array(predicted.shape) * np.array(spacing)))
-        return Agreement(dice, similarity, voxels, diagonal, diagonal)
+        return Agreement(overlap, similarity, voxels, diagonal, diagonal)
     box = _box(predicted | true)
     predicted, true = predicted[box], true[box]
     in_voxels = (distance_transform_edt(~true)[predicted].sum() + distance_transform_edt(~predicted)[true].sum()) / (
@@ -58,7 +64,7 @@ def agreement(
     to_predicted = distance_transform_edt(~edges[0], sampling=spacing)[edges[1]]
     mean = (to_true.sum() + to_predicted.sum()) / (len(to_true) + len(to_predicted))
     worst = max(np.percentile(to_true, 95), np.percentile(to_predicted, 95))
-    return Agreement(dice, similarity, float(in_voxels), float(mean), float(worst))
+    return Agreement(overlap, similarity, float(in_voxels), float(mean), float(worst))
 
 
 def surface(mask: Bool[np.ndarray, "slices height width"]) -> Bool[np.ndarray, "slices height width"]:

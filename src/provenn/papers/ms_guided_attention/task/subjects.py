@@ -11,11 +11,11 @@ from jaxtyping import Float32, UInt8
 from provenn.core import progress
 from provenn.core.errors import UserError
 from provenn.core.inputs import read_text
-from provenn.data.images import images_in, read_image
-from provenn.data.masks import IGNORED
+from provenn.data.images import SUFFIXES, images_in
+from provenn.data.masks import IGNORED, read_mask
 from provenn.papers.ms_guided_attention.task.volumes import (
     Volume,
-    _to_slices,
+    axial_affine,
     dicom_slices,
     is_nifti,
     natural,
@@ -23,6 +23,7 @@ from provenn.papers.ms_guided_attention.task.volumes import (
     read_nifti,
     read_pictures,
     stem_of,
+    turned_slices,
 )
 from provenn.tasks import split_indices
 
@@ -152,18 +153,21 @@ def _paired_names(folder: Path) -> list[Source]:
 
 
 def _chaos(folder: Path) -> list[Source]:
+    """CT and MR alike; where T1DUAL and T2SPIR of a subject are labelled, the former counts."""
+
+    def twin(ground: Path) -> Path:
+        return Path(*("T1DUAL" if part == "T2SPIR" else part for part in ground.parts))
+
+    found = sorted(folder.rglob("Ground"))
+    grounds = [ground for ground in found if "T2SPIR" not in ground.parts or twin(ground) not in found]
     sources = []
-    for ground in sorted(folder.rglob("Ground")):
-        name = ground.relative_to(folder).parts[0]
+    for ground in grounds:
         images = ground.parent / "DICOM_anon"
         images = images / "InPhase" if (images / "InPhase").is_dir() else images
-        if images.is_dir() and (images.parent.name != "DICOM_anon" or "T1DUAL" in ground.parts):
-            sources.append(Source(name, tuple(dicom_slices(images)), tuple(images_in(ground))))
-    both = [source.name for source in sources]
-    twice = next((name for name in both if both.count(name) > 1), None)
-    if twice is not None:  # T1DUAL and T2SPIR of one subject
-        sources = [source for source in sources if "T1DUAL" in source.image[0].parts]
-    return [source for source in sources if source.image]
+        slices = dicom_slices(images) if images.is_dir() else []
+        if slices:
+            sources.append(Source(ground.relative_to(folder).parts[0], tuple(slices), tuple(images_in(ground))))
+    return sources
 
 
 def read_subject(source: Source, values: Sequence[int], channels: int = 1) -> Labelled:
@@ -177,58 +181,86 @@ def read_subject(source: Source, values: Sequence[int], channels: int = 1) -> La
     Raises:
         UserError: files that cannot be read, of different sizes, or with values of no class.
     """
-    volume, raw = read_pair(source, channels)
+    first = source.image[0]
+    if is_nifti(first):
+        volume = read_nifti(first, channels)
+    elif first.suffix.lower() in SUFFIXES:
+        volume = read_pictures(first.parent, source.image, channels)
+    else:
+        volume = read_dicom(first.parent, source.image, channels)
+    return labelled(source.name, volume, source.labels, values)
+
+
+def labelled(name: str, volume: Volume, labels: Sequence[Path], values: Sequence[int]) -> Labelled:
+    """A volume with the class numbers of its labels.
+
+    Args:
+        name: of the subject.
+        volume: as it was read.
+        labels: a NIfTI file, or pictures of slices.
+        values: what each class is called in them.
+
+    Raises:
+        UserError: labels of another size or place, or values of no class.
+    """
+    raw = _read_labels(labels, volume)
     table = {value: index for index, value in enumerate(values)}
     mask = np.full(raw.shape, IGNORED, np.uint8)
     for value in np.unique(raw).tolist():
         if value not in table and value != IGNORED:
             raise UserError(
-                f"{source.labels[0]}: holds the value {value}, which is no class; the classes are called "
+                f"{labels[0]}: holds the value {value}, which is no class; the classes are called "
                 f"{', '.join(map(str, values))} (write all to {CLASSES}, a line each: the value and a name)"
             )
         if value in table:
             mask[raw == value] = table[value]
-    return Labelled(source.name, volume.slices, mask, volume.spacing)
+    return Labelled(name, volume.slices, mask, volume.spacing)
 
 
-def read_pair(source: Source, channels: int = 1) -> tuple[Volume, np.ndarray]:
-    """A subject's volume, and the values of its labels as slices."""
-    first = source.image[0]
-    if is_nifti(first):
-        volume = read_nifti(first, channels)
-        truth = read_nifti(source.labels[0], labels=True)
-        near = truth.affine is None or volume.affine is None or np.allclose(truth.affine, volume.affine, atol=1e-2)
-        if not near:
-            raise UserError(f"{source.labels[0]} does not lie where {first.name} does: their affines differ")
+def _read_labels(labels: Sequence[Path], volume: Volume) -> np.ndarray:
+    """The values of labels, in the slices, rows and columns of the volume as a network sees it."""
+    if is_nifti(labels[0]):
+        if volume.affine is None:
+            raise UserError(f"{labels[0]}: {volume.file} is of pictures, whose labels are pictures too")
+        truth = read_nifti(labels[0], labels=True)
         raw = np.rint(truth.slices[:, 0]).astype(np.int64)
+        if raw.shape == volume.shape and not np.allclose(axial_affine(truth), axial_affine(volume), atol=1e-2):
+            raise UserError(f"{labels[0]} does not lie where {volume.file} does: their affines differ")
+    elif not volume.names:
+        raise UserError(f"{labels[0]}: the labels of {volume.file} are a NIfTI file, not pictures")
     else:
-        pictures = first.suffix.lower() not in (".dcm", ".dicom", ".ima", "")
-        volume = (
-            read_pictures(first.parent, source.image, channels)
-            if pictures
-            else read_dicom(first.parent, source.image, channels)
+        files = _by_slice(labels, volume)
+        parts = [read_mask(file).astype(np.int64) for file in files]
+        odd = next((file for file, part in zip(files, parts) if part.shape != parts[0].shape), None)
+        if odd is not None:
+            raise UserError(f"{odd} has another size than {files[0].name}: labels of a volume have one size")
+        raw = np.stack(parts)
+        if volume.turned is not None:
+            raw = turned_slices(raw, volume.turned)
+    if raw.shape != volume.shape:
+        shapes = [" × ".join(map(str, shape)) for shape in (raw.shape, volume.shape)]
+        raise UserError(f"{labels[0]} and what belongs to it have {shapes[0]} voxels, {volume.file} {shapes[1]}")
+    return raw
+
+
+def _by_slice(labels: Sequence[Path], volume: Volume) -> list[Path]:
+    """The labels of each slice: of its name; without such names the first by name goes with the first by name."""
+    called = {file.stem: file for file in labels}
+    if set(called) >= set(volume.names):
+        return [called[name] for name in volume.names]
+    if len(labels) != len(volume.names):
+        raise UserError(
+            f"{labels[0].parent} holds labels of {len(labels)} slices, {volume.file} has {len(volume.names)}: "
+            "call them like the slices"
         )
-        levels = {file.stem: file for file in source.labels}
-        if pictures:
-            files = list(source.labels)
-        elif set(levels) >= set(volume.names):
-            files = [levels[name] for name in volume.names]
-        else:
-            files = sorted(source.labels, key=natural)
-        raw = np.stack([read_image(file).colour[..., 0] for file in files]).astype(np.int64)
-        if volume.turned is not None and raw.shape[0] == volume.slices.shape[0]:
-            raw = _turned_like(raw, volume)
-    if raw.shape != (len(volume.slices), *volume.slices.shape[2:]):
-        shapes = [" × ".join(map(str, shape)) for shape in (raw.shape, (len(volume.slices), *volume.slices.shape[2:]))]
-        raise UserError(f"{source.labels[0]} and its subject's others have {shapes[0]} voxels, the image {shapes[1]}")
-    return volume, raw
-
-
-def _turned_like(raw: np.ndarray, volume: Volume) -> np.ndarray:
-    """Labels in the file's rows and columns, turned as the volume was."""
-    from nibabel import orientations
-
-    return _to_slices(orientations.apply_orientation(raw.transpose(2, 1, 0), volume.turned))
+    if len(labels) > 1:
+        progress.say(
+            f"{labels[0].parent}: labels are not called like the slices of {volume.file}; they are taken in the order "
+            "of both names"
+        )
+    in_order = sorted(range(len(labels)), key=lambda index: natural(Path(volume.names[index])))
+    files = dict(zip(in_order, sorted(labels, key=natural)))
+    return [files[index] for index in range(len(labels))]
 
 
 def with_splits(root: Path, splits: Splits, seed: int, share: float) -> Splits:
@@ -287,4 +319,4 @@ def _values_of(source: Source) -> list[int]:
     first = source.labels[0]
     if is_nifti(first):
         return np.unique(np.rint(read_nifti(first, labels=True).slices)).astype(int).tolist()
-    return sorted({int(value) for file in source.labels for value in np.unique(read_image(file).colour[..., 0])})
+    return sorted({int(value) for file in source.labels for value in np.unique(read_mask(file))})

@@ -15,7 +15,6 @@ from provenn.core.files import atomic_write
 from provenn.core.inputs import check_file
 from provenn.data.images import SUFFIXES, images_in, read_pixels
 from provenn.data.masks import palette, write_mask
-from provenn.papers.ms_guided_attention.task.brains import scaled
 
 NIFTI, DICOM = (".nii", ".nii.gz"), (".dcm", ".dicom", ".ima")
 UNEVEN = 0.1  # of the distance between slices, that they may differ by
@@ -43,6 +42,12 @@ class Volume:
     turned: np.ndarray | None = None
     header: Any = None
     names: tuple[str, ...] = field(default=())
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Slices, rows and columns."""
+        slices, _, rows, columns = self.slices.shape
+        return slices, rows, columns
 
 
 def is_nifti(file: Path) -> bool:
@@ -164,9 +169,37 @@ def _oriented(
     )
 
 
+def scaled(image: np.ndarray) -> Float32[np.ndarray, "..."]:
+    """A volume with its 0.5 % darkest voxels at 0 and its 0.5 % brightest at 1."""
+    low, high = np.percentile(image, (0.5, 99.5))
+    return np.clip((image - low) / max(float(high - low), 1e-12), 0, 1).astype(np.float32)
+
+
 def _to_slices(array: np.ndarray) -> np.ndarray:
     """(right, forward, up) to (slices, rows from the nose on, columns)."""
     return array.transpose(2, 1, 0)[:, ::-1]
+
+
+def turned_slices(slices: np.ndarray, turned: np.ndarray) -> np.ndarray:
+    """Slices in the order, rows and columns of a file, turned as its volume was (`Volume.turned`)."""
+    from nibabel import orientations
+
+    return _to_slices(orientations.apply_orientation(slices.transpose(2, 1, 0), turned))
+
+
+def axial_affine(volume: Volume) -> Affine:
+    """The affine of a volume whose axes are turned to point right, forward and up, however its file has them.
+
+    Raises:
+        UserError: a volume of pictures, which lies nowhere.
+    """
+    from nibabel import orientations
+
+    if volume.affine is None or volume.turned is None:
+        raise UserError(f"{volume.file} does not say where it lies")
+    upright = volume.shape[::-1]  # columns, rows, slices
+    shape = [upright[int(axis)] for axis in volume.turned[:, 0]]
+    return volume.affine @ orientations.inv_ornt_aff(volume.turned, shape)
 
 
 def from_slices(labels: np.ndarray, volume: Volume) -> np.ndarray:
