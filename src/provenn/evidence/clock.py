@@ -9,16 +9,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 def clock(function: F) -> F:
     """Mark a function that measures time or a process's memory: `provenn verify` does not repeat it.
 
-    >>> of_a_machine(clock(print)), of_a_machine(len)
+    >>> of_a_machine(clock(lambda: 1.0)), of_a_machine(len)
     (True, False)
     """
-    CLOCKS.append(function)
+    function.of_a_machine = True  # type: ignore[attr-defined]
     return function
-
-
-CLOCKS: list[Callable[..., Any]] = []
 
 
 def of_a_machine(function: object) -> bool:
     """Whether a measurement is so marked."""
-    return any(function is one for one in CLOCKS)  # a measurement that is read off a study has no hash
+    return getattr(function, "of_a_machine", False)

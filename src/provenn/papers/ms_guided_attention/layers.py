@@ -159,7 +159,7 @@ class AttentionLayer(nn.Module):
         self.leave = conv_bn_prelu(channels, channels, 3)
 
     def forward(self, x: Float[Tensor, "batch doubled height width"]) -> Float[Tensor, "batch channels height width"]:
-        return self.leave(self.attention(self.enter(x)))
+        return self.leave(self.around_attention(x)[1])
 
     def around_attention(self, x: Float[Tensor, "batch doubled height width"]) -> tuple[Tensor, Tensor]:
         """What goes into the attention module, and what comes out of it."""

@@ -75,7 +75,51 @@ class Outputs(NamedTuple):
     guided: list[list[Guided]]
 
 
-class GuidedAttentionNet(nn.Module):
+class MultiScaleTrunk(nn.Module):
+    """A trunk whose four stages are brought to C channels and the finest size, and fused: F′_s and F_MS.
+
+    Args:
+        in_channels, backbone, dim: as in `GuidedAttentionNet`.
+    """
+
+    def __init__(self, in_channels: int, backbone: Backbone, dim: int):
+        check_whole(in_channels=in_channels, dim=dim)
+        for name, value in (("in_channels", in_channels), ("dim", dim)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if backbone not in BACKBONES:
+            raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, got {backbone!r}")
+        super().__init__()
+        self.in_channels = in_channels
+        self.trunk = make_backbone(backbone, in_channels)
+        self.multiple = 2 * self.trunk.strides[0]
+        self.down = nn.ModuleList(conv_bn_prelu(width, dim, 1) for width in self.trunk.widths)
+        self.fuse = nn.Sequential(
+            conv_bn_prelu(4 * dim, dim, 3), conv_bn_prelu(dim, dim, 3), conv_bn_prelu(dim, dim, 1)
+        )
+
+    def encoded(self, x: Float[Tensor, "batch channels height width"]) -> list[Tensor]:
+        """The trunk's map of each stage, from fine to coarse."""
+        if x.shape[1] != self.in_channels:
+            raise ValueError(f"expected images of {self.in_channels} channels, got {x.shape[1]}")
+        # Written as a product, which a tracer of open sizes can see to be a multiple.
+        bottom, right = (((side - 1) // self.multiple + 1) * self.multiple - side for side in x.shape[2:])
+        return self.trunk.features(mirror_pad(x, bottom, right))
+
+    def scales(self, maps: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """F′ of each scale from fine to coarse, and F_MS."""
+        narrow = [down(part) for down, part in zip(self.down, maps, strict=True)]
+        features = [narrow[0], *(resize(part, narrow[0].shape[2:]) for part in narrow[1:])]
+        return features, self.fuse(torch.cat(features[::-1], 1))
+
+    def enlarged(self, part: Tensor, size: Sequence[int]) -> Tensor:
+        """A map of the finest stage in the size of the image."""
+        stride = self.trunk.strides[0]
+        height, width = (side * stride for side in part.shape[2:])
+        return resize(part, (height, width))[..., : size[0], : size[1]]
+
+
+class GuidedAttentionNet(MultiScaleTrunk):
     """ResNeXt, four scales, and steps of guided attention at each.
 
     F′_s is stage s brought to C channels and the finest size. F_MS fuses the four. Step 1 looks at concat(F′_s, F_MS),
@@ -131,16 +175,14 @@ class GuidedAttentionNet(nn.Module):
         between: bool = False,
         fused: bool = True,
     ):
-        check_whole(num_classes=num_classes, in_channels=in_channels, dim=dim, steps=steps)
+        check_whole(num_classes=num_classes, steps=steps)
         if len(weights) != 3 or not all(math.isfinite(weight) and weight >= 0 for weight in weights):
             raise ValueError(f"weights must be three finite numbers, none negative, got {weights}")
-        for name, value in (("num_classes", num_classes), ("in_channels", in_channels), ("dim", dim)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         if not 1 <= steps <= 8:
             raise ValueError(f"steps must be from 1 to 8, got {steps}")
         for name, known, chosen in (
-            ("backbone", BACKBONES, backbone),
             ("cam", CAMS, cam),
             ("predict", ("mean", "finest"), predict),
             ("reduction", ("mean", "sum"), reduction),
@@ -149,16 +191,10 @@ class GuidedAttentionNet(nn.Module):
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {chosen!r}")
         if guided and between:
             raise ValueError("between is for a network without semantic modules: give guided=False too")
-        super().__init__()
-        self.in_channels, self.steps, self.between = in_channels, steps, between
+        super().__init__(in_channels, backbone, dim)
+        self.steps, self.between = steps, between
         self.weights, self.reduction, self.predict = weights, reduction, predict
         self.deep_supervision = deep_supervision
-        self.trunk = make_backbone(backbone, in_channels)
-        self.multiple = 2 * self.trunk.strides[0]
-        self.down = nn.ModuleList(conv_bn_prelu(width, dim, 1) for width in self.trunk.widths)
-        self.fuse = nn.Sequential(
-            conv_bn_prelu(4 * dim, dim, 3), conv_bn_prelu(dim, dim, 3), conv_bn_prelu(dim, dim, 1)
-        )
         scales = range(4)
         self.attention = nn.ModuleList(
             nn.ModuleList(GuidedAttention(dim, parts=tuple(parts), cam=cam, fused=fused) for _ in scales)
@@ -185,26 +221,26 @@ class GuidedAttentionNet(nn.Module):
 
     def decoded(self, levels: list[Tensor], size: Sequence[int]) -> Float[Tensor, "batch classes height width"]:
         """The logits from the trunk's map of each stage."""
-        features, fused = self._scales(levels)
+        features, fused = self.scales(levels)
         last = self._guide(features, fused)[-1]
         heads: Any = self.classify[-1]
         if self.predict == "finest":
-            return self._enlarged(heads[0](last[0].attention), size)
+            return self.enlarged(heads[0](last[0].attention), size)
         total = torch.zeros((), dtype=fused.dtype, device=fused.device)
         for head, part in zip(heads, last, strict=True):
             total = total + head(part.attention)
-        return self._enlarged(total / 4, size)  # a mean of enlarged maps is the enlarged mean
+        return self.enlarged(total / 4, size)  # a mean of enlarged maps is the enlarged mean
 
     def outputs(self, x: Float[Tensor, "batch channels height width"]) -> Outputs:
         """All that the loss looks at."""
         size = x.shape[2:]
-        features, fused = self._features(x)
+        features, fused = self.scales(self.encoded(x))
         guided = self._guide(features, fused, around=self.between)
         logits = [head(feature) for head, feature in zip(self.classify_features, features)]
         for step, heads in zip(self.supervised, self.classify, strict=True):
             each: Any = heads  # a ModuleList hides its kind
             logits += [head(part.attention) for head, part in zip(each, guided[step - 1], strict=True)]
-        return Outputs([self._enlarged(part, size) for part in logits], guided)
+        return Outputs([self.enlarged(part, size) for part in logits], guided)
 
     def training_loss(self, batch: Any) -> Float[Tensor, ""]:
         """α Σ cross-entropy + β Σ D(z_m, z_(m+1)) + γ Σ D(u, r) (equations 6 to 9); no gradient is stopped.
@@ -236,28 +272,11 @@ class GuidedAttentionNet(nn.Module):
 
     def attention_maps(self, x: Float[Tensor, "batch channels height width"]) -> list[list[Float[Tensor, "batch _ _"]]]:
         """For each step and scale, from fine to coarse: the mean size of A over its channels, as fine as the input."""
-        guided = self._guide(*self._features(x))
+        guided = self._guide(*self.scales(self.encoded(x)))
         return [
-            [self._enlarged(part.attention.abs().mean(1, keepdim=True), x.shape[2:])[:, 0] for part in scales]
+            [self.enlarged(part.attention.abs().mean(1, keepdim=True), x.shape[2:])[:, 0] for part in scales]
             for scales in guided
         ]
-
-    def encoded(self, x: Float[Tensor, "batch channels height width"]) -> list[Tensor]:
-        """The trunk's map of each stage, from fine to coarse."""
-        if x.shape[1] != self.in_channels:
-            raise ValueError(f"expected images of {self.in_channels} channels, got {x.shape[1]}")
-        # Written as a product, which a tracer of open sizes can see to be a multiple.
-        bottom, right = (((side - 1) // self.multiple + 1) * self.multiple - side for side in x.shape[2:])
-        return self.trunk.features(mirror_pad(x, bottom, right))
-
-    def _features(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """F′ of each scale from fine to coarse, and F_MS."""
-        return self._scales(self.encoded(x))
-
-    def _scales(self, maps: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        narrow = [down(part) for down, part in zip(self.down, maps, strict=True)]
-        features = [narrow[0], *(resize(part, narrow[0].shape[2:]) for part in narrow[1:])]
-        return features, self.fuse(torch.cat(features[::-1], 1))
 
     def _guide(self, features: Sequence[Tensor], fused: Tensor, *, around: bool = False) -> list[list[Guided]]:
         """All steps at all scales."""
@@ -273,12 +292,6 @@ class GuidedAttentionNet(nn.Module):
                 scales.append(attend(feature, guide, semantic, conv, around=around))
             steps.append(scales)
         return steps
-
-    def _enlarged(self, part: Tensor, size: Sequence[int]) -> Tensor:
-        """A map of the finest stage in the size of the image."""
-        stride = self.trunk.strides[0]
-        height, width = (side * stride for side in part.shape[2:])
-        return resize(part, (height, width))[..., : size[0], : size[1]]
 
     def _distance(self, a: Tensor, b: Tensor) -> Tensor:
         return F.mse_loss(a.float(), b.float(), reduction=self.reduction)
@@ -299,7 +312,7 @@ def _xavier(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-class DeepAttentiveFeatures(nn.Module):
+class DeepAttentiveFeatures(MultiScaleTrunk):
     """The paper's baseline DAF (Wang et al., 2018): the same scales, each with a soft map of weights of its own.
 
     A_s = softmax over channels of convolutions of concat(F′_s, F_MS); the refined map is convolutions of
@@ -319,9 +332,12 @@ class DeepAttentiveFeatures(nn.Module):
         backbone: Backbone = "resnext101_32x4d",
         dim: int = 64,
     ):
-        super().__init__()
-        self.base = GuidedAttentionNet(num_classes, in_channels, backbone=backbone, dim=dim, steps=1, guided=False)
-        del self.base.attention
+        check_whole(num_classes=num_classes)
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        super().__init__(in_channels, backbone, dim)
+        self.classify_features = nn.ModuleList(nn.Conv2d(dim, num_classes, 1) for _ in range(4))
+        self.classify = nn.ModuleList(nn.Conv2d(dim, num_classes, 1) for _ in range(4))
         self.weigh = nn.ModuleList(
             nn.Sequential(conv_bn_prelu(2 * dim, dim, 3), conv_bn_prelu(dim, dim, 3), nn.Conv2d(dim, dim, 1))
             for _ in range(4)
@@ -343,10 +359,9 @@ class DeepAttentiveFeatures(nn.Module):
         return torch.stack(losses).sum()
 
     def _logits(self, x: Tensor) -> list[Tensor]:
-        features, fused = self.base._features(x)
-        logits = [head(feature) for head, feature in zip(self.base.classify_features, features, strict=True)]
-        heads: Any = self.base.classify[0]
-        for feature, weigh, refine, head in zip(features, self.weigh, self.refine, heads, strict=True):
+        features, fused = self.scales(self.encoded(x))
+        logits = [head(feature) for head, feature in zip(self.classify_features, features, strict=True)]
+        for feature, weigh, refine, head in zip(features, self.weigh, self.refine, self.classify, strict=True):
             weights = weigh(torch.cat([feature, fused], 1)).softmax(1)
             logits.append(head(refine(torch.cat([feature, weights * fused], 1))))
-        return [self.base._enlarged(part, x.shape[2:]) for part in logits]
+        return [self.enlarged(part, x.shape[2:]) for part in logits]

@@ -191,14 +191,16 @@ def on_own_class(model: nn.Module, data: TaskData) -> float:
     return float(np.mean(gains))
 
 
-_JUDGED: WeakKeyDictionary[nn.Module, dict[str, float]] = WeakKeyDictionary()
+_JUDGED: WeakKeyDictionary[nn.Module, tuple[str, dict[str, float]]] = WeakKeyDictionary()
 
 
 def judged(name: str, model: nn.Module, data: TaskData) -> float:
     """A further metric of the task on the test subjects; they are predicted once for all of these."""
-    if model not in _JUDGED:
-        _JUDGED[model] = TASK.evaluate(model, data.test)
-    return _JUDGED[model][name]
+    of, scores = _JUDGED.get(model, ("", {}))
+    if of != data.fingerprint:
+        scores = TASK.evaluate(model, data.test)
+        _JUDGED[model] = data.fingerprint, scores
+    return scores[name]
 
 
 PROBES: Mapping[str, Callable[[nn.Module, TaskData], float]] = {
