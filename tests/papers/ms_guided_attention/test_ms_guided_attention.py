@@ -1,11 +1,14 @@
 """Guided attention: layers, network, loss, rivals, and the authors' weights."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import provenn
 from provenn.core.cost import count_parameters
 from provenn.core.errors import UserError
 from provenn.papers.ms_guided_attention import (
@@ -19,6 +22,8 @@ from provenn.papers.ms_guided_attention import (
 from provenn.papers.ms_guided_attention.layers import DilatedPyramid
 from provenn.papers.ms_guided_attention.official import convert
 from provenn.papers.ms_guided_attention.rivals import DualAttention, UNet
+from provenn.testing.golden import assert_values
+from provenn.testing.seeded import seeded_array, seeded_state
 
 
 def small(**options):
@@ -286,3 +291,24 @@ def test_other_weights_are_refused_in_a_line():
     }
     with pytest.raises(UserError, match="groups of 4"):
         convert(names)
+
+
+@pytest.mark.parametrize("case", [0, 1])
+def test_outputs_and_gradients_are_those_of_the_authors_in_double_precision(case):
+    """In single precision gradients of random weights are ill-conditioned; see `golden.json` for outputs there."""
+    here = Path(__file__).parent
+    golden = json.loads((here / "golden_double.json").read_text())["cases"][case]
+    shapes = json.loads((here / "golden.json").read_text())["cases"][0]["shapes"]
+    state = seeded_state({name: tuple(shape) for name, shape in shapes.items()}, golden["seed"])
+    preset, options, ours = convert(state)
+    model = provenn.paper("ms_guided_attention").build(preset, **options).double().eval()
+    model.load_state_dict(ours)
+    x = torch.from_numpy(seeded_array(golden["shape"], "input", golden["seed"])).requires_grad_()
+    output = model(x)
+    assert_values(output, golden["output"], 1e-9)
+    output.backward(torch.from_numpy(seeded_array(output.shape, "gradient", golden["seed"])))
+    assert_values(x.grad, golden["gradient"], 1e-8, "gradient")
+    parameters = dict(model.named_parameters())
+    for name, expected in golden["weights"].items():
+        renamed = next(key for key, value in ours.items() if value is state[name])
+        assert_values(parameters[renamed].grad, expected, 1e-8, name)
