@@ -55,6 +55,9 @@ class App(Protocol):
     title: str
     path: str  # where a reader begins
 
+    def refuse(self, asked: Asked) -> Answer | None:
+        """What is sent back to a reader who is not let in; None for others. Called before a form or file is read."""
+
     def answer(self, asked: Asked) -> Answer:
         """What is sent back; called from several threads."""
 

@@ -354,25 +354,31 @@ def write_table(
         columns, rows: what is written.
         style: of text; by default commas, a decimal point and UTF-8.
     """
-    names, cells = [str(_harmless(name)) for name in columns], [[_harmless(c) for c in row] for row in rows]
+    names, cells = [str(_harmless(name)) for name in columns], ([_harmless(c) for c in row] for row in rows)
     kind = output_suffix(file, ".csv")
     if kind in ENGINES:
         with atomic_write(file) as temporary:
-            write_frame(temporary, names, cells)
+            write_frame(temporary, names, list(cells))
         return
     style = style or Style()
-    text = io.StringIO()
-    writer = csv.writer(text, delimiter="\t" if kind == ".tsv" else style.separator, lineterminator="\n")
-    writer.writerow(names)
-    writer.writerows(
-        [f"{c:.7g}".replace(".", style.decimal) if isinstance(c, float) else c for c in row] for row in cells
-    )
-    try:
-        content = text.getvalue().encode(style.encoding)
-    except UnicodeEncodeError:
-        content = text.getvalue().encode("utf-8", "replace")  # a file's name may be of bytes that are no letters
+
+    def write(target: io.TextIOBase) -> None:  # row by row: a table may be larger than memory
+        writer = csv.writer(target, delimiter="\t" if kind == ".tsv" else style.separator, lineterminator="\n")
+        writer.writerow(names)
+        for row in cells:
+            writer.writerow([f"{c:.7g}".replace(".", style.decimal) if isinstance(c, float) else c for c in row])
+
     with atomic_write(file) as temporary:
-        temporary.write_bytes(content)
+        if style.encoding == "utf-8":  # a file's name may be of bytes that are no letters
+            with temporary.open("w", encoding="utf-8", errors="replace", newline="") as opened:
+                write(opened)
+            return
+        text = io.StringIO()
+        write(text)
+        try:
+            temporary.write_bytes(text.getvalue().encode(style.encoding))
+        except UnicodeEncodeError:
+            temporary.write_bytes(text.getvalue().encode("utf-8", "replace"))
 
 
 def _harmless(cell: str | int | float) -> str | int | float:

@@ -4,7 +4,9 @@ Uploads are held in memory and written nowhere. No page may load anything from a
 a cache. A form is taken from the application's own pages alone.
 """
 
+import asyncio
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,12 +16,14 @@ from fastapi.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.formparsers import FormParser, MultiPartException, MultiPartParser
 
-from provenn.core.apps import App, Asked
+from provenn.core.apps import Answer, App, Asked
 from provenn.core.errors import UserError
 from provenn.inference.paper import paper
 
 MODULE = "app"
 LARGEST = 40_000_000  # bytes of a request
+AT_ONCE = 3  # forms that are read at once: each is held in memory
+SLOWEST = 120.0  # seconds that a form may take to arrive
 SAFE = {
     "content-security-policy": "default-src 'none'; img-src 'self'; style-src 'unsafe-inline'; form-action 'self'; "
     "frame-ancestors 'none'; base-uri 'none'",
@@ -56,6 +60,10 @@ def make_app(slug: str, home: Path, environment: Mapping[str, str]) -> App:
 def served(app: App) -> FastAPI:
     """The application as an ASGI one."""
     server = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    reading = asyncio.Semaphore(AT_ONCE)
+
+    def sent(made: Answer) -> Response:
+        return Response(made.body, made.status, {**SAFE, **made.headers}, made.kind)
 
     @server.api_route("/{path:path}", methods=["GET", "POST"])
     async def answer(request: Request) -> Response:
@@ -63,14 +71,25 @@ def served(app: App) -> FastAPI:
         origin = request.headers.get("origin")
         if request.method == "POST" and origin and urlsplit(origin).netloc != request.headers.get("host", ""):
             return Response("a form of another site", 403, SAFE, "text/plain")
-        try:
-            form, files = await _form(request)
-        except ValueError as error:
-            return Response(str(error), 413, SAFE, "text/plain")
-        query, cookies = dict(request.query_params), dict(request.cookies)
-        asked = Asked(request.method, request.url.path, query, form, files, cookies)
-        made = await run_in_threadpool(app.answer, asked)
-        return Response(made.body, made.status, {**SAFE, **made.headers}, made.kind)
+        asked = Asked(request.method, request.url.path, dict(request.query_params), cookies=dict(request.cookies))
+        refused = app.refuse(asked)  # before anything is read that a stranger sends
+        if refused is not None:
+            return sent(refused)
+        if request.method != "POST":
+            return sent(await run_in_threadpool(app.answer, asked))
+        if reading.locked():
+            busy = {**SAFE, "retry-after": "10"}
+            return Response(
+                "others are sending photographs: go back and try again in a moment", 503, busy, "text/plain"
+            )
+        async with reading:
+            try:
+                form, files = await asyncio.wait_for(_form(request), SLOWEST)
+            except ValueError as error:
+                return Response(str(error), 413, SAFE, "text/plain")
+            except TimeoutError:
+                return Response(f"the form took over {SLOWEST:.0f} seconds to arrive", 408, SAFE, "text/plain")
+            return sent(await run_in_threadpool(app.answer, replace(asked, form=form, files=files)))
 
     return server
 
@@ -81,16 +100,18 @@ async def _form(request: Request) -> tuple[dict[str, str], dict[str, bytes]]:
     Raises:
         ValueError: it is larger than 40 MB, or no form.
     """
-    if request.method != "POST":
-        return {}, {}
-    content = b""
+    too_much = ValueError(f"more than {LARGEST // 1_000_000} MB")
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit() and int(announced) > LARGEST:
+        raise too_much
+    content = bytearray()
     async for chunk in request.stream():
         content += chunk
         if len(content) > LARGEST:
-            raise ValueError(f"more than {LARGEST // 1_000_000} MB")
+            raise too_much
 
     async def stream() -> Any:
-        yield content
+        yield bytes(content)
 
     kind = request.headers.get("content-type", "")
     try:

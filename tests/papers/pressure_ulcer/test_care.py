@@ -14,12 +14,14 @@ from PIL import Image
 
 from provenn.cli import main
 from provenn.core.errors import UserError
+from provenn.data.photographs import photograph
 
 pytest.importorskip("cryptography")
 pytest.importorskip("reportlab")
 
 from cryptography.fernet import Fernet
 
+from provenn.papers.pressure_ulcer import app as app_module
 from provenn.papers.pressure_ulcer import care
 from provenn.papers.pressure_ulcer.app import chart, create_app, decoded
 from provenn.papers.pressure_ulcer.care import Visit, open_history
@@ -125,6 +127,118 @@ def test_a_person_s_data_are_exported_whole_and_deleted_whole(client, home):
     assert client.get(at).status_code == 404 and NAME not in client.get("/").text
     file = (home / "care.db").read_bytes()
     assert sealed[200:300] not in file, "SQLite leaves no bytes of what was deleted"
+
+
+@pytest.mark.parametrize("journal", ["DELETE", "WAL"])
+def test_nothing_of_what_was_deleted_is_left_in_any_file(home, journal):
+    """The sealed bytes of a patient, a visit, its photograph and its outline, looked for in the file and its log."""
+    open_history(home, {care.KEY: KEY})
+    with sqlite3.connect(home / "care.db") as database:
+        database.execute(f"PRAGMA journal_mode = {journal}")
+    history = open_history(home, {care.KEY: KEY})
+    kept = history.add_person("B")
+    person = history.add_person("A")
+    content = [np.random.default_rng(i).bytes(30_000) for i in range(2)]
+    visit = history.add_visit(person, "2026-11-01", {"area_cm2": 1.0}, *content)
+    with sqlite3.connect(home / "care.db") as database:
+        rows = [*database.execute("SELECT id, sealed, photo, overlay FROM care_visits").fetchone()]
+        rows += database.execute("SELECT id, sealed FROM care_people WHERE id = ?", [person]).fetchone()
+    database.close()
+    pieces = [row if isinstance(row, bytes) else row.encode() for row in rows]
+    pieces = [piece[at : at + 32] for piece in pieces for at in (0, len(piece) // 2, len(piece) - 32)]
+
+    def files() -> bytes:
+        return b"".join(file.read_bytes() for file in home.iterdir())
+
+    assert all(piece in files() for piece in pieces)
+    if journal == "WAL":
+        history.delete_visit(person, visit)
+        assert not any(piece in files() for piece in pieces[:12])
+    history.delete_person(person)
+    assert not any(piece in files() for piece in pieces) and history.people() == {kept: "B"}
+
+
+def test_a_stranger_is_refused_before_anything_is_read(home):
+    """Not a byte of a body is read without the link, nor of one that says it is too large."""
+    import asyncio
+
+    app = make_app("pressure_ulcer", home, {care.KEY: KEY})
+    server, cookie = served(app), f"{app_module.COOKIE}={app._session}".encode()
+
+    def ask(headers: dict[bytes, bytes]) -> tuple[int, int]:
+        read, status = [], []
+
+        async def receive() -> dict:
+            read.append(1)
+            return {"type": "http.request", "body": b"x" * 1000, "more_body": len(read) < 50}
+
+        async def send(message: dict) -> None:
+            status.append(message.get("status"))
+
+        scope = {"type": "http", "method": "POST", "path": "/people", "raw_path": b"/people", "query_string": b""}
+        scope |= {"headers": list(headers.items()), "http_version": "1.1", "scheme": "http", "server": ("x", 80)}
+        asyncio.run(server(scope, receive, send))
+        return status[0], len(read)
+
+    assert ask({b"content-type": b"application/x-www-form-urlencoded"}) == (403, 0)
+    assert ask({b"cookie": cookie, b"content-length": b"40000001"}) == (413, 0)
+    assert ask({b"cookie": cookie, b"content-type": b"application/x-www-form-urlencoded"})[1] == 50
+
+
+def test_more_readers_than_can_be_served_are_told(client, monkeypatch):
+    """Who waits for the photographs of others is told in a moment, and nothing of theirs is kept."""
+    at = person(client)
+    monkeypatch.setattr(app_module, "LONGEST_WAIT", 0.05)
+    app = client.app.routes[-1].endpoint.__closure__
+    lock = next(cell.cell_contents._lock for cell in app if hasattr(cell.cell_contents, "_lock"))
+    with lock:
+        answer = add(client, at)
+    assert answer.status_code == 503 and "Yours was not kept: send it again in a moment" in answer.text
+    assert "There is no photograph yet" in answer.text and add(client, at).status_code == 200
+
+
+def test_a_picture_of_something_else_is_said_and_not_guessed(client):
+    """A cat: nothing is kept; with the box ticked it is measured, and the page warns."""
+    written = io.BytesIO()
+    Image.fromarray(photograph("chelsea")).save(written, "JPEG")
+    at = person(client)
+    answer = add(client, at, content=written.getvalue())
+    assert answer.status_code == 400 and "this may be no wound" in answer.text and "/photo.jpg" not in answer.text
+    answer = add(client, at, content=written.getvalue(), anyway="yes")
+    assert answer.status_code == 200 and "this may be no wound" in answer.text and "/photo.jpg" in answer.text
+
+
+def test_photographs_of_every_kind_are_the_same_picture():
+    plain = decoded(photo(format="PNG"))
+    deep, grey = io.BytesIO(), plain[..., 0]
+    Image.fromarray(grey.astype(np.uint16) * 257).save(deep, "PNG")
+    assert np.array_equal(decoded(deep.getvalue())[..., 1], grey)
+    ink = io.BytesIO()
+    Image.fromarray(plain).convert("CMYK").save(ink, "JPEG", quality=95)
+    assert np.abs(decoded(ink.getvalue()).astype(int) - plain).mean() < 6
+    clear = io.BytesIO()
+    Image.fromarray(np.dstack([plain, np.zeros_like(grey)])).save(clear, "PNG")
+    assert (decoded(clear.getvalue()) == 255).all(), "what is transparent lies on white"
+
+
+def test_files_that_are_no_photographs_start_nothing(monkeypatch):
+    """PostScript and its like are not opened, and a small file of a huge picture is refused before it is decoded."""
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+    tiff, animated = io.BytesIO(), io.BytesIO()
+    Image.new("L", (8, 8)).save(tiff, "TIFF")
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(animated, "WEBP", save_all=True, append_images=frames[1:])
+    for content in (script, tiff.getvalue(), b"", b"GIF89a"):
+        with pytest.raises(UserError, match="no photograph that can be read"):
+            decoded(content)
+    with pytest.raises(UserError, match="holds 2 frames"):
+        decoded(animated.getvalue())
+    bomb = io.BytesIO()
+    Image.new("1", (9000, 9000)).save(bomb, "PNG")
+    assert len(bomb.getvalue()) < 100_000
+    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("it was decoded"))
+    with pytest.raises(UserError, match="9000×9000 pixels; 60 megapixels are taken"):
+        decoded(bomb.getvalue())
 
 
 def test_one_visit_can_be_deleted(client):

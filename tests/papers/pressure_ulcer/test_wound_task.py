@@ -320,6 +320,165 @@ def test_stages_of_a_variant_take_as_many_steps_in_sum():
     assert done.steps == 2 * len(data.train) // 4
 
 
+def test_the_source_is_trained_once_whatever_rate_is_tried(monkeypatch):
+    titles, plain = [], studies.fit
+    monkeypatch.setattr(studies, "fit", lambda *a, **o: titles.append(o["title"]) or plain(*a, **o))
+    studies.source_state.cache_clear()
+    data, part = studies.wounds(1, True), studies.VARIANTS["before"][1]
+    for lr in (1e-3, 3e-3):
+        recipe = Recipe(epochs=1, max_steps=2, batch_size=4, optimizer="adam", lr=lr)
+        studies.trained(lambda: studies.network(part), TASK, data, recipe, seed=1)
+    assert titles == ["before, on wounds", "training", "training"]
+
+
+def test_of_several_forms_the_best_on_validation_counts(monkeypatch):
+    class Told(TASK.__class__):
+        def evaluate(self, model, dataset, batch_size=256):
+            return {"dice": model.score if dataset is data.val else -model.score}
+
+    def fitted(build, task, data, *rest, **options):
+        model = build()
+        model.score = {0.02: 0.1, 0.05: 0.3, 0.1: 0.9, 0.15: 0.2, 0.2: 0.4, 0.3: 0.8}[data.train.policy.colour]
+        return studies.Fit(model, {"dice": model.score})
+
+    data, part = studies.wounds(1, True), studies.VARIANTS["colour jitter"][1]
+    monkeypatch.setattr(studies, "fit", fitted)
+    recipe = Recipe(epochs=1, max_steps=2)
+    assert studies.trained(lambda: studies.network(part), Told(), data, recipe).metrics["dice"] == 0.9
+
+
+def test_the_better_baseline_of_the_area_is_the_nearer_one():
+    from provenn.papers.pressure_ulcer.experiments import EXPERIMENTS
+
+    class Half(nn.Module):
+        """The upper half of every true wound's rows, read off the mask that lies in the image."""
+
+        def forward(self, x):
+            told = x[:, :1].clone()
+            told[:, :, 20:] = -1
+            return told
+
+    mask = np.zeros((2, 40, 40), np.uint8)
+    mask[0, 10:30, 5:25], mask[1, 0:40, 0:10] = 1, 1
+    images = np.repeat(255 * mask[:, None], 3, 1)
+    meta = {**default_meta(40), "mean": [0.5] * 3, "std": [0.5] * 3}
+    test = Wounds(images, mask, meta)
+    data = TASK.load("ulcers", size=32, images=16)
+    data = data.__class__(**{**vars(data), "test": test})
+    assert studies.area_error(Half(), data) == pytest.approx(0.5) == studies.area_nearness(Half(), data)
+    beside = EXPERIMENTS["area_beside"]
+    assert beside.metric == "area nearness" and beside.best({"colour": [0.9], "mean": [0.4]}) == [0.9]
+
+
+def test_a_late_split_has_copies_of_each_picture_on_both_sides(monkeypatch):
+    seen = {}
+
+    def tagged(image, mask, policy, rng):
+        source = next(i for i, each in enumerate(drawn) if np.array_equal(np.moveaxis(each, 0, -1), image))
+        return np.full_like(image, source), mask
+
+    def fitted(build, task, data, recipe, **options):
+        seen["train"] = data.train.images[:, 0, 0, 0]
+        return studies.Fit(build(), {})
+
+    def evaluated(model, dataset):
+        seen.setdefault("tests", []).append(dataset)
+        return {"dice": 0.5}
+
+    drawn = studies.wounds(3, False, 16).train.images
+    monkeypatch.setattr(studies, "augmented", tagged)
+    monkeypatch.setattr(studies, "fit", fitted)
+    monkeypatch.setattr(studies.TASK, "evaluate", evaluated)
+    for by_picture in (True, False):
+        seen.pop("tests", None)
+        studies.split_late(3, False, by_picture)
+        own, fresh = seen["tests"]
+        test, train = set(own.images[:, 0, 0, 0].tolist()), set(seen["train"].tolist())
+        assert len(seen["train"]) == 192 and len(own.images) == 64 and len(fresh.images) == 200
+        assert bool(test & train) is not by_picture
+
+
+def test_gates_forced_open_are_measured_on_the_trained_network():
+    from provenn.papers.pressure_ulcer import open_gates
+
+    data = studies.wounds(1, True)
+    torch.manual_seed(0)
+    gated = studies.network(studies.VARIANTS["gates"][1]).eval()
+    before = TASK.evaluate(gated, data.test)["dice"]
+    with open_gates(gated):
+        opened = TASK.evaluate(gated, data.test)["dice"]
+    assert studies.gates_open(gated, data) == pytest.approx(opened - before)
+    assert TASK.evaluate(gated, data.test)["dice"] == before
+    assert studies.gates_open(studies.network(studies.VARIANTS["residual"][1]), data) is None
+    assert gated.encoder[0].first[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+# A picture of something else
+
+
+def test_outlines_of_wounds_are_near_and_those_in_other_pictures_are_not():
+    from provenn.data.photographs import photograph
+
+    model, label = provenn.paper("pressure_ulcer").load()
+    refused = 0
+    for index in range(12):
+        image, _ = scenes.draw(scenes.ULCERS, "test", 300 + index, seed=11, side=96)
+        report, mask = segmenting.segment(image, model, meta=label.meta)
+        refused += not mask.any()
+    assert refused <= 1
+    for name in ("hubble", "motorcycle", "chelsea", "china"):
+        image = photograph(name)
+        report, mask = segmenting.segment(image, model, meta=label.meta)
+        assert not mask.any() and "this may be no wound" in report.warnings[0] and report.unlike > 3, name
+        assert report.wound_pixels == 0 and "no wound was found" not in " ".join(report.warnings)
+    report, mask = segmenting.segment(image, model, meta=label.meta, anyway=True)
+    assert mask.any() and "this may be no wound" in report.warnings[0] and report.wound_pixels == mask.sum()
+    bare = {key: value for key, value in label.meta.items() if key != "likeness"}
+    report, mask = segmenting.segment(image, model, meta=bare)
+    assert report.unlike is None and mask.any()
+
+
+def test_what_outlines_are_like_is_read_off_the_training_masks():
+    from provenn.papers.pressure_ulcer.task.likeness import Likeness, likeness_of, outline_numbers
+
+    pairs = [scenes.draw(scenes.ULCERS, "train", index, seed=1, side=64) for index in range(14)]
+    known = Likeness.model_validate(likeness_of(pairs))
+    numbers = np.stack([outline_numbers(image, mask > 0) for image, mask in pairs])
+    np.testing.assert_allclose(known.mean, numbers.mean(0), rtol=1e-3)
+    np.testing.assert_allclose(known.spread, np.maximum(numbers.std(0), 0.05), rtol=1e-3)
+    distances = [known.distance(row) for row in numbers]
+    assert np.mean(np.square(distances)) < 1.01 and max(distances) < 3
+    assert likeness_of(pairs[:9]) is None and likeness_of([(image[..., :1], mask) for image, mask in pairs]) is None
+    image, mask = pairs[0]
+    assert outline_numbers(image, np.zeros_like(mask, bool)) is None
+    bright = (image.astype(float) * 0.5).astype(np.uint8)
+    assert abs(outline_numbers(bright, mask > 0) - outline_numbers(image, mask > 0))[[0, 1, 2]].max() == 0
+    data = TASK.load("ulcers", size=32, images=16)
+    assert "likeness" in data.meta and "likeness" not in studies.wounds(1, True).meta
+
+
+def test_a_cat_gets_no_outline_on_the_command_line(tmp_path, capsys):
+    from provenn.data.photographs import photograph
+
+    cat, out = tmp_path / "cat.png", tmp_path / "out.png"
+    Image.fromarray(photograph("chelsea")).save(cat)
+    assert main(["predict", "pressure_ulcer", str(cat), "-o", str(out)]) == 0
+    assert "this may be no wound" in capsys.readouterr().out and np.ptp(np.asarray(Image.open(out).convert("L"))) == 0
+    report = json.loads(out.with_suffix(".json").read_text())
+    assert report["wound_pixels"] == 0 and report["unlike"] > 3 and report["frame"] == "full frame"
+    assert main(["predict", "pressure_ulcer", str(cat), "-o", str(out), "--anyway", "--crop"]) == 0
+    report = json.loads(out.with_suffix(".json").read_text())
+    assert report["wound_pixels"] > 0 and report["frame"] == "crop" and "no wound" in report["warnings"][0]
+
+
+def test_evaluate_says_whether_figures_are_of_crops_or_full_frames(tmp_path):
+    root, meta = folder_of(tmp_path / "w"), default_meta(32)
+    assert TASK.held_out(root, meta).about.endswith("full frames")
+    assert "crops: full frames have more skin" in TASK.held_out(root, meta, frame="crop").about
+    with pytest.raises(UserError, match="frame must be one of full frame, crop, got 'half'"):
+        TASK.held_out(root, meta, frame="half")
+
+
 def test_the_gate_ratio_is_one_where_gates_are_open():
     from provenn.papers.pressure_ulcer import open_gates
 

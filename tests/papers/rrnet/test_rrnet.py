@@ -78,6 +78,30 @@ def test_outputs_and_gradients_are_the_authors(case):
         torch.testing.assert_close(found.detach(), torch.tensor(expected).double(), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("build", [RRNet, lambda *a, **o: StarNet(*a, kernel=3), lambda *a, **o: StarNet(*a, kernel=8)])
+def test_training_on_a_processor_is_the_same_network(build):
+    """Convolutions in rows, in parts of the batch: outputs and all gradients are those of the plain layers."""
+    torch.manual_seed(0)
+    network = build(2, 480, segments=4).double()
+    for part in network.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    x, slopes = torch.randn(37, 480, dtype=torch.float64), []
+    for mode in (True, False):
+        network.train(mode).zero_grad()
+        told = network(x)
+        (told.mean.square().sum() + told.variance.log().sum()).backward()
+        slopes.append([told.mean.detach(), *(p.grad.clone() for p in network.parameters())])
+    assert network.train().rows_are_faster(x) and not network.eval().rows_are_faster(x)
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-11) for a, b in zip(*slopes, strict=True))
+
+
+def test_the_original_starnet_has_filters_of_eight_pixels():
+    assert StarNet(3, 480, kernel=8).body[0].weight.shape == (4, 1, 8)
+    added = count(StarNet(3, 480, kernel=8)) - count(StarNet(3, 480))
+    assert added == 5 * 4 + 5 * 4 * 16 and StarNet(3, 480, kernel=8).eval()(torch.zeros(2, 480)).mean.shape == (2, 3)
+
+
 def test_a_stage_of_equal_widths_without_its_second_convolution_is_the_identity():
     block = ResidualBlock(4, 4)
     nn.init.zeros_(block.body[2].weight)
@@ -264,15 +288,54 @@ def test_the_continuum_rises_above_the_lines():
     assert np.array_equal(spectra.continuum(wave, np.full(3600, 2.0)), np.full(3600, 2.0))
 
 
+def test_the_continuum_is_the_authors_loop():
+    """Written plainly: what lies 3σ below or 4σ above the fit is put to the fit, until nothing does."""
+    rng = np.random.default_rng(3)
+    wave = np.linspace(5000, 5100, 400)
+    flux = 900 - 2 * (wave - 5000) + 4 * rng.standard_normal(400)
+    flux[rng.integers(400, size=12)] += np.array([14, 15, 16, 18, 20, 30, -13, -14, -15, -17, -20, -30])
+    x = np.log10(wave)
+    x, y, rounds = (x - x.mean()) / x.std(), (flux - flux.mean()) / flux.std(), 0
+    while True:
+        fit = np.polyval(np.polyfit(x, y, 5), x)
+        off, rounds = fit - y, rounds + 1
+        kept = (off > -4 * off.std()) & (off < 3 * off.std())
+        if kept.all():
+            break
+        y = np.where(kept, y, fit)
+    assert rounds > 2
+    assert np.allclose(spectra.continuum(wave, flux), fit * flux.std() + flux.mean(), rtol=1e-9)
+
+
 def test_spectra_that_cannot_be_are_refused():
     waves, fluxes = observed()
     for wave, flux, words in (
         ([waves[0][::-1], waves[1]], fluxes, "numbers that rise"),
         ([waves[0][1000:], waves[1]], [fluxes[0][1000:], fluxes[1]], "do not cover 4968 to 5328 Å"),
         ([np.log10(wave) for wave in waves], fluxes, "they look like logarithms"),
-        (waves, [np.where(np.arange(4600) == 2000, np.nan, fluxes[0]), fluxes[1]], "1 of 3.* fluxes .* no numbers"),
+        (
+            waves,
+            [np.where(np.arange(4600) % 3 > 0, np.nan, fluxes[0]), fluxes[1]],
+            "fluxes .* no numbers; at least half",
+        ),
+        ([wave / 10 for wave in waves], fluxes, "they look like nanometres: give Å"),
+        ([wave / 1e4 for wave in waves], fluxes, "they look like micrometres: give Å"),
         (waves[:1], fluxes[:1], "has 2 arms, got 1"),
         ([waves[0][:1], waves[1]], [fluxes[0][:1], fluxes[1]], "at least 2; got 1 and 1"),
     ):
         with pytest.raises(UserError, match=words):
             normalise_spectrum(wave, flux)
+
+
+def test_a_missing_flux_is_missing_in_the_result_and_changes_nothing_else():
+    waves, fluxes = observed(noise=0.0)
+    whole = normalise_spectrum(waves, fluxes)
+    holed = fluxes[0].copy()
+    holed[2000:2030] = np.nan
+    told = normalise_spectrum(waves, [holed, fluxes[1]])
+    gone = np.isnan(told)
+    middle = waves[0][2015]
+    spacing = waves[0][1] - waves[0][0]
+    assert abs(gone.sum() - 30 * spacing / 0.1) <= 1, "thirty pixels of the file, on the grid of 0.1 Å"
+    assert abs(LAMOST[0].grid()[np.flatnonzero(gone)] - middle).max() < 3
+    assert np.abs(told - whole)[~gone].max() < 0.02 and np.array_equal(np.isnan(told[3600:]), np.zeros(3600, bool))

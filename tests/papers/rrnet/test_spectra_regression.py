@@ -10,7 +10,7 @@ import torch
 
 from provenn.core.errors import UserError
 from provenn.data.tables import read_table
-from provenn.papers.rrnet import RRNet, spectra
+from provenn.papers.rrnet import Normal, RRNet, spectra, studies
 from provenn.papers.rrnet.inspection import inspect
 from provenn.papers.rrnet.model import rrnet_small
 from provenn.papers.rrnet.spectra import LAMOST, Arm
@@ -224,7 +224,12 @@ def test_files_that_are_no_spectra_are_refused(tmp_path):
     arm = Arm(5000, 5010)
     wave = np.linspace(4990, 5020, 50)
     cases = {
-        "units.csv": (wave / 10, np.ones(50), "wavelength,flux", "do not cover 5000 to 5010 Å"),
+        "units.csv": (
+            wave / 10,
+            np.ones(50),
+            "wavelength,flux",
+            "do not cover 5000 to 5010 Å; they look like nanometres",
+        ),
         "names.csv": (wave, np.ones(50), "x,y", "has the columns x, y; expected wavelength"),
         "short.csv": (wave[:1], np.ones(1), "wavelength,flux", "holds 1 pixel"),
     }
@@ -239,7 +244,7 @@ def test_files_that_are_no_spectra_are_refused(tmp_path):
     for name, words in (
         ("image.png", "is no spectrum: expected an ending"),
         ("flat.npy", r"expected \(spectra, 100\) numbers"),
-        ("nan.npy", "2 of 2 spectra hold values that are no numbers"),
+        ("nan.npy", "most values of 2 of 2 spectra are no numbers, the first in row 1; at least half"),
         ("bad.fits", "no FITS file that can be read|has no table"),
     ):
         with pytest.raises(UserError, match=words):
@@ -381,6 +386,231 @@ def test_a_catalogue_goes_on_where_it_was_stopped(tmp_path, data, monkeypatch, e
     monkeypatch.setattr(catalogue, "estimated", lambda *given: computed.append(given[1]) or estimated(*given))
     TASK.predict(network, shifted(data.meta, 2), files, out)
     assert len(computed) == 2 + 4 and rows_of(out) != rows_of(whole)
+
+
+class Workers:
+    """Ray's calls without a cluster: tasks end in another order than they began, and workers die."""
+
+    class exceptions:
+        class RayError(Exception):
+            pass
+
+    def __init__(self, deaths=0, fatal=False):
+        self.deaths, self.fatal, self.calls, self.started = deaths, fatal, 0, []
+
+    def is_initialized(self):
+        return True
+
+    def put(self, value):
+        return value
+
+    def cluster_resources(self):
+        return {"CPU": 2.0}
+
+    def remote(self, **options):
+        retries = options["max_retries"]
+
+        def decorate(function):
+            def start(*arguments):
+                self.started.append((function, arguments, retries))
+                return len(self.started) - 1
+
+            return type("Remote", (), {"remote": staticmethod(start)})
+
+        return decorate
+
+    def wait(self, handles, num_returns):
+        return [handles[-1]], handles[:-1]
+
+    def get(self, handle):
+        function, arguments, retries = self.started[handle]
+        for _ in range(1 + retries):
+            self.calls += 1
+            if self.fatal and self.calls > 2:
+                raise self.exceptions.RayError("the node died")
+            answer = function(*arguments)
+            if self.deaths:  # after the work, and before the answer: it is done again
+                self.deaths -= 1
+                continue
+            return answer
+        raise self.exceptions.RayError("the worker died")
+
+
+@pytest.mark.parametrize("ending", [".csv", ".fits"])
+def test_a_cluster_loses_and_doubles_no_row(tmp_path, data, monkeypatch, ending):
+    torch.manual_seed(0)
+    network = rrnet_small().eval()
+    monkeypatch.setattr(catalogue, "PART", 3)
+    np.save(tmp_path / "a.npy", synthetic.survey(20, 1)[0])
+    whole, out = tmp_path / f"whole{ending}", tmp_path / f"out{ending}"
+    TASK.predict(network, data.meta, [tmp_path / "a.npy"], whole)
+    for workers in (Workers(), Workers(deaths=3)):
+        monkeypatch.setattr(catalogue, "_ray", lambda made=workers: made)
+        TASK.predict(network, data.meta, [tmp_path / "a.npy"], out, cluster="auto")
+        assert rows_of(out) == rows_of(whole) and len(workers.started) == 7
+        out.unlink()
+    # A node that is lost for good: what had ended is kept, and the same command goes on with the rest alone.
+    lost = Workers(fatal=True)
+    monkeypatch.setattr(catalogue, "_ray", lambda: lost)
+    with pytest.raises(UserError, match=r"a part was lost 4 times .the node died.; what had ended is kept"):
+        TASK.predict(network, data.meta, [tmp_path / "a.npy"], out, cluster="auto")
+    assert not out.exists() and len(list(out.with_name(f"{out.name}.parts").glob("*.npz"))) == 2
+    again = Workers()
+    monkeypatch.setattr(catalogue, "_ray", lambda: again)
+    TASK.predict(network, data.meta, [tmp_path / "a.npy"], out, cluster="auto")
+    assert len(again.started) == 5 and rows_of(out) == rows_of(whole)
+
+
+@pytest.mark.parametrize("ending", [".csv", ".parquet", ".fits"])
+def test_a_catalogue_is_written_a_part_at_a_time(tmp_path, ending):
+    """When the third part is asked for, the first is in the file: no more than two are held at once."""
+    import gc
+    import weakref
+
+    output, alive, most = tmp_path / f"out{ending}", [], []
+
+    def parts():
+        for number in range(6):
+            gc.collect()
+            most.append(sum(each() is not None for each in alive))
+            values = np.full((1000, 4), float(number))
+            alive.append(weakref.ref(values))
+            yield [f"star-{number}-{row}" for row in range(1000)], values
+            del values
+
+    columns = ["spectrum", "Teff", "Teff_err", "logg", "logg_err"]
+    catalogue.write_catalogue(output, columns, ["K", "K", "", ""], parts(), catalogue.Size(6000, 20))
+    assert max(most) <= 1
+    rows = rows_of(output)
+    assert len(rows) == 6000 and rows[0][0] == "star-0-0" and rows[5999] == ["star-5-999", 5.0, 5.0, 5.0, 5.0]
+
+
+def test_outputs_that_cannot_be_are_refused_before_any_work(tmp_path, data, monkeypatch):
+    network = rrnet_small().eval()
+    np.save(tmp_path / "a.npy", synthetic.survey(3, 1)[0])
+    monkeypatch.setattr(catalogue, "estimated", lambda *_: pytest.fail("it was estimated"))
+    for name, said in (("labels.foo", "a catalogue is written as"), ("labels.csv.gz", "a catalogue is written as")):
+        with pytest.raises(UserError, match=said):
+            TASK.predict(network, data.meta, [tmp_path / "a.npy"], tmp_path / name)
+    with pytest.raises(UserError, match="a sheet holds 1,048,575 rows, and 1,048,576 spectra"):
+        catalogue.check_catalogue(tmp_path / "a.xlsx", 1_048_576)
+    monkeypatch.setattr("provenn.papers.rrnet.task.PART", 2)
+    with pytest.raises(UserError, match="3 spectra need a table: give a file with -o"):
+        TASK.predict(network, data.meta, [tmp_path / "a.npy"], None)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.npy"]
+
+
+def test_missing_fluxes_are_counted_and_are_the_mean_of_training(tmp_path, data):
+    """NaN in an array, a FITS file and a table: the pixel counts as the mean of training, whatever its IVAR."""
+    fits = pytest.importorskip("astropy.io.fits")
+    network = rrnet_small().eval()
+    flux = synthetic.survey(3, 1)[0]
+    holed = flux.copy()
+    holed[1, 100:150] = np.nan
+    np.save(tmp_path / "a.npy", holed)
+    said = TASK.predict(network, data.meta, [tmp_path / "a.npy"], tmp_path / "out.csv")
+    assert "50 pixels of 1 spectra are missing, and count as the mean of training" in said
+    filled = holed.copy()
+    filled[1, 100:150] = np.array(data.meta["flux_mean"])[100:150]
+    np.save(tmp_path / "b.npy", filled)
+    TASK.predict(network, data.meta, [tmp_path / "b.npy"], tmp_path / "b.csv")
+    for ours, plain in zip(rows_of(tmp_path / "out.csv"), rows_of(tmp_path / "b.csv"), strict=True):
+        assert ours[1:] == pytest.approx(plain[1:], rel=1e-4)
+
+    units, waves = [fits.PrimaryHDU()], [np.linspace(a.start - 5, a.end + 5, 3700) for a in synthetic.ARMS]
+    for name, wave in zip("BR", waves, strict=True):
+        y = np.full(wave.shape, 500.0)
+        if name == "B":
+            y[1000:1020] = np.nan
+        inverse = np.where(np.isnan(y), 0.0, 1.0)
+        made = [("FLUX", y), ("LOGLAM", np.log10(wave)), ("IVAR", inverse)]
+        units.append(
+            fits.BinTableHDU.from_columns([fits.Column(n, "D", array=v) for n, v in made], name=f"COADD_{name}")
+        )
+    fits.HDUList(units).writeto(tmp_path / "star.fits")
+    star = read_spectra(tmp_path / "star.fits", synthetic.ARMS)
+    assert 3 <= np.isnan(star.flux).sum() <= 6 and np.isfinite(star.error).all()
+    known = SpectraMeta.model_validate(data.meta)
+    assert (standardised(star.flux, known)[0][np.isnan(star.flux[0])] == 0).all()
+    assert "1 spectra are missing" in TASK.predict(network, data.meta, [tmp_path / "star.fits"], None)
+    cells = ["" if np.isnan(v) else f"{v}" for v in np.where((waves[0] > 5100) & (waves[0] < 5101), np.nan, 7.0)]
+    lines = ["wavelength,flux", *(f"{w},{c}" for w, c in zip(waves[0], cells)), *(f"{w},7" for w in waves[1])]
+    (tmp_path / "star.csv").write_text("\n".join(lines))
+    assert np.isnan(read_spectra(tmp_path / "star.csv", synthetic.ARMS).flux).sum() == 2
+
+
+def test_probes_read_figures_off_by_ratio_and_in_units():
+    data = studies.survey(3, True)
+    model, (_, y) = _Told(), studies._tensors(data.test)
+    ratio, spread = torch.from_numpy(data.test.ratio), torch.tensor(data.test.known.label_std)
+    low = ratio < 20
+    assert 0 < low.sum() < len(low) and len(ratio) == len(y)
+    told = {name: probe(model, data) for name, probe in studies.PROBES.items()}
+    assert told["error below S/N 20"] == pytest.approx(float(y[low].abs().mean()))
+    assert told["error above S/N 50"] == pytest.approx(float(y[ratio >= 50].abs().mean()))
+    assert told["error of Teff in K"] == pytest.approx(float((y[:, 0].abs() * spread[0]).mean()))
+    assert told["deviation of log g in dex"] == pytest.approx(float(y[:, 1].std() * spread[1]), rel=1e-5)
+    within = float(((y - 0.0).square() <= 1).double().mean())
+    assert told["within one σ"] == pytest.approx(within) and told["growth with noise"] == 0
+    iron = data.test.known.label_mean[2]
+    others = [(iron - data.test.known.label_mean[i]) / data.test.known.label_std[i] for i in range(3, 7)]
+    copied = (torch.tensor(others) - y[:, 3:]).abs()
+    assert told["elements over iron"] == pytest.approx(float((y[:, 3:].abs() - copied).mean()), rel=1e-4)
+    constant = studies._tensors(data.val)[1].square().mean(0)
+    expected = y.square().mean() / 2 - (constant.log() / 2 + y.square() / (2 * constant)).mean()
+    assert told["likelihood over constant σ"] == pytest.approx(float(expected), rel=1e-4)
+
+
+class _Told(torch.nn.Module):
+    """The mean of training with a variance of 1, whatever the spectrum."""
+
+    def forward(self, x):
+        return Normal(torch.zeros(len(x), 7), torch.ones(len(x), 7))
+
+
+def test_a_gap_and_noise_reach_the_pixels_that_they_say():
+    data = studies.survey(3, True)
+
+    class Sum(torch.nn.Module):
+        def forward(self, x):
+            return Normal(x[:, 200:400].abs().mean(1, keepdim=True).expand(-1, 7), torch.ones(len(x), 7))
+
+    x, y = studies._tensors(data.test)
+    seen = x[:, 200:400].abs().mean(1, keepdim=True)
+    expected = float(y.abs().mean() - (seen - y).abs().mean())
+    assert studies.growth_with_a_gap(Sum(), data) == pytest.approx(expected, abs=1e-6)
+
+    class Outside(torch.nn.Module):
+        def forward(self, x):
+            return Normal(x[:, :7], torch.ones(len(x), 7))
+
+    assert studies.growth_with_a_gap(Outside(), data) == 0 < studies.growth_with_noise(Outside(), data)
+
+
+def test_variants_differ_in_the_part_that_they_say():
+    torch.manual_seed(0)
+    apart, post = studies.network("apart"), studies.network("post")
+    assert sum(p.numel() for p in apart.parameters()) == sum(p.numel() for p in post.parameters())
+    again = apart.rnn.rnn.weight_hh_l0
+    assert not again.any() and not again.requires_grad and post.rnn.rnn.weight_hh_l0.any()
+    x = torch.zeros(1, 2880)
+    moved = x.clone()
+    moved[0, :72] = 1
+    changed = (apart.rnn(moved) - apart.rnn(x)).abs()[0] > 0
+    assert changed[:72].all() and not changed[72:].any()
+    both = sum(p.numel() for p in studies.BothWays(2880, 40).parameters())
+    assert abs(both - sum(p.numel() for p in post.rnn.parameters())) < 600
+    data = studies.survey(3, True)
+    assert data is studies.survey(3, True), "drawn once a seed"
+    ridge = studies.trained(lambda: studies.network("ridge"), TASK, data).model
+    x, y = studies._tensors(data.train)
+    (x_val, y_val), errors = studies._tensors(data.val), []
+    for penalty in np.logspace(-4, 4, 13) * float((x.T @ x).diagonal().mean()):
+        weights = torch.linalg.solve(x.T @ x + penalty * torch.eye(1440), x.T @ (y - y.mean(0)))
+        errors.append(float((x_val @ weights + y.mean(0) - y_val).abs().mean()))
+    assert float((ridge(x_val).mean - y_val).abs().mean()) == pytest.approx(min(errors), rel=1e-4)
+    seeds = [studies.survey(seed, True).test.tensors[0] for seed in (1, 2)]
+    assert not torch.equal(*seeds) and not torch.equal(seeds[0][:16], studies.survey(1, True).val.tensors[0])
 
 
 def rows_of(file):

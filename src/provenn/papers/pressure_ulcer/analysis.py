@@ -209,6 +209,8 @@ class WoundReport:
         components: how many parts the wound has.
         tissue: shares inside the mask, by `tissues`.
         mean_probability: of the network inside the mask.
+        unlike: how far the outline lies from those that the weights were trained on, by `task.likeness`; about 1 for
+            wounds of that kind, and None where the weights do not say.
         model: what made the mask.
         warnings: what a reader must know.
         change: since the last visit; empty without one.
@@ -233,6 +235,7 @@ class WoundReport:
     components: int
     tissue: Mapping[str, float]
     mean_probability: float | None
+    unlike: float | None
     model: str
     warnings: Sequence[str]
     change: Mapping[str, float] = field(default_factory=dict)
@@ -252,6 +255,8 @@ def analyse(
     network_size: tuple[int, int] | None = None,
     frame: str = "full frame",
     model: str = "",
+    unlike: float | None = None,
+    withheld: str = "",
 ) -> WoundReport:
     """The report of a photograph and the mask of its wound.
 
@@ -260,7 +265,8 @@ def analyse(
         mask: where the wound is, of the same size.
         probability: of the network for each pixel.
         scale: without one there are no centimetres, and a warning.
-        network_size, frame, model: as of the report.
+        network_size, frame, model, unlike: as of the report.
+        withheld: why an outline was not drawn; the first warning.
 
     Raises:
         ValueError: sizes that differ.
@@ -294,16 +300,19 @@ def analyse(
         components=components,
         tissue=tissues(image, mask),
         mean_probability=inside,
+        unlike=unlike,
         model=model,
-        warnings=tuple(_warnings(image, mask, components, inside, scale)),
+        warnings=tuple(_warnings(image, mask, components, inside, scale, withheld)),
     )
 
 
 def _warnings(
-    image: np.ndarray, mask: np.ndarray, components: int, inside: float | None, scale: Scale | None
+    image: np.ndarray, mask: np.ndarray, components: int, inside: float | None, scale: Scale | None, withheld: str
 ) -> list[str]:
     found = []
-    if not mask.any():
+    if withheld:
+        found.append(withheld)
+    elif not mask.any():
         found.append("no wound was found in the photograph")
     if scale is None:
         found.append("no scale: there are no centimetres")

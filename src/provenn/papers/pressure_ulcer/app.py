@@ -10,8 +10,10 @@ import io
 import json
 import re
 import secrets
+import struct
 import threading
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -31,6 +33,8 @@ COOKIE = "care"
 MOST_PIXELS = 60_000_000
 KEPT_SIDE = 2000  # pixels of the longer side of a photograph that is kept
 LONGEST_NAME = 80
+LONGEST_WAIT = 20.0  # seconds for the photographs of others, before a reader is told to come back
+TAKEN = ("JPEG", "PNG", "WEBP")  # other readers of Pillow start programs, or were written for archives
 STYLE = """
 :root { color-scheme: light dark }
 * { box-sizing: border-box }
@@ -71,7 +75,7 @@ class CareApp:
         self.load, self.history, self._code = load, history, code
         self.path = f"/enter?code={code}"
         self._session = secrets.token_urlsafe(32)
-        self._lock = threading.Lock()  # one photograph at a time: each takes a gigabyte
+        self._lock = threading.Lock()  # one photograph at a time: each takes up to a gigabyte
         self._model: Loaded | None = None
         person, visit = r"/people/([0-9a-f]{32})", r"/visits/([0-9a-f]{32})"
         self._routes: list[tuple[str, str, Callable[..., Answer]]] = [
@@ -86,15 +90,23 @@ class CareApp:
             ("GET", rf"{visit}/(photo|overlay)\.jpg", self._picture),
         ]
 
+    def refuse(self, asked: Asked) -> Answer | None:
+        """A page that says so, for whoever comes without the link."""
+        if asked.path == "/enter" or hmac.compare_digest(
+            asked.cookies.get(COOKIE, "").encode(), self._session.encode()
+        ):
+            return None
+        return page("Not let in", said("Open the link that the server printed at its start."), status=403)
+
     def answer(self, asked: Asked) -> Answer:
         """The page, picture or file that was asked for; without the link a page that says so."""
         if asked.path == "/enter":
-            if hmac.compare_digest(asked.query.get("code", "").encode(), self._code.encode()):
+            if asked.method == "GET" and hmac.compare_digest(asked.query.get("code", "").encode(), self._code.encode()):
                 cookie = f"{COOKIE}={self._session}; HttpOnly; SameSite=Strict; Path=/; Max-Age=43200"
                 return Answer(b"", status=303, headers={"location": "/", "set-cookie": cookie})
             return page("Not let in", said("This link is not the one that the server printed."), status=403)
-        if not hmac.compare_digest(asked.cookies.get(COOKIE, "").encode(), self._session.encode()):
-            return page("Not let in", said("Open the link that the server printed at its start."), status=403)
+        if (refused := self.refuse(asked)) is not None:
+            return refused
         paths = [(method, re.fullmatch(path, asked.path), handle) for method, path, handle in self._routes]
         for method, match, handle in paths:
             if match is not None and method == asked.method:
@@ -124,7 +136,7 @@ class CareApp:
             return self._home(asked, f"A name has 1 to {LONGEST_NAME} letters.")
         return to(f"/people/{self.history.add_person(name)}")
 
-    def _person(self, asked: Asked, person: str, error: str = "") -> Answer:
+    def _person(self, asked: Asked, person: str, error: str = "", status: int = 400) -> Answer:
         name = self.history.people().get(person)
         if name is None:
             return page("Nothing here", said("There is no such patient."), status=404)
@@ -141,6 +153,7 @@ class CareApp:
             '<input id="scale" name="scale" autocomplete="off" maxlength="60">'
             '<label for="frame">The photograph is</label>'
             '<select id="frame" name="frame"><option>full frame</option><option>crop</option></select>'
+            '<label><input type="checkbox" name="anyway" value="yes"> Measure also what looks like no wound</label>'
             "<button>Measure</button></form>"
         )
         files = (
@@ -154,7 +167,7 @@ class CareApp:
             '<button class="quiet">Delete</button></form>'
         )
         shown = f"{chart(visits)}{table(person, visits)}{files}" if visits else "<p>There is no photograph yet.</p>"
-        return page(name, f"{said(error)}{shown}{form}{delete}", status=400 if error else 200)
+        return page(name, f"{said(error)}{shown}{form}{delete}", status=status if error else 200)
 
     def _add_visit(self, asked: Asked, person: str) -> Answer:
         if person not in self.history.people():
@@ -162,22 +175,33 @@ class CareApp:
         date, frame = asked.form.get("date", ""), asked.form.get("frame", "full frame")
         try:
             datetime.date.fromisoformat(date)
-            photo = decoded(asked.files.get("photo", b""))
-            with self._lock:
+            if frame not in ("full frame", "crop"):
+                raise UserError(f"a photograph is a full frame or a crop, got {frame!r}")
+            if not self._lock.acquire(timeout=LONGEST_WAIT):
+                words = "Other photographs are being measured. Yours was not kept: send it again in a moment."
+                return self._person(asked, person, words, 503)
+            try:
+                photo = decoded(asked.files.get("photo", b""))
                 self._model = self._model or self.load()
                 model, meta = self._model
-                scale = asked.form.get("scale", "").strip() or None
-                if frame not in ("full frame", "crop"):
-                    raise UserError(f"a photograph is a full frame or a crop, got {frame!r}")
-                report, mask = segment(photo, model, scale, meta=dict(meta), frame=frame, name="ulcer_small")
+                scale, anyway = asked.form.get("scale", "").strip() or None, asked.form.get("anyway") == "yes"
+                options: dict[str, Any] = {"meta": dict(meta), "frame": frame, "name": "ulcer_small", "anyway": anyway}
+                report, mask = segment(photo, model, scale, **options)
+                pictures = encoded(photo), encoded(overlay(photo, mask))
+            finally:
+                self._lock.release()
+            if not mask.any() and not anyway and report.unlike is not None:
+                raise UserError(
+                    f"{report.warnings[0].split(';')[0]}. Nothing was kept. Tick the box to measure it anyway"
+                )
         except UserError as error:
             return self._person(asked, person, str(error))
         except ValueError:
-            return self._person(asked, person, f"A date is written as 2026-11-23, got {date!r}.")
+            return self._person(asked, person, f"A date is written as 2026-11-23, got {date[:40]!r}.")
         plain = report.as_json()
         earlier = [visit for visit in self.history.visits(person) if visit.date <= date]
         plain["change"] = change(plain, earlier[-1].report) if earlier else {}
-        self.history.add_visit(person, date, plain, encoded(photo), encoded(overlay(photo, mask)))
+        self.history.add_visit(person, date, plain, *pictures)
         return to(f"/people/{person}")
 
     def _picture(self, asked: Asked, visit: str, which: str) -> Answer:
@@ -305,17 +329,25 @@ def chart(visits: Sequence[Visit]) -> str:
 def decoded(content: bytes) -> np.ndarray:
     """A photograph as 8-bit colour, turned as its EXIF says; all that came with it is left behind.
 
+    What is transparent is laid on white, and of 16 bits the upper ones count, as on the command line.
+
     Raises:
         UserError: no picture, a damaged one, one of several frames, or one with more than 60 megapixels.
     """
     try:
-        with Image.open(io.BytesIO(content)) as opened:
+        with Image.open(io.BytesIO(content), formats=TAKEN) as opened:
             if opened.width * opened.height > MOST_PIXELS:
                 raise UserError(f"the photograph has {opened.width}×{opened.height} pixels; 60 megapixels are taken")
             if getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO":  # phones write a preview beside
                 raise UserError(f"the file holds {opened.n_frames} frames; expected a photograph")  # type: ignore[attr-defined]
-            return np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            turned: Any = ImageOps.exif_transpose(opened)
+            if turned.mode.startswith("I"):
+                turned = Image.fromarray((np.asarray(turned).astype(np.int64) // 257).clip(0, 255).astype(np.uint8))
+            if turned.mode in ("LA", "PA", "RGBA") or "transparency" in turned.info:
+                turned = turned.convert("RGBA")
+                turned = Image.alpha_composite(Image.new("RGBA", turned.size, "white"), turned)
+            return np.asarray(turned.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, struct.error, zlib.error, Image.DecompressionBombError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError("the file is no photograph that can be read: give a JPEG, PNG or WebP") from None

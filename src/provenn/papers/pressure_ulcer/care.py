@@ -164,16 +164,37 @@ class History:
         return None if sealed is None else self._seal.decrypt(bytes(sealed))
 
     def delete_visit(self, person: str, visit: str) -> None:
-        """Delete one visit of a patient."""
+        """Delete one visit of a patient; nothing of it stays, as in `delete_person`."""
         chosen = (self._visits.c.id == visit) & (self._visits.c.person == person)
         with self._connected() as connection:
             connection.execute(self._visits.delete().where(chosen))
+        self._wipe_log()
 
     def delete_person(self, person: str) -> None:
-        """Delete a patient with all visits; an SQLite file keeps none of the bytes."""
+        """Delete a patient with all visits.
+
+        An SQLite file keeps none of the bytes, and a write-ahead log beside it is emptied. PostgreSQL is told to
+        vacuum; what its own logs and backups hold is the operator's, and sealed.
+        """
         with self._connected() as connection:
             connection.execute(self._visits.delete().where(self._visits.c.person == person))
             connection.execute(self._people.delete().where(self._people.c.id == person))
+        self._wipe_log()
+
+    def _wipe_log(self) -> None:
+        """Let nothing of what was deleted lie beside the tables.
+
+        Raises:
+            UserError: another process reads the history, so that the log could not be emptied.
+        """
+        try:
+            with self._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                if self._engine.dialect.name != "sqlite":
+                    connection.exec_driver_sql("VACUUM care_visits, care_people")
+                elif connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").scalar():
+                    raise UserError("it is deleted, but others read the history: its log is emptied when they end")
+        except self._sql.exc.DBAPIError as error:
+            raise UserError(f"it is deleted, but the log could not be emptied: {error.orig}") from None
 
 
 def open_history(home: Path, environment: Mapping[str, str]) -> History:

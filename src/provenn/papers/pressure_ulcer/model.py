@@ -1,7 +1,7 @@
 """The residual U-Net with attention of the pressure ulcer system (Chae et al., 2021, arXiv:2101.09433), inferred.
 
-The abstract names a residual U-Net, an attention module and pre-training on similar wounds, and no sizes. Every number
-here is inferred from the usual public forms: levels, widths, place of the attention, loss.
+Inferred, as only the abstract could be read: blocks and gates from residual U-Net and Attention U-Net; sizes,
+watershed modes, loss and training are ours; each is an option.
 """
 
 import math

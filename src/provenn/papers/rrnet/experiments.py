@@ -6,6 +6,7 @@ import torch
 
 from provenn.core.cost import count_parameters
 from provenn.evidence import Measurement, Run, Study, Table, Timing, measures
+from provenn.evidence.study import Reading
 from provenn.papers.rrnet.model import DeepEnsemble, RRNet, StarNet
 from provenn.papers.rrnet.studies import PROBES, VARIANTS, network, parameters, survey, trained
 from provenn.training import Recipe
@@ -55,22 +56,36 @@ ENSEMBLE_TIME = Timing(
 
 
 RIDGES = ("ridge", "kernel ridge")
+STARNETS = ("starnet", "starnet 8")
+
+
+def in_units(metric: str) -> Reading:
+    """RRNet's own figure in kelvin or dex, with the baselines beside; it decides nothing."""
+    return SURVEY.figure("post", metric=metric, shown=(*RIDGES, "starnet"))
+
 
 EXPERIMENTS = {
     "stages_over_components": SURVEY.against("raw", ("components", "linear"), shown=RIDGES),
     "recurrence_over_apart": SURVEY.against("post", "apart", shown=(*RIDGES, "raw", "both ways", "pre")),
     "recurrence_holds_noise_down": SURVEY.against("post", "apart", metric="growth with noise", shown=(*RIDGES, "raw")),
     "recurrence_bridges_a_gap": SURVEY.against("post", "apart", metric="growth with a gap", shown=(*RIDGES, "raw")),
+    "recurrence_in_noise": SURVEY.against("post", "apart", metric="error below S/N 20", shown=(*RIDGES, "raw")),
     "likelihood_over_constant": SURVEY.figure(
         "ensemble", metric="likelihood over constant σ", shown=("post", "starnet")
     ),
     "covers_one_sigma": SURVEY.figure("ensemble", metric="within one σ", shown=("post", "starnet")),
     "elements_over_iron": SURVEY.figure("post", metric="elements over iron", shown=("raw", "starnet", *RIDGES)),
     "ensemble_over_one": SURVEY.against("ensemble", "post"),
-    "over_starnet": SURVEY.against("post", "starnet", shown=RIDGES),
-    "over_starnet_under_noise": SURVEY.against("post", "starnet", metric="growth with noise", shown=RIDGES),
+    "over_starnet": SURVEY.against("post", STARNETS, shown=RIDGES),
+    "over_starnet_under_noise": SURVEY.against("post", STARNETS, metric="growth with noise", shown=RIDGES),
     "ensemble_time": ENSEMBLE_TIME.against("one call", "one by one"),
     "over_ridge": SURVEY.against("post", RIDGES, shown=("starnet",)),
+    "temperature_error": in_units("error of Teff in K"),
+    "temperature_deviation": in_units("deviation of Teff in K"),
+    "gravity_error": in_units("error of log g in dex"),
+    "gravity_deviation": in_units("deviation of log g in dex"),
+    "elements_error": in_units("error of Ca, Fe, Mg and Si in dex"),
+    "elements_deviation": in_units("deviation of Ca, Fe, Mg and Si in dex"),
 }
 
 

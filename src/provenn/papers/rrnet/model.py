@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from provenn.core import progress
 from provenn.core.errors import UserError
+from provenn.core.narrowing import of_kind
 
 Mode = Literal["raw", "pre", "post"]
 MODES = ("raw", "pre", "post")
 HIDDEN = (256, 128)
 SEGMENTS = 40
 IN_CACHE = 2**16  # numbers a channel that an ensemble's stages take at once
+IN_TRAINING = 32  # spectra that the convolutions take at once where a processor trains
 LEAST = 1e-12  # a variance: softplus reaches zero in single precision
 
 Spectra = Float[Tensor, "batch pixels"]
@@ -55,6 +57,16 @@ def gaussian_nll(
     return (loss * counted).sum() / counted.sum().clamp(min=LEAST) + 5
 
 
+def conv_in_rows(conv: nn.Module, x: Float[Tensor, "batch channels 1 length"]) -> Float[Tensor, "batch out 1 length"]:
+    """A convolution along a spectrum, as one along the row of a picture with channels last.
+
+    The sums are those of `conv`; on a processor, with these few channels, they and their gradients take about half the
+    time.
+    """
+    conv = of_kind(conv, nn.Conv1d, "the convolution")
+    return F.conv2d(x.contiguous(memory_format=torch.channels_last), conv.weight[:, :, None], conv.bias, padding="same")
+
+
 class ResidualBlock(nn.Module):
     """conv3(ReLU(conv3(x))) + S(x), where S is a 1×1 convolution if the widths differ, else the identity.
 
@@ -75,6 +87,11 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch channels length"]) -> Float[Tensor, "batch channels2 length"]:
         return self.body(x) + self.shortcut(x)
+
+    def in_rows(self, x: Float[Tensor, "batch channels 1 length"]) -> Float[Tensor, "batch channels2 1 length"]:
+        """The same by `conv_in_rows`."""
+        body = conv_in_rows(self.body[2], F.relu(conv_in_rows(self.body[0], x)))
+        return body + (x if isinstance(self.shortcut, nn.Identity) else conv_in_rows(self.shortcut, x))
 
 
 class SegmentRNN(nn.Module):
@@ -155,6 +172,10 @@ class Estimator(nn.Module):
             raise UserError(f"{labels} labels are estimated, and {len(self.names)} names were given")
         self.register_buffer("examples_seen", torch.zeros((), dtype=torch.int64))
 
+    def rows_are_faster(self, x: Tensor) -> bool:
+        """Whether convolutions go by `conv_in_rows`: where a processor trains, and nothing traces what is done."""
+        return self.training and x.device.type == "cpu" and not torch.compiler.is_compiling()
+
 
 def check_length(x: Tensor, length: int) -> None:
     """Refuse spectra of another length.
@@ -229,10 +250,21 @@ class RRNet(Estimator):
         check_length(x, self.length)
         if self.mode == "pre" and self.rnn is not None:
             x = self.rnn(x)
-        y = F.relu(self.stages(x[:, None]))
+        y = F.relu(self._staged(x))
         if self.mode != "post" or self.rnn is None:
             return y.flatten(1)
         return self.rnn(y.transpose(1, 2).flatten(1))
+
+    def _staged(self, x: Spectra) -> Float[Tensor, "batch channels positions"]:
+        if not self.rows_are_faster(x):
+            return self.stages(x[:, None])
+        parts = []
+        for y in x[:, None, None].split(IN_TRAINING):  # what lies between two stages stays in the cache
+            for stage in self.stages:
+                block = of_kind(of_kind(stage, nn.Sequential, "a stage")[0], ResidualBlock, "a block")
+                y = F.avg_pool2d(block.in_rows(y), (1, 2))
+            parts.append(y[:, :, 0])
+        return torch.cat(parts)
 
     def forward(self, x: Spectra) -> Normal:
         return self.head(self.encoded(x))
@@ -241,21 +273,37 @@ class RRNet(Estimator):
 class StarNet(Estimator):
     """StarNet as RRNet's authors have it: two convolutions, max pooling, and the head with a variance.
 
+    The original (Fabbro et al., 2018, arXiv:1709.09182) has filters of 8 pixels, and no variance.
+
     Args:
         labels, mode, clean, names: as of `RRNet`.
         length: pixels of a spectrum, a multiple of 4; with a recurrent network, of its 20 or 80 segments too.
+        kernel: pixels of a filter: 3 as RRNet's authors have it, 8 as in the original.
 
     Shapes: as `RRNet`.
     """
 
-    def __init__(self, labels: int = 3, length: int = 7200, *, mode: str = "raw", clean: int = 0, names: str = ""):
+    def __init__(
+        self,
+        labels: int = 3,
+        length: int = 7200,
+        *,
+        mode: str = "raw",
+        clean: int = 0,
+        names: str = "",
+        kernel: int = 3,
+    ):
         super().__init__(labels, length, mode, {"raw": 1, "pre": 20, "post": 80}.get(mode, 1), clean, names)
         if length % 4:
             raise UserError(f"StarNet takes spectra of a multiple of 4 pixels, got {length}")
         features = 4 * length
         self.rnn = None if mode == "raw" else SegmentRNN(length if mode == "pre" else features, self.segments)
         self.body = nn.Sequential(
-            nn.Conv1d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv1d(4, 16, 3, padding=1), nn.ReLU(), nn.MaxPool1d(4)
+            nn.Conv1d(1, 4, kernel, padding="same"),
+            nn.ReLU(),
+            nn.Conv1d(4, 16, kernel, padding="same"),
+            nn.ReLU(),
+            nn.MaxPool1d(4),
         )
         self.head = Head(features, labels)
 
@@ -263,10 +311,19 @@ class StarNet(Estimator):
         check_length(x, self.length)
         if self.mode == "pre" and self.rnn is not None:
             x = self.rnn(x)
-        y = self.body(x[:, None])
+        y = self._filtered(x)
         if self.mode == "post" and self.rnn is not None:
             return self.head(self.rnn(y.transpose(1, 2).flatten(1)))
         return self.head(y.flatten(1))
+
+    def _filtered(self, x: Spectra) -> Float[Tensor, "batch 16 positions"]:
+        if not self.rows_are_faster(x):
+            return self.body(x[:, None])
+        parts = []
+        for y in x[:, None, None].split(IN_TRAINING):
+            y = F.relu(conv_in_rows(self.body[2], F.relu(conv_in_rows(self.body[0], y))))
+            parts.append(F.max_pool2d(y, (1, 4))[:, :, 0])
+        return torch.cat(parts)
 
 
 def mixture(means: Float[Tensor, "members batch labels"], variances: Float[Tensor, "members batch labels"]) -> Normal:

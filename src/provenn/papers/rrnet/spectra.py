@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 
 from provenn.core.errors import UserError
 
@@ -15,6 +15,7 @@ ORDER, ROUNDS = 5, 200  # of the polynomial, and fits at most; the authors' loop
 FINE = 0.1  # Å between the pixels that are cleaned: a median over three of them leaves a line as it is
 CLIP = (-0.5, 2.5)
 UNKNOWN = 1e6  # the error of a flux that says nothing
+LEAST_KNOWN = 0.5  # share of an arm's fluxes without which there is nothing to estimate
 
 
 class Arm(NamedTuple):
@@ -58,16 +59,16 @@ def to_rest(wave: Float[np.ndarray, " pixels"], velocity: float | int) -> Float[
 def resampled(
     wave: Float[np.ndarray, " pixels"], flux: Shaped[np.ndarray, " pixels"], arm: Arm, grid: Arm | None = None
 ) -> Float[np.ndarray, " pixels2"]:
-    """Flux on the grid of an arm, between neighbours linear; after the last pixel it stays.
+    """Flux on the grid of an arm, between known neighbours linear; after the last pixel it stays.
 
     Args:
         wave: in Å.
-        flux: in any unit.
+        flux: in any unit; NaN where it is missing.
         arm: what the wavelengths must cover.
         grid: the pixels that are wanted, by default the arm's.
 
     Raises:
-        UserError: wavelengths that do not rise or do not cover the arm, or flux that is no number.
+        UserError: wavelengths that do not rise or do not cover the arm, or an arm of which most fluxes are missing.
     """
     if len(wave) != len(flux) or len(wave) < 2:
         raise UserError(f"a spectrum has as many wavelengths as fluxes, at least 2; got {len(wave)} and {len(flux)}")
@@ -75,14 +76,37 @@ def resampled(
         raise UserError("wavelengths must be numbers that rise")
     pixels = arm.grid()
     if wave[0] > pixels[0] or wave[-1] < pixels[-1]:
-        unit = "; they look like logarithms" if wave[-1] < 10 else ""
         raise UserError(
-            f"wavelengths from {wave[0]:g} to {wave[-1]:g} do not cover {arm.start:g} to {arm.end:g} Å{unit}"
+            f"wavelengths from {wave[0]:g} to {wave[-1]:g} do not cover {arm.start:g} to {arm.end:g} Å"
+            f"{_likely_unit(wave, arm)}"
         )
     near = (wave >= arm.start - 10 * arm.step) & (wave <= arm.end + 10 * arm.step)
-    if bad := int((~np.isfinite(flux[near])).sum()):
-        raise UserError(f"{bad} of {int(near.sum())} fluxes between {arm.start:g} and {arm.end:g} Å are no numbers")
-    return np.interp((grid or arm).grid(), wave, flux)
+    known = np.isfinite(flux)
+    if known[near].mean() < LEAST_KNOWN:
+        bad = int((~known[near]).sum())
+        raise UserError(
+            f"{bad} of {int(near.sum())} fluxes between {arm.start:g} and {arm.end:g} Å are no numbers; "
+            "at least half must be known"
+        )
+    return np.interp((grid or arm).grid(), wave[known], flux[known])
+
+
+def _likely_unit(wave: Float[np.ndarray, " pixels"], arm: Arm) -> str:
+    """In which other unit wavelengths would cover an arm, as words of an error."""
+    in_angstrom = {"nanometres": 10 * wave, "micrometres": 1e4 * wave, "metres": 1e10 * wave}
+    if wave[-1] < 10:
+        in_angstrom["logarithms to base 10"] = np.power(10.0, wave)
+    for unit, values in in_angstrom.items():
+        if values[0] <= arm.start and values[-1] >= arm.end - arm.step:
+            return f"; they look like {unit}: give Å"
+    return ""
+
+
+def missing_pixels(
+    wave: Float[np.ndarray, " pixels"], flux: Shaped[np.ndarray, " pixels"], arm: Arm
+) -> Bool[np.ndarray, " pixels2"]:
+    """Which pixels of an arm's grid have a missing flux nearest to them."""
+    return np.interp(arm.grid(), wave, ~np.isfinite(flux)) >= 0.5
 
 
 def without_cosmic_rays(flux: Float[np.ndarray, " pixels"]) -> Float[np.ndarray, " pixels"]:
@@ -144,6 +168,8 @@ def normalise_spectrum(
     At rest, without cosmic rays, divided by its continuum, arm after arm, in −0.5…2.5. All this on pixels of 0.1 Å, as
     the authors have it, or of less; of a coarser grid every so manieth is taken.
 
+    A flux that is NaN is missing: cleaning and continuum see the line between its neighbours, and its pixel is NaN.
+
     Args:
         wave, flux: of each arm, or one that covers all.
         velocity: of the star in km/s, away from us.
@@ -180,7 +206,9 @@ def normalise_with_error(
         clean = without_cosmic_rays(resampled(rest, fluxes[index], arm, fine))
         fitted = continuum(fine.grid(), clean)[::every]
         with np.errstate(divide="ignore", invalid="ignore"):
-            parts.append(np.nan_to_num(clean[::every] / fitted, nan=1.0, posinf=CLIP[1], neginf=CLIP[0]))
+            normal = np.nan_to_num(clean[::every] / fitted, nan=1.0, posinf=CLIP[1], neginf=CLIP[0])
+            normal[missing_pixels(rest, fluxes[index], arm)] = np.nan
+            parts.append(normal)
             for each in errors:
                 off = np.abs(np.interp(arm.grid(), rest, each[index]) / fitted)
                 spreads.append(np.nan_to_num(off, nan=UNKNOWN, posinf=UNKNOWN).clip(0, UNKNOWN))

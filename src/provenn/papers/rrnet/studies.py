@@ -1,7 +1,8 @@
 """Data, networks and probes of RRNet's experiments, on spectra of a small physical model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,18 @@ MEMBERS = 3
 IRON = synthetic.LABELS.index("Fe")  # before the other elements
 
 
+@lru_cache(maxsize=8)  # a study asks for them once a trial
 def survey(seed: int, smoke: bool) -> TaskData:
-    """A synthetic survey: 4,000 spectra to train on, 500 to validate, 1,000 to test."""
+    """A synthetic survey: 4,000 spectra to train on, 500 to validate, 1,000 to test.
+
+    Its test spectra have their signal-to-noise ratios beside them, as `ratio`.
+    """
     counts = (64, 16, 32) if smoke else (4000, 500, 1000)
-    parts = [Survey(*synthetic.survey(count, 1000 + 3 * seed + part)[:2]) for part, count in enumerate(counts)]
-    return assembled(parts, "synthetic", synthetic.LABELS, synthetic.UNITS, synthetic.ARMS)
+    drawn = [synthetic.survey(count, 1000 + 3 * seed + part) for part, count in enumerate(counts)]
+    parts = [Survey(*each[:2]) for each in drawn]
+    data = assembled(parts, "synthetic", synthetic.LABELS, synthetic.UNITS, synthetic.ARMS)
+    of_kind(data.test, Standardised, "the data").ratio = drawn[2][2]
+    return data
 
 
 class Apart(SegmentRNN):
@@ -154,8 +162,8 @@ def network(part: str, *, labels: int = LABELS, length: int = LENGTH, clean: int
         made = RRNet(labels, length, mode="post", segments=SEGMENTS, clean=clean)
         made.rnn = (Apart if part == "apart" else BothWays)(2 * length, SEGMENTS)
         return made
-    if part == "starnet":
-        return StarNet(labels, length, clean=clean)
+    if part in ("starnet", "starnet 8"):
+        return StarNet(labels, length, clean=clean, kernel=8 if part == "starnet 8" else 3)
     if part in ("components", "pixels"):
         return Components(labels, length, length // 2 if part == "components" else 0, clean)
     if part == "linear":
@@ -251,7 +259,35 @@ def elements_over_iron(model: nn.Module, data: TaskData) -> float:
     return float(off.mean())
 
 
-PROBES = {
+def error_by_ratio(model: nn.Module, data: TaskData, low: float, high: float) -> float:
+    """The error on spectra of the test whose signal-to-noise ratio lies between two bounds."""
+    x, y = _tensors(data.test)
+    ratio = of_kind(data.test, Standardised, "the data").ratio
+    chosen = torch.from_numpy((ratio >= low) & (ratio < high))
+    with torch.no_grad():
+        return float((model(x[chosen]).mean - y[chosen]).abs().mean())
+
+
+def in_units(model: nn.Module, data: TaskData, labels: Sequence[str], scatter: bool) -> float:
+    """The mean absolute error of labels in their own unit, or the standard deviation of the error."""
+    x, y = _tensors(data.test)
+    spread = torch.tensor(of_kind(data.test, Standardised, "the data").known.label_std)
+    with torch.no_grad():
+        off = (model(x).mean - y) * spread
+    off = off[:, [synthetic.LABELS.index(label) for label in labels]]
+    return float(off.std(0).mean() if scatter else off.abs().mean())
+
+
+PROBES: dict[str, Callable[[nn.Module, TaskData], float]] = {
+    "error below S/N 20": partial(error_by_ratio, low=0.0, high=20.0),
+    "error at S/N 20 to 50": partial(error_by_ratio, low=20.0, high=50.0),
+    "error above S/N 50": partial(error_by_ratio, low=50.0, high=np.inf),
+    "error of Teff in K": partial(in_units, labels=("Teff",), scatter=False),
+    "deviation of Teff in K": partial(in_units, labels=("Teff",), scatter=True),
+    "error of log g in dex": partial(in_units, labels=("logg",), scatter=False),
+    "deviation of log g in dex": partial(in_units, labels=("logg",), scatter=True),
+    "error of Ca, Fe, Mg and Si in dex": partial(in_units, labels=("Ca", "Fe", "Mg", "Si"), scatter=False),
+    "deviation of Ca, Fe, Mg and Si in dex": partial(in_units, labels=("Ca", "Fe", "Mg", "Si"), scatter=True),
     "elements over iron": elements_over_iron,
     "growth with noise": growth_with_noise,
     "growth with a gap": growth_with_a_gap,
@@ -268,6 +304,7 @@ VARIANTS = {
     "apart": ("RRNet, W_hh = 0", "apart"),
     "both ways": ("RRNet, bidirectional GRU", "both ways"),
     "starnet": ("StarNet, the authors' version", "starnet"),
+    "starnet 8": ("StarNet, the original filters", "starnet 8"),
     "components": ("principal components and the head", "components"),
     "linear": ("one linear map", "linear"),
 }

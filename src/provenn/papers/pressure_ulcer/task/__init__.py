@@ -21,6 +21,7 @@ from provenn.papers.pressure_ulcer import analysis
 from provenn.papers.pressure_ulcer.augment import MODES
 from provenn.papers.pressure_ulcer.losses import overlap_scores, wound_loss
 from provenn.papers.pressure_ulcer.task import scenes
+from provenn.papers.pressure_ulcer.task.likeness import Likeness
 from provenn.papers.pressure_ulcer.task.photos import (
     POLICIES,
     Policy,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SIDE, FRAME = 64, 224  # of the composed pictures, and of the frame of photographs
+FRAMES = ("full frame", "crop")
 COLOURS = ((40, 40, 40), (205, 45, 60))
 
 
@@ -55,6 +57,7 @@ class WoundMeta(Standardised):
     channels: int = Field(ge=1, le=4)
     letterbox: bool
     grey_world: bool = False
+    likeness: Likeness | None = None
 
     def width(self) -> int:
         return self.channels
@@ -179,8 +182,11 @@ class WoundSegmentation(Task):
         whole: bool = True,
         val_share: float = CUT,
         skip_broken: bool = False,
+        frame: str = "full frame",
     ) -> HeldOut:
-        """As in `Task`. Figures of a folder are of full frames: masks count at the photograph's own size."""
+        """As in `Task`. Masks count at the photograph's own size; `frame` says "crop" where the files are crops."""
+        if frame not in FRAMES:
+            raise UserError(f"frame must be one of {', '.join(FRAMES)}, got {frame!r}")
         named = self._named(source)
         if isinstance(named, str):
             data = embedded(named, seed, min(int(meta["size"]), scenes.LARGEST), None, POLICIES["none"])
@@ -190,7 +196,8 @@ class WoundSegmentation(Task):
         splits = splits if whole else with_splits(named, splits, seed, val_share)
         split = next(name for name in ("test", "val", "train") if name in splits)
         which = "all" if split == "train" else f"the {split} split"
-        return HeldOut(WoundFiles(splits[split], meta), f"{which} of {named}, full frames")
+        kind = "full frames" if frame == "full frame" else "crops: full frames have more skin, and other figures"
+        return HeldOut(WoundFiles(splits[split], meta), f"{which} of {named}, {kind}")
 
     def default_meta(self, options: dict[str, Any]) -> dict[str, Any]:
         return default_meta(FRAME, int(options.get("in_channels", 3)))
@@ -209,6 +216,8 @@ class WoundSegmentation(Task):
         since: Path | None = None,
         turns: bool = False,
         overlay: bool = False,
+        crop: bool = False,
+        anyway: bool = False,
     ) -> str:
         """The mask and the report of each photograph.
 
@@ -219,6 +228,8 @@ class WoundSegmentation(Task):
             since: the report of the last visit; the new one says what changed.
             turns: average over eight turns and mirror images.
             overlay: also write the photograph with the wound's outline, as `…_overlay.png`.
+            crop: the photographs are crops; the report says so.
+            anyway: also outline what is unlike the wounds that the weights were trained on.
         """
         files = [file for given in inputs for file in (images_in(given) if given.is_dir() else [given])]
         if since is not None and len(files) > 1:
@@ -229,7 +240,9 @@ class WoundSegmentation(Task):
         for index, file in enumerate(progress.track(files, "measuring")):
             colour = as_bytes(read_image(file))
             name = f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters"
-            report, mask = segment(colour, model, scale, meta=meta, turns=turns, name=name)
+            report, mask = segment(
+                colour, model, scale, meta=meta, turns=turns, frame=FRAMES[crop], name=name, anyway=anyway
+            )
             plain = report.as_json()
             plain["change"] = {} if last is None else analysis.change(plain, last)
             lines.append(f"{file}: {in_a_line(plain)}")

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from provenn.core.errors import UserError
 from provenn.papers.pressure_ulcer import analysis
+from provenn.papers.pressure_ulcer.task.likeness import LIMIT, unlike
 from provenn.papers.pressure_ulcer.task.photos import default_meta, framed, standard, unframed
 from provenn.tasks import device_of
 
@@ -58,6 +59,7 @@ def segment(
     turns: bool = False,
     frame: str = "full frame",
     name: str = "",
+    anyway: bool = False,
 ) -> tuple[analysis.WoundReport, Bool[np.ndarray, "height width"]]:
     """The report and the mask of a photograph.
 
@@ -70,6 +72,7 @@ def segment(
         turns: as in `probability`.
         frame: "full frame" or "crop", for the report.
         name: of the model, for the report.
+        anyway: also draw an outline that is unlike those that the network was trained on; see `task.likeness`.
     """
     meta = default_meta(224) if meta is None else meta
     pixels = torch.from_numpy(np.ascontiguousarray(np.moveaxis(image, -1, 0)))
@@ -80,9 +83,17 @@ def segment(
     likely = probability(model, pixels, meta, turns=turns).cpu().numpy()
     mask = likely > THRESHOLD
     mask = analysis.clean(mask if body is None else mask & body)
+    distance, withheld = unlike(image, mask, meta), ""
+    if distance is not None and distance > LIMIT:
+        withheld = (
+            f"this may be no wound: what was found lies {distance:.1f} from the wounds of training, 1 is usual and "
+        )
+        withheld += f"{LIMIT:g} the limit" + ("" if anyway else "; no outline is drawn unless you ask for it anyway")
+        mask = mask if anyway else np.zeros_like(mask)
     size = (int(meta["size"]), int(meta["size"]))
     said = analysis.read_scale(scale, image) if isinstance(scale, str) else scale
-    report = analysis.analyse(image, mask, probability=likely, scale=said, network_size=size, frame=frame, model=name)
+    facts: dict[str, Any] = {"network_size": size, "frame": frame, "model": name, "unlike": distance}
+    report = analysis.analyse(image, mask, probability=likely, scale=said, withheld=withheld, **facts)
     return report, mask
 
 

@@ -1,6 +1,7 @@
 """Where wounds with masks come from: composed pictures, and folders of photographs, split before any augmentation."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from provenn.core.errors import UserError
 from provenn.core.inputs import read_text
 from provenn.data.masks import read_folder
 from provenn.papers.pressure_ulcer.task import scenes
+from provenn.papers.pressure_ulcer.task.likeness import likeness_of
 from provenn.papers.pressure_ulcer.task.photos import Policy, WoundFiles, Wounds, default_meta
 from provenn.tasks import TaskData, fingerprint, split_indices
 
@@ -58,7 +60,14 @@ def composed(
 def embedded(domain: str, seed: int, side: int, images: int | None, policy: Policy) -> TaskData:
     """The composed pictures of a name; `images` of them to train on, by default all."""
     train, val, test = SIZES[domain]
-    return composed(domain, (images or train, val, test), seed, side, policy)
+    data = composed(domain, (images or train, val, test), seed, side, policy)
+    return replace(data, meta=data.meta | _likeness(data.train))
+
+
+def _likeness(train: Any) -> dict[str, Any]:
+    """What true outlines are like, for the meta."""
+    known = likeness_of((np.moveaxis(image, 0, -1), mask) for image, mask in zip(train.images, train.masks))
+    return {} if known is None else {"likeness": known}
 
 
 def with_splits(root: Path, splits: Splits, seed: int, share: float) -> Splits:
@@ -117,14 +126,15 @@ def photographs(
     if not wounds:
         raise UserError(f"{root}: no mask holds a wound; a mask is white, or 1, where the wound is")
     count = sum(map(len, sets.values()))
+    train = sets["train"].in_memory(policy)
     return TaskData(
         str(root),
-        sets["train"].in_memory(policy),
+        train,
         sets["val"],
         sets["test"],
         fingerprint=fingerprint(*sorted(checksums)),
         options={"in_channels": 3},
-        meta=meta,
+        meta=meta | _likeness(train),
         about=f"{count} photographs with masks, {len(sets['train'])} to train on in a frame of {meta['size']} pixels; "
         "figures are of full frames.",
     )

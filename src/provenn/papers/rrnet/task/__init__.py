@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from provenn.core import progress
 from provenn.core.errors import UserError
 from provenn.core.files import check_no_input, check_output
-from provenn.core.inputs import check_file
 from provenn.core.narrowing import of_kind
 from provenn.data.tables import read_table
 from provenn.papers.rrnet import model as networks
@@ -21,9 +21,11 @@ from provenn.papers.rrnet.model import Estimator, gaussian_nll
 from provenn.papers.rrnet.official import convert
 from provenn.papers.rrnet.task import synthetic
 from provenn.papers.rrnet.task.catalogue import (
+    PART,
+    Beside,
     Catalogue,
-    against,
     catalogued,
+    check_catalogue,
     ended,
     parts_of,
     spectrum_name,
@@ -207,8 +209,6 @@ class SpectraRegression(Task):
         if output is not None:
             check_output(output)
             check_no_input(output, [str(file) for file in inputs])
-        if beside is not None:
-            check_file(beside)
         others = [Path(each.strip()) for each in named(members)]
         scalers = next((file for file in others if holds_scalers(file)), None)
         first = Member(of_kind(model, Estimator, "the model"), scalers_of(model, meta, scalers))
@@ -222,30 +222,52 @@ class SpectraRegression(Task):
                 raise UserError(f"{velocity} has no velocity of {len(without)} spectra, the first {without[0].name}")
         labels = [name for system in systems for name in system.known.labels]
         units = [unit for system in systems for unit in system.known.units]
-        start, rows = time.perf_counter(), []
-        for names, values in catalogued(systems, catalogue, output, cluster):
-            rows += [[name, *row] for name, row in zip(names, values.tolist(), strict=True)]
-        seconds = time.perf_counter() - start
-        said = [f"{len(rows):,} spectra in {seconds:.1f} s, {len(rows) / seconds:,.0f} a second"]
-        if beside is not None:
-            means = np.array([row[1::2] for row in rows])
-            said = [*table_lines(*against([row[0] for row in rows], labels, means, beside)), *said]
+        size = catalogue.size
+        if output is not None:
+            check_catalogue(output, size.spectra)
+        elif size.spectra > PART:
+            raise UserError(f"{size.spectra:,} spectra need a table: give a file with -o, such as -o labels.csv")
+        compared = None if beside is None else Beside(beside, labels)
+        missing = np.zeros(2, np.int64)  # pixels, and spectra that lack some
+
+        def parts() -> Iterator[tuple[list[str], np.ndarray]]:
+            for rows in catalogued(systems, catalogue, output, cluster):
+                missing[:] += rows.missing.sum(), (rows.missing > 0).sum()
+                if compared is not None:
+                    compared.add(rows.names, rows.values[:, ::2])
+                yield rows.names, rows.values
+
+        start, lines = time.perf_counter(), []
         if output is not None:
             columns = ["spectrum", *(part for name in labels for part in (name, f"{name}_err"))]
-            write_catalogue(output, columns, [unit for unit in units for _ in range(2)], rows)
+            write_catalogue(output, columns, [unit for unit in units for _ in range(2)], parts(), size)
             ended(output)
-            return "\n".join([*said[:-1], f"wrote {output}, {said[-1]}"])
-        lines = []
-        for row in rows:
-            pairs = zip(labels, row[1::2], row[2::2], units, strict=True)
-            told = ", ".join(f"{name} {mean:.4g} ± {sd:.2g} {unit}".rstrip() for name, mean, sd, unit in pairs)
-            lines.append(f"{row[0]}: {told}")
-        return "\n".join([*lines, *said])
+        else:
+            for names, values in parts():
+                for name, row in zip(names, values.tolist(), strict=True):
+                    pairs = zip(labels, row[::2], row[1::2], units, strict=True)
+                    told = ", ".join(
+                        f"{label} {mean:.4g} ± {sd:.2g} {unit}".rstrip() for label, mean, sd, unit in pairs
+                    )
+                    lines.append(f"{name}: {told}")
+        seconds = time.perf_counter() - start
+        if missing[0]:
+            lines.append(
+                f"{missing[0]:,} pixels of {missing[1]:,} spectra are missing, and count as the mean of training"
+            )
+        if compared is not None:
+            lines += table_lines(*compared.table())
+        wrote = "" if output is None else f"wrote {output}, "
+        return "\n".join(
+            [*lines, f"{wrote}{size.spectra:,} spectra in {seconds:.1f} s, {size.spectra / seconds:,.0f} a second"]
+        )
 
     def example(self, file: Path, meta: dict[str, Any]) -> Tensor:
         """The first spectrum of a file, standardised."""
         known = SpectraMeta.model_validate(meta)
         spectra = read_spectra(file, known.grid(), high=1)
+        if missing := int(np.isnan(spectra.flux).sum()):
+            progress.say(f"{file}: {missing:,} pixels are missing, and count as the mean of training")
         return standardised(spectra.flux, known, spectra.error if known.weighs_errors else None)
 
     def portable(self, model: nn.Module, meta: dict[str, Any]) -> Portable:

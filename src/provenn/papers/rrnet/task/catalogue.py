@@ -11,15 +11,42 @@ import numpy as np
 
 from provenn.core import progress
 from provenn.core.errors import UserError
-from provenn.core.files import atomic_write, write_atomically
+from provenn.core.files import atomic_write, output_suffix, write_atomically
 from provenn.core.inputs import check_file
-from provenn.data.tables import is_number, parse_number, read_table, write_table
-from provenn.papers.rrnet.task.files import ARRAYS, FITS, astropy_fits, count_spectra, read_spectra
+from provenn.data.frames import ENGINES, check_engines
+from provenn.data.tables import WRITES, is_number, parse_number, read_table, write_table
+from provenn.papers.rrnet.task.files import ARRAYS, astropy_fits, count_spectra, read_spectra
 from provenn.papers.rrnet.task.scaling import System
 
 PART = 1024  # spectra
 TRIES = 4  # of a part whose worker is lost
-Rows = tuple[list[str], np.ndarray]
+SHEET = 1_048_575  # rows of a workbook's sheet below its header
+WRITTEN_FITS = (".fits", ".fit")
+LAYOUT = b"2"  # of a part; those of another one are not read
+
+
+class Rows(NamedTuple):
+    """What is estimated of some spectra.
+
+    Args:
+        names: of the spectra.
+        values: (spectra, 2 · labels), of each label its mean and its standard deviation.
+        missing: how many pixels of each spectrum are missing.
+    """
+
+    names: list[str]
+    values: np.ndarray
+    missing: np.ndarray
+
+
+Parts = Iterator[tuple[list[str], np.ndarray]]  # names of spectra, and their values
+
+
+class Size(NamedTuple):
+    """How many spectra a catalogue has, and how many letters its longest name at most."""
+
+    spectra: int
+    longest_name: int
 
 
 class Slice(NamedTuple):
@@ -43,6 +70,13 @@ class Catalogue(NamedTuple):
     velocity: float | int
     velocities: dict[str, float]
 
+    @property
+    def size(self) -> Size:
+        """Of all parts together."""
+        pieces = [piece for part in self.parts for piece in part]
+        longest = max((len(spectrum_name(piece.file)) + 1 + len(str(piece.high)) for piece in pieces), default=1)
+        return Size(sum(piece.high - piece.low for piece in pieces), longest)
+
 
 def parts_of(files: Sequence[Path]) -> list[list[Slice]]:
     """Slices of files in their order, `PART` spectra in a part but for the last."""
@@ -62,9 +96,9 @@ def parts_of(files: Sequence[Path]) -> list[list[Slice]]:
 
 
 def estimated(systems: Sequence[System], part: Sequence[Slice], catalogue: Catalogue) -> Rows:
-    """Names of a part's spectra, and of each label its mean and its standard deviation."""
+    """What is estimated of a part's spectra."""
     names: list[str] = []
-    values = []
+    values, missing = [], []
     for file, low, high in part:
         velocity = catalogue.velocity
         if catalogue.velocities and file.suffix.lower() not in ARRAYS:
@@ -74,7 +108,8 @@ def estimated(systems: Sequence[System], part: Sequence[Slice], catalogue: Catal
         told = [system(spectra.flux, spectra.error) for system in systems]
         pairs = [np.stack(pair, -1).reshape(len(spectra.flux), -1) for pair in told]
         values.append(np.concatenate(pairs, 1))
-    return names, np.concatenate(values)
+        missing.append(np.isnan(spectra.flux).sum(1))
+    return Rows(names, np.concatenate(values), np.concatenate(missing))
 
 
 def spectrum_name(file: Path) -> str:
@@ -109,15 +144,15 @@ def catalogued(systems: Sequence[System], catalogue: Catalogue, output: Path | N
         done = _on_cluster(cluster, systems, [catalogue.parts[number] for number in waiting], catalogue)
     else:
         done = ((at, estimated(systems, catalogue.parts[number], catalogue)) for at, number in enumerate(waiting))
-    for at, (names, values) in progress.track(done, "parts", total=len(waiting)):
+    for at, rows in progress.track(done, "parts", total=len(waiting)):
         with atomic_write(places[waiting[at]]) as temporary, temporary.open("wb") as opened:
-            np.savez(opened, names=np.array(names), values=values)
+            np.savez(opened, names=np.array(rows.names), values=rows.values, missing=rows.missing)
     for place, part in zip(places, catalogue.parts, strict=True):
         with np.load(place, allow_pickle=False) as held:
-            names, values = held["names"].tolist(), held["values"]
-        if len(names) != sum(piece.high - piece.low for piece in part):
-            raise UserError(f"{place} holds {len(names)} rows, its part has other spectra: delete {folder}")
-        yield names, values
+            rows = Rows(held["names"].tolist(), held["values"], held["missing"])
+        if len(rows.names) != sum(piece.high - piece.low for piece in part):
+            raise UserError(f"{place} holds {len(rows.names)} rows, its part has other spectra: delete {folder}")
+        yield rows
 
 
 def ended(output: Path) -> None:
@@ -127,7 +162,7 @@ def ended(output: Path) -> None:
 
 def _begin(folder: Path, systems: Sequence[System], catalogue: Catalogue) -> None:
     """Keep the parts of the same weights and spectra, and no others."""
-    digest = hashlib.sha256(json.dumps([catalogue.velocity, sorted(catalogue.velocities.items())]).encode())
+    digest = hashlib.sha256(LAYOUT + json.dumps([catalogue.velocity, sorted(catalogue.velocities.items())]).encode())
     for system in systems:
         digest.update(json.dumps([known.model_dump() for known in system.knowns]).encode())
         for name, tensor in (system.ensemble or system.network).state_dict().items():
@@ -229,60 +264,129 @@ def read_velocities(file: Path) -> dict[str, float]:
     return {row[at[0]]: parse_number(row[at[1]], f"{file}, row {number}") for number, row in enumerate(table.rows, 2)}
 
 
-def write_catalogue(output: Path, columns: Sequence[str], units: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table by the ending of its name; as FITS with the unit of each column.
-
-    Args:
-        output: .csv, .tsv, .xlsx, .parquet or .fits.
-        columns, rows: the first is the spectrum's name.
-        units: of the other columns, empty where there is none.
-    """
-    if output.suffix.lower() not in FITS:
-        write_table(output, columns, rows)
-        return
-    fits = astropy_fits()
-    places = list(zip(*rows)) or [()] * len(columns)
-    longest = max((len(str(name)) for name in places[0]), default=1)
-    made = [fits.Column(name=columns[0], format=f"{longest}A", array=np.array(places[0], dtype=f"S{longest}"))]
-    for name, unit, values in zip(columns[1:], units, places[1:], strict=True):
-        made.append(fits.Column(name=name, format="D", unit=unit or None, array=np.array(values, float)))
-    with atomic_write(output) as temporary, temporary.open("wb") as opened:
-        fits.HDUList([fits.PrimaryHDU(), fits.BinTableHDU.from_columns(made)]).writeto(opened)
-
-
-def against(
-    names: Sequence[str], labels: Sequence[str], means: np.ndarray, file: Path
-) -> tuple[list[str], list[list[Any]]]:
-    """Bias and scatter of each label against another catalogue of the same spectra: columns and rows of a table.
-
-    Args:
-        names: of the spectra.
-        labels: that were estimated.
-        means: (spectra, labels).
-        file: a table with the column `spectrum` and some of the labels, empty where not known.
+def check_catalogue(output: Path, spectra: int) -> None:
+    """Refuse a name that says no kind of table, or one that cannot hold so many rows, before any work is done.
 
     Raises:
-        UserError: no spectrum or no label in common.
+        UserError: another ending, a package that is missing, or more rows than a sheet has.
     """
-    table = read_table(file)
-    columns = list(table.columns)
-    if "spectrum" not in columns:
-        raise UserError(f"{file} has the columns {', '.join(columns)}; expected spectrum, and labels")
-    theirs = {row[columns.index("spectrum")]: row for row in table.rows}
-    common = [(at, theirs[name]) for at, name in enumerate(names) if name in theirs]
-    shared = [label for label in labels if label in columns]
-    if not common or not shared:
-        what = "spectrum" if not common else "label"
-        raise UserError(f"{file} has no {what} in common with what was estimated")
-    rows: list[list[Any]] = []
-    for label in shared:
-        place, own = columns.index(label), list(labels).index(label)
-        pairs = [
-            (float(means[at, own]), parse_number(row[place], f"{file}, {row[0]}"))
-            for at, row in common
-            if row[place].strip()
+    ending = output_suffix(output, ".csv")
+    if ending not in (*WRITTEN_FITS, *WRITES):
+        kinds = ", ".join((*WRITES, *WRITTEN_FITS))
+        raise UserError(f"a catalogue is written as {kinds}; got {output.name}")
+    if ending in WRITTEN_FITS:
+        astropy_fits()
+    elif ending in ENGINES:
+        check_engines(output)
+    if ending == ".xlsx" and spectra > SHEET:
+        raise UserError(f"a sheet holds {SHEET:,} rows, and {spectra:,} spectra were given: name a .csv or .parquet")
+
+
+def write_catalogue(
+    output: Path,
+    columns: Sequence[str],
+    units: Sequence[str],
+    parts: Parts,
+    size: Size,
+) -> None:
+    """A table by the ending of its name, a part at a time; as FITS with the unit of each column.
+
+    Args:
+        output: .csv, .tsv, .xlsx, .parquet or .fits. A workbook alone is held in memory as a whole.
+        columns: the first is the spectrum's name.
+        units: of the other columns, empty where there is none.
+        parts: names of spectra, and their values.
+        size: of all parts together.
+    """
+    ending = output_suffix(output, ".csv")
+    if ending in WRITTEN_FITS:
+        _write_fits(output, columns, units, parts, size)
+    elif ending == ".parquet":
+        _write_parquet(output, columns, parts)
+    else:
+        rows = ([name, *row] for names, values in parts for name, row in zip(names, values.tolist(), strict=True))
+        write_table(output, columns, rows)
+
+
+def _write_fits(
+    output: Path,
+    columns: Sequence[str],
+    units: Sequence[str],
+    parts: Parts,
+    size: Size,
+) -> None:
+    fits = astropy_fits()
+    made = [fits.Column(name=columns[0], format=f"{max(1, size.longest_name)}A")]
+    made += [
+        fits.Column(name=name, format="D", unit=unit or None) for name, unit in zip(columns[1:], units, strict=True)
+    ]
+    table = fits.BinTableHDU.from_columns(made, nrows=0)
+    table.header["NAXIS2"] = size.spectra
+    kinds = [("name", f"S{max(1, size.longest_name)}"), ("values", ">f8", (len(units),))]
+    with atomic_write(output) as temporary:
+        stream = fits.StreamingHDU(str(temporary), table.header)
+        for names, values in parts:
+            rows = np.zeros(len(names), kinds)
+            rows["name"] = [name.encode("ascii", "replace") for name in names]  # FITS has no other letters
+            rows["values"] = values
+            stream.write(rows.view(np.uint8))
+        stream.close()
+
+
+def _write_parquet(output: Path, columns: Sequence[str], parts: Parts) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    kinds = [(columns[0], pyarrow.string()), *((name, pyarrow.float64()) for name in columns[1:])]
+    with atomic_write(output) as temporary, parquet.ParquetWriter(temporary, pyarrow.schema(kinds)) as writer:
+        for names, values in parts:
+            letters = [name.encode("utf-8", "replace").decode() for name in names]  # a file's name may be no text
+            writer.write_table(pyarrow.table([letters, *values.T], schema=writer.schema))
+
+
+class Beside:
+    """Bias and scatter of each label against another catalogue of the same spectra.
+
+    Args:
+        file: a table with the column `spectrum` and some of the labels, empty where not known.
+        labels: that are estimated.
+
+    Raises:
+        UserError: no column of that name, or no label in common.
+    """
+
+    def __init__(self, file: Path, labels: Sequence[str]):
+        check_file(file)
+        table = read_table(file)
+        columns = list(table.columns)
+        if "spectrum" not in columns:
+            raise UserError(f"{file} has the columns {', '.join(columns)}; expected spectrum, and labels")
+        self.file = file
+        self.shared = [(label, at, columns.index(label)) for at, label in enumerate(labels) if label in columns]
+        if not self.shared:
+            raise UserError(f"{file} has no label in common with what was estimated")
+        self.theirs = {row[columns.index("spectrum")]: row for row in table.rows}
+        self.off: list[list[float]] = [[] for _ in self.shared]
+        self.common = 0
+
+    def add(self, names: Sequence[str], means: np.ndarray) -> None:
+        """Compare further spectra; `means` is (spectra, labels)."""
+        for name, row in ((name, row) for name, row in zip(names, means, strict=True) if name in self.theirs):
+            self.common += 1
+            for (_, at, place), off in zip(self.shared, self.off, strict=True):
+                if (cell := self.theirs[name][place]).strip():
+                    off.append(float(row[at]) - parse_number(cell, f"{self.file}, {name}"))
+
+    def table(self) -> tuple[list[str], list[list[Any]]]:
+        """Columns and rows.
+
+        Raises:
+            UserError: no spectrum in common.
+        """
+        if not self.common:
+            raise UserError(f"{self.file} has no spectrum in common with what was estimated")
+        pairs = zip(self.shared, map(np.array, self.off), strict=True)
+        rows: list[list[Any]] = [
+            [label, len(off), float(off.mean()), float(off.std())] for (label, *_), off in pairs if len(off)
         ]
-        off = np.array([ours - other for ours, other in pairs])
-        if len(off):
-            rows.append([label, len(off), float(off.mean()), float(off.std())])
-    return ["label", "spectra", "bias", "scatter"], rows
+        return ["label", "spectra", "bias", "scatter"], rows

@@ -10,8 +10,9 @@ from jaxtyping import Float
 
 from provenn.core.errors import UserError
 from provenn.core.inputs import check_file
+from provenn.data.numerals import is_hole
 from provenn.data.tables import parse_number, read_table
-from provenn.papers.rrnet.spectra import CLIP, UNKNOWN, Arm, normalise_with_error
+from provenn.papers.rrnet.spectra import CLIP, LEAST_KNOWN, UNKNOWN, Arm, normalise_with_error
 
 FITS, TABLES, ARRAYS = (".fits", ".fit", ".gz"), (".csv", ".tsv", ".txt"), (".npy", ".npz")
 ENDINGS = (*FITS, *TABLES, *ARRAYS)
@@ -24,7 +25,7 @@ class Spectra(NamedTuple):
 
     Args:
         names: of each spectrum.
-        flux: normalised, on the grid of the model.
+        flux: normalised, on the grid of the model; NaN where it is missing.
         error: of each flux, one standard deviation; None where the file has none.
     """
 
@@ -49,7 +50,7 @@ def read_spectra(
     Args:
         file: a FITS file of LAMOST, gzipped or not. Or a table with the columns `wavelength`, in Å, `flux` and, if
             known, `error`. Or a NumPy array of (spectra, pixels), normalised on the grid of the model; an archive has
-            such arrays under the names `flux` and `error`.
+            such arrays under the names `flux` and `error`. A flux that is NaN, or an empty cell, is missing.
         arms: the grid.
         velocity: of the star in km/s, away from us, for spectra that are not at rest.
         low, high: the first spectrum of an array that is read, and the one before which reading ends.
@@ -103,9 +104,14 @@ def _from_array(file: Path, arms: Sequence[Arm], low: int, high: int | None) -> 
     if flux.shape[1] != expected:
         raise UserError(f"{file} holds an array of {flux.shape}; expected (spectra, {expected}) numbers, normalised")
     count = len(flux)
-    values = np.asarray(flux[low:high], np.float64)
-    if bad := int((~np.isfinite(values)).any(1).sum()):
-        raise UserError(f"{file}: {bad} of {len(values)} spectra hold values that are no numbers")
+    values = np.array(flux[low:high], np.float64)
+    known = np.isfinite(values)
+    if (empty := np.flatnonzero(known.mean(1) < LEAST_KNOWN)).size:
+        raise UserError(
+            f"{file}: most values of {empty.size} of {len(values)} spectra are no numbers, the first in row "
+            f"{low + empty[0] + 1}; at least half must be known"
+        )
+    values[~known] = np.nan
     digits = len(str(max(0, count - 1)))
     names = [file.stem if count == 1 else f"{file.stem}-{low + row:0{digits}}" for row in range(len(values))]
     if error is None:
@@ -124,7 +130,10 @@ def _from_table(file: Path, arms: int) -> tuple[Columns, Columns, Columns | None
         raise UserError(f"{file} has the columns {', '.join(table.columns)}; expected wavelength, in Å, and flux")
     wanted = [places[name] for name in (wave, "FLUX", "ERROR") if name in places]
     rows = [
-        [parse_number(row[place], f"{file}, row {number}") for place in wanted]
+        [
+            np.nan if index and is_hole(row[place]) else parse_number(row[place], f"{file}, row {number}")
+            for index, place in enumerate(wanted)  # a wavelength may not be missing
+        ]
         for number, row in enumerate(table.rows, 2)
     ]
     if len(rows) < 2:
@@ -137,7 +146,7 @@ def _from_table(file: Path, arms: int) -> tuple[Columns, Columns, Columns | None
 def _from_fits(file: Path, arms: Sequence[Arm]) -> tuple[Columns, Columns, Columns | None]:
     """Wavelengths, fluxes and errors that cover each arm: of LAMOST's files the co-added ones, by preference.
 
-    IVAR is one over the variance, and zero where a flux is not known.
+    IVAR is one over the variance, and zero where a flux is not known. A flux that is NaN is missing, whatever its IVAR.
     """
     fits = astropy_fits()
     tables: list[tuple[str, np.ndarray, np.ndarray, np.ndarray | None]] = []
@@ -153,7 +162,8 @@ def _from_fits(file: Path, arms: Sequence[Arm]) -> tuple[Columns, Columns, Colum
                 if "IVAR" in columns:
                     inverse = np.asarray(unit.data[columns["IVAR"]], np.float64).ravel()
                     known = inverse > 0
-                    error = np.full(inverse.shape, UNKNOWN * max(1.0, float(np.abs(y).max(initial=0))))
+                    known_flux = np.abs(y[np.isfinite(y)])
+                    error = np.full(inverse.shape, UNKNOWN * max(1.0, float(known_flux.max(initial=0))))
                     error[known] = inverse[known] ** -0.5
                 tables.append((str(unit.name).upper(), 10**x if wave.upper() == "LOGLAM" else x, y, error))
     except (OSError, ValueError, TypeError, KeyError, IndexError) as refusal:

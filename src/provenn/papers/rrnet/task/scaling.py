@@ -71,13 +71,13 @@ def standardised(
     """Spectra in units of their pixels' spread s; with errors e, times s²/(s² + e²).
 
     That is the mean of what the pixel may have been, if without errors it is normal: a pixel that is not known counts
-    as the mean of training.
+    as the mean of training, and so does one that is NaN.
     """
     mean, spread = np.array(known.flux_mean), np.array(known.flux_std)
     x = (flux - mean) / spread
     if error is not None:
         x = x / (1 + (error / spread) ** 2)
-    return torch.from_numpy(x).float()
+    return torch.from_numpy(np.nan_to_num(x, nan=0.0)).float()
 
 
 def standardised_labels(labels: Float[np.ndarray, "spectra labels"], known: SpectraMeta) -> Tensor:
@@ -121,10 +121,10 @@ class System:
         self.knowns = [member.known for member in members]
         self.network = members[0].network
         self.ensemble = None
-        if len(members) > 1:
-            networks = [member.network for member in members if isinstance(member.network, RRNet)]
-            if len(networks) < len(members):
-                raise UserError("an ensemble has networks of RRNet; StarNet estimates alone")
+        networks = [member.network for member in members if isinstance(member.network, RRNet)]
+        if 0 < len(networks) < len(members) or len(members) > 1 > len(networks):
+            raise UserError("an ensemble has networks of RRNet; StarNet estimates alone")
+        if networks:  # of one network too: its stages take spectra as they fit into the cache
             self.ensemble = DeepEnsemble(networks).to(device_of(self.network)).eval()
 
     @torch.no_grad()

@@ -48,6 +48,8 @@ class Standardised(TensorDataset):
         known: the scalers.
     """
 
+    ratio: Float[np.ndarray, " spectra"]  # signal-to-noise ratios, where somebody knows them
+
     def __init__(self, survey: Survey, known: SpectraMeta):
         super().__init__(standardised(survey.flux, known, survey.error), standardised_labels(survey.labels, known))
         self.known = known
