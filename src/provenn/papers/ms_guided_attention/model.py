@@ -13,6 +13,7 @@ from provenn.nn.arguments import check_whole
 from provenn.nn.padding import mirror_pad
 from provenn.nn.resnet import BasicBlock, Bottleneck, Gate, ResNet
 from provenn.nn.segmentation import resize
+from provenn.ops.autograd import at_least_single
 from provenn.papers.ms_guided_attention.layers import (
     CAMS,
     Cam,
@@ -257,7 +258,7 @@ class GuidedAttentionNet(MultiScaleTrunk):
 
     def terms(self, outputs: Outputs) -> dict[str, Float[Tensor, ""]]:
         """The sums of the squared terms, by name: "latent" of neighbouring steps, and "reconstruction"."""
-        zero = outputs.logits[0].new_zeros((), dtype=torch.float32)
+        zero = at_least_single(outputs.logits[0].new_zeros(()))
         latent, reconstruction = zero, zero
         for step, scales in enumerate(outputs.guided):
             for scale, part in enumerate(scales):
@@ -294,11 +295,11 @@ class GuidedAttentionNet(MultiScaleTrunk):
         return steps
 
     def _distance(self, a: Tensor, b: Tensor) -> Tensor:
-        return F.mse_loss(a.float(), b.float(), reduction=self.reduction)
+        return F.mse_loss(at_least_single(a), at_least_single(b), reduction=self.reduction)
 
 
 def _cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
-    total = F.cross_entropy(logits.float(), masks, ignore_index=IGNORED, reduction="sum")
+    total = F.cross_entropy(at_least_single(logits), masks, ignore_index=IGNORED, reduction="sum")
     # Not "mean": a batch of which nothing is judged would give 0 / 0.
     return total / (masks != IGNORED).sum().clamp_min(1)
 

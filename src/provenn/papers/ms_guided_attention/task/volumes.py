@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,24 @@ def read_nifti(file: Path, channels: int = 1, *, labels: bool = False) -> Volume
     return _oriented(file, parts, affine, header=image.header, labels=labels)
 
 
+def read_sequences(files: Sequence[Path], channels: int = 1) -> Volume:
+    """A volume of several NIfTI files, an image a voxel each, such as the sequences of BraTS.
+
+    Raises:
+        UserError: another number of them than `channels`, or files that do not lie in one place.
+    """
+    if len(files) == 1:
+        return read_nifti(files[0], channels)
+    if len(files) != channels:
+        raise UserError(f"{files[0].parent} holds {len(files)} image(s) a voxel; the network takes {channels}")
+    parts = [read_nifti(file) for file in files]
+    first = parts[0]
+    for file, part in zip(files[1:], parts[1:]):
+        if part.shape != first.shape or not np.allclose(axial_affine(part), axial_affine(first), atol=1e-2):
+            raise UserError(f"{file} does not lie where {files[0].name} does: sequences of a subject share one grid")
+    return replace(first, file=files[0].parent, slices=np.concatenate([part.slices for part in parts], 1))
+
+
 def _placed(header: Any) -> bool:
     """Whether a header says how the volume lies: NIfTI's two codes, of which one must not be 0."""
     try:
@@ -249,7 +267,10 @@ def read_dicom(given: Path, files: Sequence[Path], channels: int = 1) -> Volume:
         pixels = pixels * float(getattr(part, "RescaleSlope", 1)) + float(getattr(part, "RescaleIntercept", 0))
         slices.append((file, part, pixels))
     series = {str(getattr(part, "SeriesInstanceUID", "")): part for _, part, _ in slices}
-    if len(series) > 1:
+    if len(series) == len(slices) > 2 and len({_sequence(part) for _, part, _ in slices}) == 1:
+        # CHAOS and some scanners give each slice a series of its own; places and sizes are checked below.
+        progress.say(f"{given}: each of {len(slices)} slices calls itself a series; they are taken as one")
+    elif len(series) > 1:
         named = ", ".join(str(getattr(part, "SeriesDescription", uid)) for uid, part in list(series.items())[:5])
         raise UserError(f"{given} holds {len(series)} series ({named}): give each a folder of its own")
     try:
@@ -271,6 +292,12 @@ def read_dicom(given: Path, files: Sequence[Path], channels: int = 1) -> Volume:
     affine[:2] *= -1
     array = np.stack([slices[index][2].T for index in order], 2)
     return _oriented(given, [array], affine, names=[slices[index][0].stem for index in order])
+
+
+def _sequence(part: Any) -> tuple[str, ...]:
+    """What tells two series of one patient apart, besides their identifiers."""
+    tags = ("PatientID", "Modality", "SeriesNumber", "SeriesDescription", "ProtocolName", "EchoTime", "ImageOrientationPatient")
+    return tuple(str(getattr(part, tag, "")) for tag in tags)
 
 
 def _even_step(given: Path, heights: np.ndarray, thickness: float) -> float:
