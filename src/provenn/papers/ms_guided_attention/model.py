@@ -253,7 +253,7 @@ class GuidedAttentionNet(MultiScaleTrunk):
         outputs = self.outputs(images)
         terms = self.terms(outputs)
         alpha, beta, gamma = self.weights
-        entropy = sum(_cross_entropy(logits, masks.long()) for logits in outputs.logits)
+        entropy = sum(cross_entropy(logits, masks.long()) for logits in outputs.logits)
         return alpha * entropy + beta * terms["latent"] + gamma * terms["reconstruction"]
 
     def terms(self, outputs: Outputs) -> dict[str, Float[Tensor, ""]]:
@@ -298,7 +298,8 @@ class GuidedAttentionNet(MultiScaleTrunk):
         return F.mse_loss(at_least_single(a), at_least_single(b), reduction=self.reduction)
 
 
-def _cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
+    """The mean over the pixels that are judged; 0 of a batch of which nothing is."""
     total = F.cross_entropy(at_least_single(logits), masks, ignore_index=IGNORED, reduction="sum")
     # Not "mean": a batch of which nothing is judged would give 0 / 0.
     return total / (masks != IGNORED).sum().clamp_min(1)
@@ -356,7 +357,7 @@ class DeepAttentiveFeatures(MultiScaleTrunk):
     def training_loss(self, batch: Any) -> Float[Tensor, ""]:
         """The sum of the cross-entropies of all eight predictions."""
         images, masks = batch
-        losses = [_cross_entropy(logits, masks.long()) for logits in self._logits(images)]
+        losses = [cross_entropy(logits, masks.long()) for logits in self._logits(images)]
         return torch.stack(losses).sum()
 
     def _logits(self, x: Tensor) -> list[Tensor]:

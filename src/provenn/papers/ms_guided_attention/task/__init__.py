@@ -111,6 +111,8 @@ class VolumeSegmentation(Task):
         if isinstance(named, str):
             if size not in (None, SIDE) or channels != 1:
                 raise UserError(f"slices of {named} are {SIDE}×{SIDE} pixels of one image: leave size and channels out")
+            if val_share != CUT or test_share is not None:
+                raise UserError(f"{named} has splits of its own: leave val_share and test_share out")
             return drawn(seed, COUNTS, augmentation)
         if not 1 <= channels <= 64:
             raise UserError(f"channels must be from 1 to 64, got {channels}")
@@ -404,7 +406,7 @@ def of_subjects(values: Float[np.ndarray, "subjects classes"]) -> Float[np.ndarr
     return np.where(there, values, 0).sum(1)[counts > 0] / counts[counts > 0]
 
 
-@lru_cache(maxsize=8)  # a study asks for them once a trial
+@lru_cache(maxsize=64)  # a study asks for them once a trial: three splits of each seed
 def _drawn(split: str, count: int, seed: int) -> tuple[Labelled, ...]:
     return tuple(
         Labelled(f"{split} {index}", subject.image[:, None], subject.mask, subject.spacing)
