@@ -47,6 +47,7 @@ KNOWN = (
     (re.compile(r"Brats\d\d_"), {0: "background", 1: "necrotic core", 2: "oedema", 4: "enhancing tumour"}),
 )
 Splits = dict[str, list["Source"]]
+MOST = 2**24  # what label files hold to the digit in single precision
 CLASSES, DESCRIPTION = "classes.txt", "dataset.json"
 
 
@@ -352,7 +353,7 @@ def read_classes(root: Path, sources: Iterable[Source]) -> tuple[list[int], list
             if not line.strip():
                 continue
             value, _, name = line.strip().partition(" ")
-            if not value.lstrip("-").isdecimal() or int(value) in values:
+            if not value.lstrip("-").isdecimal() or int(value) in values or abs(int(value)) >= MOST:
                 raise UserError(f"{file}, line {number}: expected a value of its own and a name, got {line!r}")
             values.append(int(value))
             names.append(name.strip() or f"class {value}")
