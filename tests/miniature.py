@@ -159,7 +159,10 @@ def chaos(root: Path) -> None:
                 if phase == "InPhase":
                     mask(base / "T1DUAL" / "Ground" / f"{name}.png", numbers * (level > 0))
             dicom_slice(
-                base / "T2SPIR" / "DICOM_anon" / f"IMG-0002-{level + 1:05d}.dcm", pixels, height=7.0 * level, series="1.9"
+                base / "T2SPIR" / "DICOM_anon" / f"IMG-0002-{level + 1:05d}.dcm",
+                pixels,
+                height=7.0 * level,
+                series="1.9",
             )
             mask(base / "T2SPIR" / "Ground" / f"IMG-0002-{level + 1:05d}.png", numbers)
 

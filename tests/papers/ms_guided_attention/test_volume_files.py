@@ -108,7 +108,10 @@ def test_labels_go_back_into_the_header_that_they_came_from(name, tmp_path):
     assert labels.shape == scan.shape and labels.header.get_zooms() == scan.header.get_zooms()
     assert np.array_equal(labels.affine, scan.affine)
     changed = [
-        key for key in scan.header if key not in OWN and not np.array_equal(scan.header[key], labels.header[key], equal_nan=scan.header[key].dtype.kind == "f")
+        key
+        for key in scan.header
+        if key not in OWN
+        and not np.array_equal(scan.header[key], labels.header[key], equal_nan=scan.header[key].dtype.kind == "f")
     ]
     assert not changed
     assert [e.get_content() for e in labels.header.extensions] == [e.get_content() for e in scan.header.extensions]
@@ -131,7 +134,10 @@ def test_scaled_values_of_a_file_are_what_is_read(tmp_path):
         np.testing.assert_allclose(volume.slices[:, 0], wanted, atol=1e-5)
         write_labels(tmp_path / "out.nii", (volume.slices[:, 0] > 0.5).astype(np.uint8), volume, [0, 200])
         out = nibabel.load(tmp_path / "out.nii")
-        assert set(np.unique(out.get_fdata())) == {0.0, 200.0} and out.header.get_slope_inter() in ((1, 0), (None, None))
+        assert set(np.unique(out.get_fdata())) == {0.0, 200.0} and out.header.get_slope_inter() in (
+            (1, 0),
+            (None, None),
+        )
 
 
 def test_values_of_classes_keep_every_digit(tmp_path):
@@ -270,6 +276,14 @@ def test_a_tilted_gantry_is_in_the_affine(tmp_path):
     affine = nibabel.load(tmp_path / "out.nii.gz").affine
     for level in (0, 5):  # the corner of each slice lies where its file says; DICOM's x and y run the other way
         np.testing.assert_allclose(affine @ [0, 0, level, 1], [9.0, 8.0 - 6.0 * level, 5.0 * level, 1], atol=1e-4)
+
+
+def test_a_volume_of_few_pixels_is_labelled_all_the_same(tmp_path):
+    from provenn.cli import main
+
+    nibabel.save(nibabel.Nifti1Image(ARRAY[:3, :5], np.diag([1.0, 2, 3, 1])), tmp_path / "few.nii")
+    assert main(["predict", "ms_guided_attention", str(tmp_path / "few.nii"), "-o", str(tmp_path / "out.nii")]) == 0
+    assert nibabel.load(tmp_path / "out.nii").shape == (3, 5, 7)
 
 
 # The paper's sets
@@ -445,7 +459,9 @@ def test_registered_figures_are_those_of_the_papers_tables():
         for name, row in table.items():
             if row.classes and len(row.classes) > 1:
                 assert row.dice == pytest.approx(np.mean(row.classes), abs=0.12), name
-    assert ABLATION["guided"][1][:3] == CHAOS["guided"][:3] and ABLATION["no guidance"][1][:3] == CHAOS["no guidance"][:3]
+    assert (
+        ABLATION["guided"][1][:3] == CHAOS["guided"][:3] and ABLATION["no guidance"][1][:3] == CHAOS["no guidance"][:3]
+    )
 
 
 # Measures

@@ -568,8 +568,14 @@ def test_steps_of_guidance_differ_in_steps_and_supervision_alone():
                 assert not len(model.semantic) and not dict(part.options)["parts"]
     for steps in (0, 1, 3, 5):
         contrast = EXPERIMENTS[f"supervision_{steps}"]
-        with_deep, without = (dict(studies.VARIANTS[name][1].options) for (name,) in (contrast.systems, contrast.baselines))
-        assert without.pop("deep_supervision") is False and with_deep.pop("deep_supervision", True) and with_deep == without
+        with_deep, without = (
+            dict(studies.VARIANTS[name][1].options) for (name,) in (contrast.systems, contrast.baselines)
+        )
+        assert (
+            without.pop("deep_supervision") is False
+            and with_deep.pop("deep_supervision", True)
+            and with_deep == without
+        )
 
 
 def test_a_map_that_is_predicted_from_the_next_one_costs_nothing_where_it_can_be():

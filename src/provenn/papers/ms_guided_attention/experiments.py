@@ -9,8 +9,8 @@ from provenn.core.cost import count_parameters
 from provenn.evidence import Measurement, Run, Study, Table, Timing, measures
 from provenn.papers.ms_guided_attention.layers import PositionAttention
 from provenn.papers.ms_guided_attention.model import DeepAttentiveFeatures, GuidedAttentionNet
-from provenn.papers.ms_guided_attention.rivals import DualAttention, UNet
 from provenn.papers.ms_guided_attention.printed import ABLATION, BRATS, CHAOS, HVSMR, STEPS
+from provenn.papers.ms_guided_attention.rivals import DualAttention, UNet
 from provenn.papers.ms_guided_attention.studies import (
     JUDGING,
     MARKED,

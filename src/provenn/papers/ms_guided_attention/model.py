@@ -149,11 +149,11 @@ class GuidedAttentionNet(MultiScaleTrunk):
         between: put the mean squared difference of each attention module's input and output in the place of the
             semantic modules' terms, as in the ablation called "dist" (which pair is meant is inferred).
 
-    Shapes: (batch, in_channels, height, width) to (batch, num_classes, height, width), of any size. Sides that are no
-    multiple of twice the finest stride are continued by their mirror image, and cut again.
+    Shapes: (batch, in_channels, height, width) to (batch, num_classes, height, width), of any size above twice the
+    finest stride. Sides that are no multiple of it are continued by their mirror image, and cut again.
 
     Raises:
-        ValueError: a size below 1, or an unknown option.
+        ValueError: a size below 1, an unknown option, or images that are too small for the semantic modules.
     """
 
     def __init__(
@@ -219,6 +219,15 @@ class GuidedAttentionNet(MultiScaleTrunk):
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes height width"]:
         return self.decoded(self.encoded(x), x.shape[2:])
+
+    def encoded(self, x: Float[Tensor, "batch channels height width"]) -> list[Tensor]:
+        """The trunk's map of each stage, from fine to coarse."""
+        if len(self.semantic) and not torch.compiler.is_compiling() and min(x.shape[2:]) <= self.multiple:
+            raise ValueError(
+                f"semantic modules halve maps twice: expected sides of more than {self.multiple} pixels, got "
+                f"{x.shape[2]}×{x.shape[3]}"
+            )
+        return super().encoded(x)
 
     def decoded(self, levels: list[Tensor], size: Sequence[int]) -> Float[Tensor, "batch classes height width"]:
         """The logits from the trunk's map of each stage."""
@@ -295,6 +304,8 @@ class GuidedAttentionNet(MultiScaleTrunk):
         return steps
 
     def _distance(self, a: Tensor, b: Tensor) -> Tensor:
+        if not a.numel():  # a mean over no examples would be 0 / 0
+            return at_least_single(a - b).sum()
         return F.mse_loss(at_least_single(a), at_least_single(b), reduction=self.reduction)
 
 

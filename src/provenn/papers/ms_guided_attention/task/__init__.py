@@ -54,6 +54,7 @@ FRAME = 256  # pixels of a slice in training, as in the paper
 ANGLE = 30.0  # degrees
 AUGMENTATIONS = ("released", "mirror", "none")
 BATCH = 8  # slices at a time in prediction
+SMALLEST = 16  # pixels a side that every network takes
 MEASURES = ("dice", "volume_similarity", "mean_distance", "surface_distance", "hausdorff_95")
 NOTICE = "Not a medical device: no use in diagnosis."
 PIXELS, BLURS = 60_000, (1.0, 2.0, 4.0)  # of the dummy baseline: voxels it is fitted to, and widths in pixels
@@ -380,12 +381,16 @@ def soft_dice(logits: Float[Tensor, "batch classes h w"], masks: Tensor) -> Floa
 def predict_slices(
     model: nn.Module, slices: Float[np.ndarray, "slices channels h w"], meta: dict[str, Any], batch_size: int
 ) -> UInt8[np.ndarray, "slices h w"]:
-    """The likeliest class of every voxel, slice by slice."""
+    """The likeliest class of every voxel, slice by slice; small slices are continued by their mirror image."""
+    rows, columns = slices.shape[2:]
+    missing = [max(0, SMALLEST - side) for side in (rows, columns)]
+    if any(missing):
+        slices = np.pad(slices, ((0, 0), (0, 0), (0, missing[0]), (0, missing[1])), "symmetric")
     labels = []
     for start in range(0, len(slices), batch_size):
         part = torch.from_numpy(np.ascontiguousarray(slices[start : start + batch_size])).float()
         logits = full_logits(model, standardise(part, meta).to(device_of(model)))
-        labels.append(logits.argmax(1).to(torch.uint8).cpu().numpy())
+        labels.append(logits.argmax(1)[:, :rows, :columns].to(torch.uint8).cpu().numpy())
     return np.concatenate(labels)
 
 

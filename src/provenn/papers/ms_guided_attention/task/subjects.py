@@ -29,7 +29,13 @@ from provenn.papers.ms_guided_attention.task.volumes import (
 )
 from provenn.tasks import split_indices
 
-IMAGES = ("images", "imagesTr", "Img", "img", "Training dataset")  # folders of images, and of labels, as they are called
+IMAGES = (
+    "images",
+    "imagesTr",
+    "Img",
+    "img",
+    "Training dataset",
+)  # folders of images, and of labels, as they are called
 LABELS = ("labels", "labelsTr", "masks", "GT", "gt", "Ground truth")
 PARTS = {"train": ("train", "training"), "val": ("val", "validation"), "test": ("test", "testing")}
 SLICE = re.compile(r"(.+?)[_-]?(?:slice)?[_-]?(\d+)$")  # Subj_21slice_22, patient3_007

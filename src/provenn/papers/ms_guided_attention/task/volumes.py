@@ -18,7 +18,11 @@ from provenn.data.masks import palette, write_mask
 
 NIFTI, DICOM = (".nii", ".nii.gz"), (".dcm", ".dicom", ".ima")
 UNEVEN = 0.1  # of the distance between slices, that they may differ by
-WHOLE, FLAT, ALIKE = 1e-3, 1e-3, 1e-3  # how far a label is from a whole number, a volume of three unit axes, and cosines
+WHOLE, FLAT, ALIKE = (
+    1e-3,
+    1e-3,
+    1e-3,
+)  # how far a label is from a whole number, a volume of three unit axes, and cosines
 Affine = np.ndarray  # 4 × 4, from indices to millimetres, axes pointing right, forward and up
 
 
@@ -418,7 +422,9 @@ def write_labels(
         header.set_slope_inter(1, 0)
         header["cal_max"], header["cal_min"] = 0, 0
     second = isinstance(header, nibabel.Nifti2Header)
-    image = (nibabel.Nifti2Image if second else nibabel.Nifti1Image)(array, volume.affine if volume.placed else None, header)
+    image = (nibabel.Nifti2Image if second else nibabel.Nifti1Image)(
+        array, volume.affine if volume.placed else None, header
+    )
     if header is None:
         image.header.set_xyzt_units("mm")
         image.set_qform(volume.affine, 1)
