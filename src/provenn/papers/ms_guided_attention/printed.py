@@ -1,4 +1,4 @@
-"""The paper's tables, as they are printed (v3 of the preprint). Means and deviations over subjects, Dice in per cent."""
+"""The paper's tables, as v3 of the preprint prints them: means and deviations over subjects, Dice in per cent."""
 
 from typing import NamedTuple
 
@@ -57,8 +57,8 @@ BRATS = {
     "Attention U-Net": Row(78.61, 92.66, 1.02, 10.58),
     "guided": Row(80.37, 93.08, 0.90, 10.74, classes=(89.11, 65.25, 86.76)),
 }
-# Table II, on CHAOS, by steps of attention; "distances" has the mean squared difference of each attention module's input
-# and output in the place of the semantic modules.
+# Table II, on CHAOS, by steps of attention. "distances" has the mean squared difference of each attention module's
+# input and output in the place of the semantic modules.
 STEPS = (1, 2, 3, 5)
 ABLATION = {
     "no guidance": (Row(85.75, 92.72, 0.71), Row(86.17, 92.74, 0.67), Row(86.26, 93.62, 0.71), Row(86.33, 93.74, 0.71)),

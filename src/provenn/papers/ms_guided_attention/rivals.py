@@ -113,8 +113,8 @@ class DualAttention(nn.Module):
 
     The last two stages keep the size of the second, with dilations of 2 and 4. Its channel attention takes the maximum
     less the energy, as its authors' code does. Three predictions are supervised: of the sum of both branches, and of
-    each. With a trunk of 101 layers it has 66,426,961 parameters. The 68,475,961 of the paper's Table VIII are these and
-    the 2,049,000 of a classifier for ImageNet, which nothing uses.
+    each. With a trunk of 101 layers it has 66,426,961 parameters. The 68,475,961 of the paper's Table VIII are these
+    and the 2,049,000 of a classifier for ImageNet, which nothing uses.
 
     Args:
         num_classes, in_channels, backbone: as in `GuidedAttentionNet`.
