@@ -273,6 +273,22 @@ def test_options_that_do_not_fit_are_refused(options, said, untyped):
         small(**options)
 
 
+@pytest.mark.parametrize(
+    "make, options, said",
+    [
+        (UNet, {"depth": 0}, "depth must be from 2 to 8, got 0"),
+        (UNet, {"depth": 3, "skips": 3}, "skips must be from 0 to 2, one less than depth, got 3"),
+        (UNet, {"width": 0}, "must be at least 1, got 5, 1 and 0"),
+        (UNet, {"dice": float("nan")}, "dice must be a finite number"),
+        (DualAttention, {"dim": 0}, "must be at least 1, got 5, 1 and 0"),
+        (DualAttention, {"backbone": "vgg"}, "backbone must be one of"),
+    ],
+)
+def test_options_of_rivals_that_do_not_fit_are_refused(make, options, said):
+    with pytest.raises(ValueError, match=said):
+        make(**options)
+
+
 def test_images_of_other_channels_are_refused():
     with pytest.raises(ValueError, match="expected images of 1 channels, got 3"):
         small()(torch.randn(1, 3, 32, 32))

@@ -374,13 +374,13 @@ def test_what_lacks_in_a_set_is_said(tmp_path):
         find_subjects(root)
     root = miniature.write("hvsmr", tmp_path)
     next(root.rglob("*pat1-label.nii.gz")).unlink()
-    with pytest.raises(UserError, match="pat1.nii.gz has no labels"):
+    with pytest.raises(UserError, match=r"pat1\.nii\.gz has no labels"):
         find_subjects(root)
     both = tmp_path / "both"
     root = miniature.write("chaos", tmp_path)
     shutil.copytree(root / "MR" / "1" / "T2SPIR", both / "CT" / "1")
     shutil.copytree(root / "MR" / "1", both / "MR" / "1")
-    with pytest.raises(UserError, match="holds the subject 1 twice, .* give CT or MR alone"):
+    with pytest.raises(UserError, match=r"holds the subject 1 twice, .* give CT or MR alone"):
         find_subjects(both)
     described = miniature.write("msd-brain", tmp_path)
     (described / "dataset.json").write_text('{"labels": ["background"]}')

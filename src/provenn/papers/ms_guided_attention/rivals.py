@@ -1,15 +1,17 @@
 """Networks that the paper compares with: U-Net, Attention U-Net and DANet, at any width."""
 
+import math
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from provenn.nn.arguments import check_whole
 from provenn.nn.padding import mirror_pad
 from provenn.nn.segmentation import resize
 from provenn.papers.ms_guided_attention.layers import ChannelAttention, PositionAttention
-from provenn.papers.ms_guided_attention.model import cross_entropy, make_backbone
+from provenn.papers.ms_guided_attention.model import BACKBONES, cross_entropy, make_backbone
 
 
 class UNet(nn.Module):
@@ -28,6 +30,9 @@ class UNet(nn.Module):
         skips: how many skips there are, counted from the finest; all by default.
         dice: weight of soft Dice beside cross-entropy in training.
 
+    Raises:
+        ValueError: a number out of its bounds.
+
     Shapes: (batch, in_channels, height, width) to (batch, num_classes, height, width), of any size.
     """
 
@@ -43,6 +48,17 @@ class UNet(nn.Module):
         skips: int | None = None,
         dice: float = 0.0,
     ):
+        check_whole(num_classes=num_classes, in_channels=in_channels, width=width, depth=depth)
+        if min(num_classes, in_channels, width) < 1:
+            raise ValueError(
+                f"num_classes, in_channels and width must be at least 1, got {num_classes}, {in_channels} and {width}"
+            )
+        if not 2 <= depth <= 8:
+            raise ValueError(f"depth must be from 2 to 8, got {depth}")
+        if skips is not None and not 0 <= skips < depth:
+            raise ValueError(f"skips must be from 0 to {depth - 1}, one less than depth, got {skips}")
+        if not (math.isfinite(dice) and dice >= 0):
+            raise ValueError(f"dice must be a finite number, not negative, got {dice}")
         super().__init__()
         norm, self.dice, self.multiple = norm or gated, dice, 2 ** (depth - 1)
         self.skips = depth - 1 if skips is None else skips
@@ -133,6 +149,13 @@ class DualAttention(nn.Module):
         dim: int | None = None,
         dropout: float = 0.1,
     ):
+        check_whole(num_classes=num_classes, in_channels=in_channels)
+        if min(num_classes, in_channels, 1 if dim is None else dim) < 1:
+            raise ValueError(
+                f"num_classes, in_channels and dim must be at least 1, got {num_classes}, {in_channels} and {dim}"
+            )
+        if backbone not in BACKBONES:
+            raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, got {backbone!r}")
         super().__init__()
         self.trunk = make_backbone(backbone, in_channels)
         for stage, dilation in (("layer3", 2), ("layer4", 4)):

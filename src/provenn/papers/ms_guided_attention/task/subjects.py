@@ -29,13 +29,8 @@ from provenn.papers.ms_guided_attention.task.volumes import (
 )
 from provenn.tasks import split_indices
 
-IMAGES = (
-    "images",
-    "imagesTr",
-    "Img",
-    "img",
-    "Training dataset",
-)  # folders of images, and of labels, as they are called
+# Folders of images, and of labels, as they are called
+IMAGES = ("images", "imagesTr", "Img", "img", "Training dataset")
 LABELS = ("labels", "labelsTr", "masks", "GT", "gt", "Ground truth")
 PARTS = {"train": ("train", "training"), "val": ("val", "validation"), "test": ("test", "testing")}
 SLICE = re.compile(r"(.+?)[_-]?(?:slice)?[_-]?(\d+)$")  # Subj_21slice_22, patient3_007
@@ -130,7 +125,8 @@ def _in_folder(folder: Path) -> list[Source]:
     if not found:
         raise UserError(
             f"{folder} holds no subjects: expected images/ and labels/ of NIfTI files or of slices, NIfTI files with "
-            "their …-label.nii.gz, folders of subjects with DICOM_anon and Ground, or with …_flair.nii.gz and …_seg.nii.gz"
+            "their …-label.nii.gz, folders of subjects with DICOM_anon and Ground, or with …_flair.nii.gz and "
+            "…_seg.nii.gz"
         )
     return sorted(found, key=lambda subject: natural(Path(subject.name)))
 

@@ -305,8 +305,8 @@ def read_dicom(given: Path, files: Sequence[Path], channels: int = 1) -> Volume:
         odd = int(np.abs(found - found[0]).max(1).argmax())
         if np.abs(found[odd] - found[0]).max() > ALIKE:
             raise UserError(
-                f"{slices[odd][0]} has the {name} {_listed(found[odd])}, {slices[0][0].name} {_listed(found[0])}: slices "
-                f"of a volume have one {name}"
+                f"{slices[odd][0]} has the {name} {_listed(found[odd])}, {slices[0][0].name} {_listed(found[0])}: "
+                f"slices of a volume have one {name}"
             )
     rows, between = turns[0], spacings[0]
     normal = np.cross(rows[:3], rows[3:])
@@ -321,8 +321,8 @@ def read_dicom(given: Path, files: Sequence[Path], channels: int = 1) -> Volume:
     worst = int(np.linalg.norm(aside, axis=1).argmax())
     if np.linalg.norm(aside[worst]) > max(UNEVEN * between.max(), ALIKE):
         raise UserError(
-            f"{slices[order[worst]][0]} lies {np.linalg.norm(aside[worst]):g} mm aside of the others: slices of a volume "
-            "lie on one line"
+            f"{slices[order[worst]][0]} lies {np.linalg.norm(aside[worst]):g} mm aside of the others: slices of a "
+            "volume lie on one line"
         )
     affine = np.eye(4)
     # Columns of a slice run along `rows[:3]`; DICOM points left and back where the affine points right and forward.
@@ -345,8 +345,8 @@ def _pixels(file: Path, part: Any) -> Float32[np.ndarray, "rows columns"]:
         syntax = getattr(getattr(part, "file_meta", None), "TransferSyntaxUID", None)
         if syntax is not None and syntax.is_compressed:
             raise UserError(
-                f"{file} is compressed ({syntax.name}) and cannot be decoded: decompress the series first, such as with "
-                f"gdcmconv --raw; {_in_short(error)}"
+                f"{file} is compressed ({syntax.name}) and cannot be decoded: decompress the series first, such as "
+                f"with gdcmconv --raw; {_in_short(error)}"
             ) from None
         raise UserError(f"{file} cannot be read as DICOM: {_in_short(error)}") from None
     if pixels.ndim != 2:
