@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 WORDS = [
@@ -103,6 +104,104 @@ def cityscapes(root: Path) -> None:
             numbers[:8] = 1
             mask(root / "gtFine" / split / city / f"{name}_gtFine_labelIds.png", numbers)
             mask(root / "gtFine" / split / city / f"{name}_gtFine_instanceIds.png", numbers)
+
+
+def volume(file: Path, array: np.ndarray, turned: tuple[int, int, int] = (-1, -1, 1)) -> None:
+    """A NIfTI file of 1 mm, its axes pointing left, back and up as in the public sets."""
+    nibabel = pytest.importorskip("nibabel")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(array, np.diag([*turned, 1]).astype(float)), file)
+
+
+def dicom_slice(file: Path, pixels: np.ndarray, *, height: float, series: str, echo: float = 4.6) -> None:
+    """A grey slice of 256 kinds and more, axial, at a height in millimetres."""
+    pydicom = pytest.importorskip("pydicom")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = pydicom.Dataset()
+    part.file_meta = pydicom.dataset.FileMetaDataset()
+    part.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    part.file_meta.MediaStorageSOPClassUID = part.SOPClassUID = pydicom.uid.MRImageStorage
+    instance = f"{series}.{int(file.stem.rpartition('-')[2])}"
+    part.file_meta.MediaStorageSOPInstanceUID = part.SOPInstanceUID = instance
+    part.SeriesInstanceUID, part.Modality, part.EchoTime = series, "MR", echo
+    part.Rows, part.Columns = pixels.shape
+    part.ImageOrientationPatient, part.ImagePositionPatient = [1, 0, 0, 0, 1, 0], [-9.0, -8.0, height]
+    part.PixelSpacing, part.SliceThickness = [1.5, 1.5], 5.5
+    part.BitsAllocated = part.BitsStored = 16
+    part.HighBit, part.PixelRepresentation, part.SamplesPerPixel = 15, 0, 1
+    part.PhotometricInterpretation = "MONOCHROME2"
+    part.PixelData = pixels.astype(np.uint16).tobytes()
+    part.save_as(file, enforce_file_format=True)
+
+
+def organs(side: int, values: tuple[int, ...]) -> np.ndarray:
+    """A square of numbers, one in each quarter but for the first of them, which is around."""
+    numbers = np.full((side, side), values[0])
+    for place, value in enumerate(values[1:]):
+        row, column = 2 + (place // 2) * (side // 2), 2 + (place % 2) * (side // 2)
+        numbers[row : row + side // 3, column : column + side // 3] = value
+    return numbers
+
+
+def chaos(root: Path) -> None:
+    """Four subjects; each slice a series of its own, as in the set, and pictures of labels called as the slices."""
+    numbers = organs(24, (0, 63, 126, 189, 252))
+    for subject in (1, 2, 3, 13):
+        base = root / "MR" / str(subject)
+        for level in range(4):
+            pixels = 4 * numbers + rng().integers(0, 60, numbers.shape) + subject
+            # In phase the even numbers of files, out of phase the odd ones; names run against the heights.
+            for phase, echo, number in (("InPhase", 4.6, 2 * level + 2), ("OutPhase", 2.3, 2 * level + 1)):
+                name = f"IMG-0004-{number:05d}"
+                at = 5.5 * (4 - level)
+                file = base / "T1DUAL" / "DICOM_anon" / phase / f"{name}.dcm"
+                dicom_slice(file, pixels, height=at, series=f"1.2.{subject}.{number}", echo=echo)
+                if phase == "InPhase":
+                    mask(base / "T1DUAL" / "Ground" / f"{name}.png", numbers * (level > 0))
+            dicom_slice(
+                base / "T2SPIR" / "DICOM_anon" / f"IMG-0002-{level + 1:05d}.dcm",
+                pixels,
+                height=7.0 * level,
+                series="1.9",
+            )
+            mask(base / "T2SPIR" / "Ground" / f"IMG-0002-{level + 1:05d}.png", numbers)
+
+
+def hvsmr(root: Path) -> None:
+    numbers = np.stack(5 * [organs(20, (0, 1, 2))], 2)
+    for subject in range(4):
+        image = 300.0 * numbers + rng().normal(0, 20, numbers.shape) + subject
+        name = f"training_axial_crop_pat{subject}"
+        volume(root / "Training dataset" / f"{name}.nii.gz", image.astype(np.int16))
+        volume(root / "Ground truth" / f"{name}-label.nii.gz", numbers.astype(np.uint8))
+
+
+def tumour(subject: int, values: tuple[int, ...]) -> tuple[list[np.ndarray], np.ndarray]:
+    """Four sequences and labels of a few slices."""
+    numbers = np.stack(3 * [organs(24, values)], 2)
+    return [(90.0 * numbers + 10 * k + rng().normal(0, 9, numbers.shape) + subject) for k in range(4)], numbers
+
+
+def msd_brain(root: Path) -> None:
+    """With the hidden files that the archive brings."""
+    for subject in (1, 2, 3, 457):
+        parts, numbers = tumour(subject, (0, 1, 2, 3))
+        volume(root / "imagesTr" / f"BRATS_{subject:03d}.nii.gz", np.stack(parts, 3).astype(np.float32), (1, 1, 1))
+        volume(root / "labelsTr" / f"BRATS_{subject:03d}.nii.gz", numbers.astype(np.uint8), (1, 1, 1))
+        for folder in ("imagesTr", "labelsTr"):
+            (root / folder / f"._BRATS_{subject:03d}.nii.gz").write_bytes(b"no volume")
+    labels = {"0": "background", "1": "edema", "2": "non-enhancing tumor", "3": "enhancing tumour"}
+    (root / "dataset.json").write_text(json.dumps({"name": "BRATS", "labels": labels}))
+
+
+def brats_2018(root: Path) -> None:
+    for grade, subjects in (("HGG", (1, 2)), ("LGG", (3, 4))):
+        for subject in subjects:
+            name = f"Brats18_TCIA0{subject}_1"
+            parts, numbers = tumour(subject, (0, 1, 2, 4))
+            for part, sequence in zip(parts, ("flair", "t1", "t1ce", "t2"), strict=True):
+                volume(root / grade / name / f"{name}_{sequence}.nii.gz", part.astype(np.int16))
+            volume(root / grade / name / f"{name}_seg.nii.gz", numbers.astype(np.uint8))
 
 
 def camvid(root: Path) -> None:
@@ -476,6 +575,10 @@ WRITERS = {
     "cifar-100": lambda root: cifar(root, {"train.bin": 200, "test.bin": 100}, 2, 100, "fine_label_names.txt"),
     "cityscapes": cityscapes,
     "camvid": camvid,
+    "chaos": chaos,
+    "hvsmr": hvsmr,
+    "msd-brain": msd_brain,
+    "brats-2018": brats_2018,
     "ade20k": ade20k,
     "div2k": div2k,
     **dict.fromkeys(("set5", "set14", "bsd100", "urban100", "manga109"), benchmark),

@@ -273,12 +273,129 @@ def test_options_that_do_not_fit_are_refused(options, said, untyped):
         small(**options)
 
 
+@pytest.mark.parametrize(
+    "make, options, said",
+    [
+        (UNet, {"depth": 0}, "depth must be from 2 to 8, got 0"),
+        (UNet, {"depth": 3, "skips": 3}, "skips must be from 0 to 2, one less than depth, got 3"),
+        (UNet, {"width": 0}, "must be at least 1, got 5, 1 and 0"),
+        (UNet, {"dice": float("nan")}, "dice must be a finite number"),
+        (DualAttention, {"dim": 0}, "must be at least 1, got 5, 1 and 0"),
+        (DualAttention, {"backbone": "vgg"}, "backbone must be one of"),
+    ],
+)
+def test_options_of_rivals_that_do_not_fit_are_refused(make, options, said):
+    with pytest.raises(ValueError, match=said):
+        make(**options)
+
+
 def test_images_of_other_channels_are_refused():
     with pytest.raises(ValueError, match="expected images of 1 channels, got 3"):
         small()(torch.randn(1, 3, 32, 32))
 
 
+def test_images_that_semantic_modules_cannot_halve_twice_are_refused():
+    with pytest.raises(ValueError, match="expected sides of more than 4 pixels, got 4×40"):
+        small().eval()(torch.randn(1, 1, 4, 40))
+    assert small().eval()(torch.randn(1, 1, 5, 5)).shape == (1, 3, 5, 5)
+    assert small(guided=False).eval()(torch.randn(1, 1, 4, 4)).shape == (1, 3, 4, 4)
+
+
+def test_batches_of_one_and_of_none():
+    model = opened(small())
+    assert model.eval()(torch.zeros(0, 1, 32, 32)).shape == (0, 3, 32, 32)
+    nothing = model.training_loss((torch.zeros(0, 1, 32, 32), torch.zeros(0, 32, 32, dtype=torch.long)))
+    nothing.backward()
+    assert float(nothing.detach()) == 0.0
+    one = model.train().training_loss((torch.randn(1, 1, 64, 64), torch.zeros(1, 64, 64, dtype=torch.long)))
+    assert torch.isfinite(one)
+    for layer in (PositionAttention(4), ChannelAttention(4)):
+        assert layer(torch.zeros(0, 4, 3, 5)).shape == (0, 4, 3, 5)
+
+
+@pytest.mark.parametrize(
+    "shape, keys", [((1, 8, 1, 1), None), ((1, 3, 5, 3), 1), ((2, 16, 7, 9), None), ((3, 4, 1, 6), 9)]
+)
+def test_fused_position_attention_has_the_derivatives_of_the_definition(shape, keys):
+    """Of inputs and weights, first and second, by definitions that are written out here."""
+    torch.manual_seed(0)
+    layer = opened(PositionAttention(shape[1], keys)).double()
+    x = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    def by_hand(x):
+        q, k, v = (
+            torch.einsum("oc,bcn->bon", part.weight[:, :, 0, 0], x.flatten(2)) + part.bias[:, None]
+            for part in (layer.query, layer.key, layer.value)
+        )
+        weights = torch.einsum("bci,bcj->bij", q, k).exp()
+        weights = weights / weights.sum(2, keepdim=True)
+        return layer.gamma * torch.einsum("bij,bcj->bci", weights, v).view_as(x) + x
+
+    inputs = [x, *layer.parameters()]
+    firsts, seconds = [], []
+    for form in (layer, by_hand):
+        first = torch.autograd.grad(form(x).sin().sum(), inputs, create_graph=True)
+        firsts.append(first)
+        seconds.append(torch.autograd.grad(sum(part.cos().sum() for part in first), inputs))
+    for ours, theirs in zip(firsts[0] + seconds[0], firsts[1] + seconds[1]):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
+
+
+def test_the_loss_is_that_of_the_equations_in_the_precision_of_the_network():
+    """α Σ CE + β Σ (z1 − z2)² + γ Σ (u − r)², by plain sums in double precision."""
+    model = opened(small(weights=(0.7, 0.3, 0.2))).double()
+    images = torch.randn(2, 1, 32, 32, dtype=torch.float64)
+    masks = torch.randint(0, 3, (2, 32, 32))
+    masks[0, :5] = 255
+    outputs = model.outputs(images)
+    judged = masks != 255
+    entropy = torch.zeros((), dtype=torch.float64)
+    for logits in outputs.logits:
+        likely = (logits.exp() / logits.exp().sum(1, keepdim=True)).permute(0, 2, 3, 1)[judged]
+        entropy = entropy - likely[torch.arange(len(likely)), masks[judged]].log().mean()
+    (first, second) = outputs.guided
+    latents = sum(((a.latent - b.latent) ** 2).mean() for a, b in zip(first, second))
+    back = sum(((part.inputs - part.reconstruction) ** 2).mean() for part in (*first, *second))
+    expected = 0.7 * entropy + 0.3 * latents + 0.2 * back
+    found = model.training_loss((images, masks))
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_danet_supervises_the_sum_and_each_branch():
+    torch.manual_seed(0)
+    model = DualAttention(3, backbone="small", dim=8, dropout=0.0)
+    with torch.device("meta"):
+        assert count_parameters(DualAttention()) == 68_475_961 - 2_049_000  # Table VIII, less an unused classifier
+    images, masks = torch.randn(2, 1, 32, 32), torch.randint(0, 3, (2, 32, 32))
+    model.eval()
+    logits = model._logits(images, heads=3)
+    torch.testing.assert_close(model(images), logits[0])
+    expected = sum(nn.functional.cross_entropy(part, masks) for part in logits)
+    torch.testing.assert_close(model.training_loss((images, masks)), expected)
+    model.train().training_loss((images, masks)).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    last = model.trunk.features(images)
+    assert last[-1].shape[2:] == last[1].shape[2:]  # the last two stages keep the second's size
+
+
 # The authors' weights
+
+
+@pytest.mark.parametrize("form", ["bare", "DataParallel", "whole module"])
+def test_files_as_their_script_writes_them(form, tmp_path):
+    shapes = json.loads((Path(__file__).parent / "golden.json").read_text())["cases"][0]["shapes"]
+    state = {name: torch.zeros(()).expand(tuple(shape)) for name, shape in shapes.items()}
+    file = tmp_path / "Best_MS-Dual-Guided.pth"
+    if form == "whole module":
+        torch.save(nn.Linear(2, 2), file)
+        with pytest.raises(UserError, match="holds objects other than tensors"):
+            provenn.from_official("ms_guided_attention", file)
+        return
+    prefix = "module." if form == "DataParallel" else ""
+    torch.save({prefix + name: tensor for name, tensor in state.items()}, file)
+    model = provenn.from_official("ms_guided_attention", file)
+    assert isinstance(model, GuidedAttentionNet) and not any(p.any() for p in model.parameters())
 
 
 def test_other_weights_are_refused_in_a_line():

@@ -546,6 +546,36 @@ def test_parameters_of_the_ladder_are_matched_within_five_per_cent():
     ladder = [counts[name] for name in ("scales", "position", "channel", "dilated", "one step", "two steps", "guided")]
     assert max(ladder) < 1.05 * min(ladder)
     assert counts["semantic"] == counts["guided"] == counts["stronger"] and counts["unet"] < 1.05 * counts["guided"]
+    assert all(0.94 < count / counts["guided"] < 1.03 for count in counts.values()), counts
+
+
+def test_steps_of_guidance_differ_in_steps_and_supervision_alone():
+    from provenn.papers.ms_guided_attention.experiments import EXPERIMENTS
+
+    for deep, names in (
+        (True, ("scales", "guided 1", "guided", "guided 3", "guided 5")),
+        (False, ("scales single", "single 1", "single", "single 3", "single 5")),
+    ):
+        for steps, name in zip((0, 1, 2, 3, 5), names):
+            part = studies.VARIANTS[name][1]
+            model = studies.network(part)
+            assert model.deep_supervision is deep
+            if steps:
+                assert model.steps == steps == len(model.semantic)
+                widths = dict(part.options)["semantic_widths"]
+                assert widths == (2 * dict(part.options)["dim"], 4 * dict(part.options)["dim"])
+            else:
+                assert not len(model.semantic) and not dict(part.options)["parts"]
+    for steps in (0, 1, 3, 5):
+        contrast = EXPERIMENTS[f"supervision_{steps}"]
+        with_deep, without = (
+            dict(studies.VARIANTS[name][1].options) for (name,) in (contrast.systems, contrast.baselines)
+        )
+        assert (
+            without.pop("deep_supervision") is False
+            and with_deep.pop("deep_supervision", True)
+            and with_deep == without
+        )
 
 
 def test_a_map_that_is_predicted_from_the_next_one_costs_nothing_where_it_can_be():
@@ -559,8 +589,65 @@ def test_a_map_that_is_predicted_from_the_next_one_costs_nothing_where_it_can_be
     images = torch.randn(1, 1, 64, 64)
     levels = model.encoded(images)
     assert torch.equal(model.decoded(levels, (64, 64)), model(images))
-    exact = studies._Predicted(model, 0, torch.zeros(levels[1].shape[1] + 1, levels[0].shape[1]))
-    assert not torch.equal(exact(images), model(images))  # a map of zeros is another map
+    zeros = torch.zeros(levels[1].shape[1] + 1, levels[0].shape[1])
+    replaced = studies._predicted(levels, 0, zeros)
+    assert not replaced[0].any() and all(a is b for a, b in zip(replaced[1:], levels[1:]))
+    assert not torch.equal(model.decoded(replaced, (64, 64)), model(images))  # a map of zeros is another map
+
+
+def test_what_is_lost_by_prediction_is_the_mean_over_maps_of_what_each_costs():
+    """By one whole forward pass for each map and subject."""
+    data = studies.subjects(0, True)
+    for name, count in (("unet", 3), ("one skip", 1), ("two steps", 3)):
+        torch.manual_seed(1)
+        model = studies.network(studies.VARIANTS[name][1]).eval()
+        with torch.no_grad():
+            found = studies.lost_by_prediction(model, data)
+            train = torch.cat([Subjects(data.train.subjects, data.meta)[one][0][::4] for one in range(2)])
+            levels = model.encoded(train)
+            costs = []
+            for level in range(count):
+                weights = studies._linear(levels[level + 1], levels[level])
+                for images, masks in (data.test[0], data.test[1]):
+                    maps = model.encoded(images)
+                    ways = (maps, studies._predicted(maps, level, weights))
+                    soft = []
+                    for way in ways:
+                        likely = model.decoded(way, (64, 64)).softmax(1)[:, 1:]
+                        true = torch.nn.functional.one_hot(masks.long(), 4).permute(0, 3, 1, 2)[:, 1:]
+                        dice = 2 * (likely * true).sum((0, 2, 3)) / (likely + true).sum((0, 2, 3))
+                        soft.append(float(dice.mean()))
+                    costs.append(soft[0] - soft[1])
+        assert found == pytest.approx(np.mean(costs), abs=1e-5) and abs(found) > 1e-6, name
+    assert np.isnan(studies.lost_by_prediction(studies.network(studies.VARIANTS["danet"][1]), data))
+
+
+def test_a_network_is_judged_once_for_all_probes_and_anew_when_it_or_its_subjects_change(monkeypatch):
+    data, other = studies.subjects(0, True), studies.subjects(1, True)
+    model = studies.network(studies.VARIANTS["danet"][1]).eval()
+    calls = []
+    scores = type(TASK).scores
+    monkeypatch.setattr(type(TASK), "scores", lambda *given: calls.append(1) or scores(*given))
+    judging = studies.Judging()
+    with torch.no_grad():
+        first = judging.evaluate(model, data.test)
+        assert judging.evaluate(model, data.test) == first == TASK.evaluate(model, data.test) and len(calls) == 2
+        assert judging.evaluate(model, other.test) != first and len(calls) == 3
+        judging.evaluate(model, data.test)
+        for change in (lambda: model.heads[0][1].bias.add_(torch.tensor([9.0, 0, 0, 0])), model.train):
+            change()
+            before = len(calls)
+            judging.evaluate(model, data.test)
+            assert len(calls) == before + 1
+    assert BRAINS.of_task is studies.JUDGING and BRAINS.of_task.name == TASK.name
+
+
+def test_data_of_all_seeds_of_a_study_are_drawn_once():
+    """Six seeds, one of them for the rates, with three splits each."""
+    from provenn.papers.ms_guided_attention import task
+
+    for drawing in (task._drawn, studies._marked):
+        assert drawing.cache_info().maxsize >= 6 * 3
 
 
 def test_attention_on_its_own_class_is_measured_against_chance():

@@ -13,6 +13,7 @@ from provenn.nn.arguments import check_whole
 from provenn.nn.padding import mirror_pad
 from provenn.nn.resnet import BasicBlock, Bottleneck, Gate, ResNet
 from provenn.nn.segmentation import resize
+from provenn.ops.autograd import at_least_single
 from provenn.papers.ms_guided_attention.layers import (
     CAMS,
     Cam,
@@ -148,11 +149,11 @@ class GuidedAttentionNet(MultiScaleTrunk):
         between: put the mean squared difference of each attention module's input and output in the place of the
             semantic modules' terms, as in the ablation called "dist" (which pair is meant is inferred).
 
-    Shapes: (batch, in_channels, height, width) to (batch, num_classes, height, width), of any size. Sides that are no
-    multiple of twice the finest stride are continued by their mirror image, and cut again.
+    Shapes: (batch, in_channels, height, width) to (batch, num_classes, height, width), of any size above twice the
+    finest stride. Sides that are no multiple of it are continued by their mirror image, and cut again.
 
     Raises:
-        ValueError: a size below 1, or an unknown option.
+        ValueError: a size below 1, an unknown option, or images that are too small for the semantic modules.
     """
 
     def __init__(
@@ -219,6 +220,15 @@ class GuidedAttentionNet(MultiScaleTrunk):
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes height width"]:
         return self.decoded(self.encoded(x), x.shape[2:])
 
+    def encoded(self, x: Float[Tensor, "batch channels height width"]) -> list[Tensor]:
+        """The trunk's map of each stage, from fine to coarse."""
+        if len(self.semantic) and not torch.compiler.is_compiling() and min(x.shape[2:]) <= self.multiple:
+            raise ValueError(
+                f"semantic modules halve maps twice: expected sides of more than {self.multiple} pixels, got "
+                f"{x.shape[2]}×{x.shape[3]}"
+            )
+        return super().encoded(x)
+
     def decoded(self, levels: list[Tensor], size: Sequence[int]) -> Float[Tensor, "batch classes height width"]:
         """The logits from the trunk's map of each stage."""
         features, fused = self.scales(levels)
@@ -252,12 +262,12 @@ class GuidedAttentionNet(MultiScaleTrunk):
         outputs = self.outputs(images)
         terms = self.terms(outputs)
         alpha, beta, gamma = self.weights
-        entropy = sum(_cross_entropy(logits, masks.long()) for logits in outputs.logits)
+        entropy = sum(cross_entropy(logits, masks.long()) for logits in outputs.logits)
         return alpha * entropy + beta * terms["latent"] + gamma * terms["reconstruction"]
 
     def terms(self, outputs: Outputs) -> dict[str, Float[Tensor, ""]]:
         """The sums of the squared terms, by name: "latent" of neighbouring steps, and "reconstruction"."""
-        zero = outputs.logits[0].new_zeros((), dtype=torch.float32)
+        zero = at_least_single(outputs.logits[0].new_zeros(()))
         latent, reconstruction = zero, zero
         for step, scales in enumerate(outputs.guided):
             for scale, part in enumerate(scales):
@@ -294,11 +304,14 @@ class GuidedAttentionNet(MultiScaleTrunk):
         return steps
 
     def _distance(self, a: Tensor, b: Tensor) -> Tensor:
-        return F.mse_loss(a.float(), b.float(), reduction=self.reduction)
+        if not a.numel():  # a mean over no examples would be 0 / 0
+            return at_least_single(a - b).sum()
+        return F.mse_loss(at_least_single(a), at_least_single(b), reduction=self.reduction)
 
 
-def _cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
-    total = F.cross_entropy(logits.float(), masks, ignore_index=IGNORED, reduction="sum")
+def cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
+    """The mean over the pixels that are judged; 0 of a batch of which nothing is."""
+    total = F.cross_entropy(at_least_single(logits), masks, ignore_index=IGNORED, reduction="sum")
     # Not "mean": a batch of which nothing is judged would give 0 / 0.
     return total / (masks != IGNORED).sum().clamp_min(1)
 
@@ -355,7 +368,7 @@ class DeepAttentiveFeatures(MultiScaleTrunk):
     def training_loss(self, batch: Any) -> Float[Tensor, ""]:
         """The sum of the cross-entropies of all eight predictions."""
         images, masks = batch
-        losses = [_cross_entropy(logits, masks.long()) for logits in self._logits(images)]
+        losses = [cross_entropy(logits, masks.long()) for logits in self._logits(images)]
         return torch.stack(losses).sum()
 
     def _logits(self, x: Tensor) -> list[Tensor]:

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 
 from provenn.papers.ms_guided_attention.layers import PositionAttention
 from provenn.papers.ms_guided_attention.model import IGNORED, DeepAttentiveFeatures, GuidedAttentionNet
 from provenn.papers.ms_guided_attention.rivals import DualAttention, UNet
-from provenn.papers.ms_guided_attention.task import TASK, Slices, Subjects, drawn
+from provenn.papers.ms_guided_attention.task import Slices, Subjects, VolumeSegmentation, drawn
 from provenn.papers.ms_guided_attention.task.brains import SIDE, draw_subjects
 from provenn.papers.ms_guided_attention.task.subjects import Labelled
 from provenn.tasks import TaskData, fingerprint
@@ -74,6 +75,19 @@ VARIANTS: Mapping[str, tuple[str, Variant]] = {
     "guided": ("guided", guided()),
     "stronger": ("guided, losses × 4", guided(weights=(1.0, 1.0, 0.4))),
     "single": ("guided, no deep supervision", guided(deep_supervision=False)),
+    # Steps of guided attention, with and without deep supervision, each of 0.69 to 0.71 million parameters
+    "scales single": ("scales alone, no deep supervision", unguided(parts=(), deep_supervision=False)),
+    **{
+        name: (label, guided(dim=dim, semantic_widths=(2 * dim, 4 * dim), steps=steps, deep_supervision=deep))
+        for steps, dim, word in ((1, 22, "one step"), (3, 13, "three steps"), (5, 10, "five steps"))
+        for name, label, deep in (
+            (f"guided {steps}", f"guided, {word}", True),
+            (f"single {steps}", f"guided, {word}, no deep supervision", False),
+        )
+    },
+    # The other readings of the loss and of channel attention
+    "sums": ("guided, sums", guided(reduction="sum")),
+    "max minus": ("guided, maximum minus energy", guided(cam="max_minus")),
     # What the paper compares with
     "features": ("DAF", Variant("features", (("dim", 37),))),
     "unet": ("U-Net, Dice loss", Variant("unet", (("depth", 4), ("dice", 1.0), ("norm", True), ("width", 19)))),
@@ -109,23 +123,30 @@ def lost_by_prediction(model: nn.Module, data: TaskData) -> float:
         return float("nan")
     seen, judged = (Subjects(part.subjects[:LOOKED_AT], data.meta) for part in (train, test))
     levels = model.encoded(torch.cat([seen[one][0][::4] for one in range(min(2, len(seen)))]))
-    whole, lost = _soft(model, judged), []
-    for level in range(model.skips if isinstance(model, UNet) else 3):
-        weights = _linear(levels[level + 1], levels[level])
-        lost.append(whole - _soft(_Predicted(model, level, weights), judged))
-    return float(np.mean(lost))
+    predicted = range(model.skips if isinstance(model, UNet) else 3)
+    fits = [_linear(levels[level + 1], levels[level]) for level in predicted]
+    soft = np.mean([_soft(model, fits, *judged[index]) for index in range(len(judged))], 0)
+    return float(np.mean(soft[0] - soft[1:]))
 
 
-def _soft(model: nn.Module, data: Subjects) -> float:
-    """The mean over subjects and classes of 2Σpq / (Σp + Σq)."""
+def _soft(model: Any, fits: list[Tensor], images: Tensor, masks: Tensor) -> list[float]:
+    """2Σpq / (Σp + Σq), the mean over classes: of a subject, and with each finer map predicted by its fit.
+
+    What the network makes of a slice before its maps are replaced is the same for all, and computed once.
+    """
+    likely: list[list[Tensor]] = [[] for _ in range(1 + len(fits))]
+    for part in images.split(8):
+        levels = model.encoded(part)
+        ways = [levels, *(_predicted(levels, level, weights) for level, weights in enumerate(fits))]
+        for found, maps in zip(likely, ways, strict=True):
+            found.append(model.decoded(maps, part.shape[2:]).softmax(1).detach())
+    true = F.one_hot(masks.long(), likely[0][0].shape[1]).permute(0, 3, 1, 2)[:, 1:]
     values = []
-    for index in range(len(data)):
-        images, masks = data[index]
-        likely = torch.cat([model(part).softmax(1) for part in images.split(8)])[:, 1:]
-        true = F.one_hot(masks.long(), likely.shape[1] + 1).permute(0, 3, 1, 2)[:, 1:]
-        both, sums = (likely * true).sum((0, 2, 3)), (likely + true).sum((0, 2, 3))
+    for found in likely:
+        share = torch.cat(found)[:, 1:]
+        both, sums = (share * true).sum((0, 2, 3)), (share + true).sum((0, 2, 3))
         values.append(float((2 * both / sums).mean()))
-    return float(np.mean(values))
+    return values
 
 
 def _linear(coarse: Tensor, fine: Tensor) -> Tensor:
@@ -144,19 +165,12 @@ def _pairs(coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([x, torch.ones(len(x), 1)], 1), fine.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-class _Predicted(nn.Module):
-    """A network one of whose maps is predicted from the next coarser one."""
-
-    def __init__(self, model: Any, level: int, weights: Tensor):
-        super().__init__()
-        self.model, self.level, self.linear = model, level, weights
-
-    def forward(self, x: Tensor) -> Tensor:
-        levels = self.model.encoded(x)
-        seen, _ = _pairs(levels[self.level + 1], levels[self.level])
-        batch, _, height, width = levels[self.level].shape
-        levels[self.level] = (seen @ self.linear).view(batch, height, width, -1).permute(0, 3, 1, 2)
-        return self.model.decoded(levels, x.shape[2:])
+def _predicted(levels: list[Tensor], level: int, weights: Tensor) -> list[Tensor]:
+    """The maps of a network, one of them predicted from the next coarser one."""
+    seen, _ = _pairs(levels[level + 1], levels[level])
+    batch, _, height, width = levels[level].shape
+    map_ = (seen @ weights).view(batch, height, width, -1).permute(0, 3, 1, 2)
+    return [*levels[:level], map_, *levels[level + 1 :]]
 
 
 def on_own_class(model: nn.Module, data: TaskData) -> float:
@@ -191,16 +205,30 @@ def on_own_class(model: nn.Module, data: TaskData) -> float:
     return float(np.mean(gains))
 
 
-_JUDGED: WeakKeyDictionary[nn.Module, tuple[str, dict[str, float]]] = WeakKeyDictionary()
+class Judging(VolumeSegmentation):
+    """The task, which remembers how it judged a network: probes ask for what the training judged a moment before."""
+
+    def __init__(self) -> None:
+        self.latest: WeakKeyDictionary[nn.Module, tuple[Any, dict[str, float]]] = WeakKeyDictionary()
+
+    def evaluate(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> dict[str, float]:
+        """As in `Task`; what neither weights nor subjects changed of is not predicted again."""
+        subjects: Subjects = dataset  # type: ignore[assignment]  # a data set of this task
+        state = [(id(tensor), tensor._version) for tensor in model.state_dict(keep_vars=True).values()]
+        key = ([id(one) for one in subjects.subjects], subjects.meta, state, model.training)
+        known, metrics = self.latest.get(model, (None, {}))
+        if known != key:
+            metrics = super().evaluate(model, dataset, batch_size)
+            self.latest[model] = key, metrics
+        return dict(metrics)
+
+
+JUDGING = Judging()
 
 
 def judged(name: str, model: nn.Module, data: TaskData) -> float:
     """A further metric of the task on the test subjects; they are predicted once for all of these."""
-    of, scores = _JUDGED.get(model, ("", {}))
-    if of != data.fingerprint:
-        scores = TASK.evaluate(model, data.test)
-        _JUDGED[model] = data.fingerprint, scores
-    return scores[name]
+    return JUDGING.evaluate(model, data.test)[name]
 
 
 PROBES: Mapping[str, Callable[[nn.Module, TaskData], float]] = {
@@ -245,7 +273,7 @@ def marked(seed: int, smoke: bool) -> TaskData:
     )
 
 
-@lru_cache(maxsize=16)  # a study asks for them once a trial
+@lru_cache(maxsize=64)  # a study asks for them once a trial: three splits of each seed
 def _marked(split: str, count: int, seed: int) -> tuple[Labelled, ...]:
     made = []
     for index, subject in enumerate(draw_subjects(split, count, seed)):

@@ -54,6 +54,7 @@ FRAME = 256  # pixels of a slice in training, as in the paper
 ANGLE = 30.0  # degrees
 AUGMENTATIONS = ("released", "mirror", "none")
 BATCH = 8  # slices at a time in prediction
+SMALLEST = 16  # pixels a side that every network takes
 MEASURES = ("dice", "volume_similarity", "mean_distance", "surface_distance", "hausdorff_95")
 NOTICE = "Not a medical device: no use in diagnosis."
 PIXELS, BLURS = 60_000, (1.0, 2.0, 4.0)  # of the dummy baseline: voxels it is fitted to, and widths in pixels
@@ -86,6 +87,7 @@ class VolumeSegmentation(Task):
         size: int | None = None,
         augmentation: str | None = None,
         val_share: float = CUT,
+        test_share: float | None = None,
         channels: int = 1,
     ) -> TaskData:
         """The drawn subjects, or a folder in a layout of `find_subjects`.
@@ -98,6 +100,7 @@ class VolumeSegmentation(Task):
             augmentation: "released" mirrors up and down, left and right, and turns to ±30°, each one time in two;
                 "mirror" is left and right alone, "none" nothing. Default: "released", of "brains" "mirror".
             val_share: of the subjects of `train`, what is cut from them for each missing split.
+            test_share: the same for the test split alone; `val_share` by default.
             channels: images a voxel, such as the 4 sequences of the decathlon's brains.
         """
         named = self._named(source)
@@ -109,11 +112,12 @@ class VolumeSegmentation(Task):
         if isinstance(named, str):
             if size not in (None, SIDE) or channels != 1:
                 raise UserError(f"slices of {named} are {SIDE}×{SIDE} pixels of one image: leave size and channels out")
+            if val_share != CUT or test_share is not None:
+                raise UserError(f"{named} has splits of its own: leave val_share and test_share out")
             return drawn(seed, COUNTS, augmentation)
-        check_share(val_share)
         if not 1 <= channels <= 64:
             raise UserError(f"channels must be from 1 to 64, got {channels}")
-        return _folder(named, seed, size or FRAME, augmentation, val_share, channels)
+        return _folder(named, seed, size or FRAME, augmentation, (val_share, test_share), channels)
 
     def loss(self, model: nn.Module, batch: Sequence[Tensor]) -> Float[Tensor, ""]:
         """Cross-entropy, and soft Dice times `model.dice` where a model has that; of slices, or of whole subjects."""
@@ -166,6 +170,7 @@ class VolumeSegmentation(Task):
         seed: int = 0,
         whole: bool = True,
         val_share: float = CUT,
+        test_share: float | None = None,
     ) -> HeldOut:
         """As in `Task`; volumes are judged whole, at their own size."""
         named = self._named(source)
@@ -177,9 +182,8 @@ class VolumeSegmentation(Task):
                 )
             test = _drawn("test", COUNTS["test"], seed)
             return HeldOut(Subjects(test, meta), f"the test split of {named}, whole volumes")
-        check_share(val_share)
         splits = find_subjects(named)
-        splits = splits if whole else with_splits(named, splits, seed, val_share)
+        splits = splits if whole else with_splits(named, splits, seed, *_shares(val_share, test_share))
         split = next(name for name in ("test", "val", "train") if name in splits)
         which = "all" if split == "train" else f"the {split} split"
         subjects = [
@@ -377,12 +381,16 @@ def soft_dice(logits: Float[Tensor, "batch classes h w"], masks: Tensor) -> Floa
 def predict_slices(
     model: nn.Module, slices: Float[np.ndarray, "slices channels h w"], meta: dict[str, Any], batch_size: int
 ) -> UInt8[np.ndarray, "slices h w"]:
-    """The likeliest class of every voxel, slice by slice."""
+    """The likeliest class of every voxel, slice by slice; small slices are continued by their mirror image."""
+    rows, columns = slices.shape[2:]
+    missing = [max(0, SMALLEST - side) for side in (rows, columns)]
+    if any(missing):
+        slices = np.pad(slices, ((0, 0), (0, 0), (0, missing[0]), (0, missing[1])), "symmetric")
     labels = []
     for start in range(0, len(slices), batch_size):
         part = torch.from_numpy(np.ascontiguousarray(slices[start : start + batch_size])).float()
         logits = full_logits(model, standardise(part, meta).to(device_of(model)))
-        labels.append(logits.argmax(1).to(torch.uint8).cpu().numpy())
+        labels.append(logits.argmax(1)[:, :rows, :columns].to(torch.uint8).cpu().numpy())
     return np.concatenate(labels)
 
 
@@ -403,7 +411,7 @@ def of_subjects(values: Float[np.ndarray, "subjects classes"]) -> Float[np.ndarr
     return np.where(there, values, 0).sum(1)[counts > 0] / counts[counts > 0]
 
 
-@lru_cache(maxsize=8)  # a study asks for them once a trial
+@lru_cache(maxsize=64)  # a study asks for them once a trial: three splits of each seed
 def _drawn(split: str, count: int, seed: int) -> tuple[Labelled, ...]:
     return tuple(
         Labelled(f"{split} {index}", subject.image[:, None], subject.mask, subject.spacing)
@@ -437,8 +445,17 @@ def drawn(seed: int, counts: dict[str, int], augmentation: str) -> TaskData:
     )
 
 
-def _folder(root: Path, seed: int, size: int, augmentation: str, share: float, channels: int) -> TaskData:
-    splits = with_splits(root, find_subjects(root), seed, share)
+def _shares(val_share: float, test_share: float | None) -> tuple[float, float | None]:
+    check_share(val_share)
+    if test_share is not None and not 0 < test_share <= 0.25:
+        raise UserError(f"test_share must be more than 0 and at most 0.25, got {test_share}")
+    return val_share, test_share
+
+
+def _folder(
+    root: Path, seed: int, size: int, augmentation: str, shares: tuple[float, float | None], channels: int
+) -> TaskData:
+    splits = with_splits(root, find_subjects(root), seed, *_shares(*shares))
     values, names = read_classes(root, [source for part in splits.values() for source in part])
     read = {split: _in_memory(part, values, channels) for split, part in splits.items()}
     if not any((subject.mask != IGNORED).any() for subject in read["train"]):

@@ -1,5 +1,6 @@
 """Subjects with labels in the layouts that people keep them in, split by subject."""
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,18 +23,33 @@ from provenn.papers.ms_guided_attention.task.volumes import (
     read_dicom,
     read_nifti,
     read_pictures,
+    read_sequences,
     stem_of,
     turned_slices,
 )
 from provenn.tasks import split_indices
 
-IMAGES = ("images", "imagesTr", "Img", "img")  # folders of images, and of labels, as they are called
-LABELS = ("labels", "labelsTr", "masks", "GT", "gt")
+# Folders of images, and of labels, as they are called
+IMAGES = ("images", "imagesTr", "Img", "img", "Training dataset")
+LABELS = ("labels", "labelsTr", "masks", "GT", "gt", "Ground truth")
 PARTS = {"train": ("train", "training"), "val": ("val", "validation"), "test": ("test", "testing")}
 SLICE = re.compile(r"(.+?)[_-]?(?:slice)?[_-]?(\d+)$")  # Subj_21slice_22, patient3_007
 AROUND = re.compile(r"[-_](label|labels|seg|mask|gt)$", re.IGNORECASE)  # training_axial_crop_pat0-label
+SEQUENCES = ("flair", "t1", "t1ce", "t2")  # of BraTS, in the order in which the decathlon has them
+OF_BRATS = re.compile(r"(.+)_seg$")
+# What public sets call their classes, where their files do not say: by a mark in the path of a subject's image.
+KNOWN = (
+    (
+        re.compile(r"/MR/[^/]+/T[12]"),
+        {0: "background", 63: "liver", 126: "right kidney", 189: "left kidney", 252: "spleen"},
+    ),
+    (re.compile(r"/CT/[^/]+/DICOM_anon"), {0: "background", 255: "liver"}),
+    (re.compile(r"axial_?(crop|full)?_pat\d"), {0: "background", 1: "myocardium", 2: "blood pool"}),
+    (re.compile(r"Brats\d\d_"), {0: "background", 1: "necrotic core", 2: "oedema", 4: "enhancing tumour"}),
+)
 Splits = dict[str, list["Source"]]
-CLASSES = "classes.txt"
+MOST = 2**24  # what label files hold to the digit in single precision
+CLASSES, DESCRIPTION = "classes.txt", "dataset.json"
 
 
 @dataclass(frozen=True)
@@ -42,7 +58,7 @@ class Source:
 
     Args:
         name: of the subject.
-        image: a NIfTI file, a folder of DICOM slices, or pictures of slices.
+        image: NIfTI files, one or one for each sequence, a series of DICOM slices, or pictures of slices.
         labels: a NIfTI file, or pictures of slices.
     """
 
@@ -73,7 +89,10 @@ def find_subjects(root: Path) -> Splits:
 
     - `images/` and `labels/` (also `imagesTr` and `labelsTr`, `Img` and `GT`) of NIfTI files of the same names, or of
       pictures of slices called by subject and number, such as `Subj_21slice_22.png`.
-    - One folder of NIfTI files, of which the labels end in `-label` (HVSMR).
+    - One folder of NIfTI files, of which the labels end in `-label`, or two, `Training dataset` and `Ground truth`
+      (HVSMR).
+    - A folder a subject with a NIfTI file for each sequence and one of labels, `…_flair`, `…_t1`, `…_t1ce`, `…_t2` and
+      `…_seg`, at any depth (BraTS 2018).
     - A folder a subject with `DICOM_anon` and `Ground` somewhere in it (CHAOS; of two phases `InPhase`).
 
     Raises:
@@ -102,19 +121,20 @@ def _in_folder(folder: Path) -> list[Source]:
     if pair[0] is not None and pair[1] is not None:
         found = _paired_folders(pair[0], pair[1])
     else:
-        found = _paired_names(folder) or _chaos(folder)
+        found = _paired_names(folder) or _chaos(folder) or _brats(folder)
     if not found:
         raise UserError(
             f"{folder} holds no subjects: expected images/ and labels/ of NIfTI files or of slices, NIfTI files with "
-            "their …-label.nii.gz, or folders of subjects with DICOM_anon and Ground"
+            "their …-label.nii.gz, folders of subjects with DICOM_anon and Ground, or with …_flair.nii.gz and "
+            "…_seg.nii.gz"
         )
     return sorted(found, key=lambda subject: natural(Path(subject.name)))
 
 
 def _paired_folders(images: Path, labels: Path) -> list[Source]:
-    volumes = [file for file in sorted(images.iterdir()) if is_nifti(file) and not file.name.startswith(".")]
+    volumes = _niftis(images)
     if volumes:
-        truth = {AROUND.sub("", stem_of(file)): file for file in labels.iterdir() if is_nifti(file)}
+        truth = {AROUND.sub("", stem_of(file)): file for file in _niftis(labels)}
         sources = []
         for file in volumes:
             name = re.sub(r"_0000$", "", stem_of(file))  # nnU-Net counts the channels of a file's name
@@ -142,8 +162,13 @@ def _stacks(images: Sequence[Path], labels: Sequence[Path], folder: Path) -> lis
     ]
 
 
+def _niftis(folder: Path) -> list[Path]:
+    """The NIfTI files of a folder, without the hidden ones that archives of the decathlon bring."""
+    return [file for file in sorted(folder.iterdir()) if is_nifti(file) and not file.name.startswith(".")]
+
+
 def _paired_names(folder: Path) -> list[Source]:
-    volumes = {stem_of(file): file for file in sorted(folder.iterdir()) if is_nifti(file)}
+    volumes = {stem_of(file): file for file in _niftis(folder)}
     labels = {AROUND.sub("", name): file for name, file in volumes.items() if AROUND.search(name)}
     images = {name: file for name, file in volumes.items() if not AROUND.search(name)}
     alone = next((file for name, file in images.items() if name not in labels), None)
@@ -160,13 +185,35 @@ def _chaos(folder: Path) -> list[Source]:
 
     found = sorted(folder.rglob("Ground"))
     grounds = [ground for ground in found if "T2SPIR" not in ground.parts or twin(ground) not in found]
-    sources = []
+    sources: dict[str, Source] = {}
     for ground in grounds:
         images = ground.parent / "DICOM_anon"
         images = images / "InPhase" if (images / "InPhase").is_dir() else images
         slices = dicom_slices(images) if images.is_dir() else []
+        subject = ground.parent.parent if ground.parent.name in ("T1DUAL", "T2SPIR") else ground.parent
+        if slices and subject.name in sources:
+            twice = [sources[subject.name].image[0].parent, images]
+            raise UserError(
+                f"{folder} holds the subject {subject.name} twice, in {twice[0]} and {twice[1]}: give CT or MR alone"
+            )
         if slices:
-            sources.append(Source(ground.relative_to(folder).parts[0], tuple(slices), tuple(images_in(ground))))
+            sources[subject.name] = Source(subject.name, tuple(slices), tuple(images_in(ground)))
+    return list(sources.values())
+
+
+def _brats(folder: Path) -> list[Source]:
+    """Subjects of BraTS 2018: four sequences and a segmentation, below HGG and LGG or beside each other."""
+    sources = []
+    for labels in sorted(folder.rglob("*_seg.nii*")):
+        match = OF_BRATS.match(stem_of(labels))
+        if match is None or not is_nifti(labels) or labels.name.startswith("."):
+            continue
+        beside = {stem_of(file): file for file in _niftis(labels.parent)}
+        names = [f"{match[1]}_{sequence}" for sequence in SEQUENCES]
+        missing = next((name for name in names if name not in beside), None)
+        if missing is not None:
+            raise UserError(f"{labels} lacks a sequence: expected {missing}.nii.gz beside it")
+        sources.append(Source(match[1], tuple(beside[name] for name in names), (labels,)))
     return sources
 
 
@@ -183,7 +230,7 @@ def read_subject(source: Source, values: Sequence[int], channels: int = 1) -> La
     """
     first = source.image[0]
     if is_nifti(first):
-        volume = read_nifti(first, channels)
+        volume = read_sequences(source.image, channels)
     elif first.suffix.lower() in SUFFIXES:
         volume = read_pictures(first.parent, source.image, channels)
     else:
@@ -263,8 +310,16 @@ def _by_slice(labels: Sequence[Path], volume: Volume) -> list[Path]:
     return [files[index] for index in range(len(labels))]
 
 
-def with_splits(root: Path, splits: Splits, seed: int, share: float) -> Splits:
-    """The same, and what of train, val and test is missing cut from `train`, by subject."""
+def with_splits(root: Path, splits: Splits, seed: int, share: float, test_share: float | None = None) -> Splits:
+    """The same, and what of train, val and test is missing cut from `train`, by subject.
+
+    Args:
+        root: the folder, for messages.
+        splits: what it holds.
+        seed: of the drawing.
+        share: of the training subjects, what is cut from them for each missing split.
+        test_share: the same for the test split alone; `share` by default.
+    """
     if "train" not in splits:
         raise UserError(f"{root} holds {next(iter(splits))!r} but no subjects to train on")
     splits = dict(splits)
@@ -275,15 +330,20 @@ def with_splits(root: Path, splits: Splits, seed: int, share: float) -> Splits:
     if len(subjects) <= len(missing):
         raise UserError(f"{root}: {len(subjects)} subjects are too few: {' and '.join(missing)} are cut from them")
     order = split_indices(len(subjects), (1.0,), seed)[0]
-    count = min(max(1, round(share * len(subjects))), (len(subjects) - 1) // max(1, len(missing)))
+    shares = {"val": share, "test": share if test_share is None else test_share}
+    most = (len(subjects) - 1) // max(1, len(missing))
     for split in missing:
+        count = min(max(1, round(shares[split] * len(subjects))), most)
         splits[split] = [subjects[order.pop()] for _ in range(count)]
     splits["train"] = [subjects[index] for index in sorted(order)]
     return splits
 
 
 def read_classes(root: Path, sources: Iterable[Source]) -> tuple[list[int], list[str]]:
-    """What classes are called in the labels, and their names: of `classes.txt`, or all values that occur.
+    """What classes are called in the labels, and their names.
+
+    They stand in `classes.txt`, or under "labels" in the decathlon's `dataset.json`. Else they are all values that
+    occur, by the names that a public set gives them.
 
     Raises:
         UserError: lines that are no value and name, or more than 255 values.
@@ -295,15 +355,19 @@ def read_classes(root: Path, sources: Iterable[Source]) -> tuple[list[int], list
             if not line.strip():
                 continue
             value, _, name = line.strip().partition(" ")
-            if not value.lstrip("-").isdecimal() or int(value) in values:
+            if not value.lstrip("-").isdecimal() or int(value) in values or abs(int(value)) >= MOST:
                 raise UserError(f"{file}, line {number}: expected a value of its own and a name, got {line!r}")
             values.append(int(value))
             names.append(name.strip() or f"class {value}")
         if len(values) < 2:
             raise UserError(f"{file}: {len(values)} classes; there are two or more, the background first")
         return values, names
+    sources = list(sources)
+    described = _described(root / DESCRIPTION)
+    if described is not None:
+        return list(described), list(described.values())
     seen: set[int] = set()
-    for source in progress.track(list(sources), "reading labels"):
+    for source in progress.track(sources, "reading labels"):
         seen |= set(_values_of(source))
         if len(seen) > IGNORED:
             raise UserError(f"{source.labels[0]}: more than {IGNORED} values: are these labels?")
@@ -312,7 +376,33 @@ def read_classes(root: Path, sources: Iterable[Source]) -> tuple[list[int], list
     values = sorted(seen)
     if len(values) < 2:
         raise UserError(f"{root}: the labels hold {len(values)} value(s); segmentation needs two or more")
-    return values, ["background" if value == 0 else f"class {value}" for value in values]
+    names = _known_names(sources)
+    return values, [names.get(value, "background" if value == 0 else f"class {value}") for value in values]
+
+
+def _known_names(sources: Sequence[Source]) -> dict[int, str]:
+    """What the classes of a public set are called; nothing where not all subjects are of one."""
+    for mark, names in KNOWN:
+        if sources and all(source.image and mark.search(source.image[0].as_posix()) for source in sources):
+            return names
+    return {}
+
+
+def _described(file: Path) -> dict[int, str] | None:
+    """Values and names from the decathlon's `dataset.json`, or nnU-Net's, which has them the other way round."""
+    if not file.is_file():
+        return None
+    try:
+        labels = json.loads(read_text(file))["labels"]
+        pairs = [(value, key) if isinstance(value, int) else (int(key), value) for key, value in labels.items()]
+        named = {value: str(name) for value, name in sorted(pairs)}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f'{file}: expected "labels" with a value and a name each, such as {{"0": "background", "1": "edema"}}'
+        ) from None
+    if len(named) < 2 or len(named) < len(pairs):
+        raise UserError(f"{file}: expected two classes or more, each of a value of its own, got {labels}")
+    return named
 
 
 def _values_of(source: Source) -> list[int]:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,11 @@ from provenn.data.masks import palette, write_mask
 
 NIFTI, DICOM = (".nii", ".nii.gz"), (".dcm", ".dicom", ".ima")
 UNEVEN = 0.1  # of the distance between slices, that they may differ by
+WHOLE, FLAT, ALIKE = (
+    1e-3,
+    1e-3,
+    1e-3,
+)  # how far a label is from a whole number, a volume of three unit axes, and cosines
 Affine = np.ndarray  # 4 × 4, from indices to millimetres, axes pointing right, forward and up
 
 
@@ -33,6 +38,7 @@ class Volume:
         turned: how the file's axes became (columns, rows, slices), as nibabel has it; None of pictures.
         header: of a NIfTI file.
         names: of the slices, where they are files of their own, in the file's order.
+        placed: whether the file says where it lies; without, `affine` is of its voxels' sizes alone.
     """
 
     file: Path
@@ -42,6 +48,7 @@ class Volume:
     turned: np.ndarray | None = None
     header: Any = None
     names: tuple[str, ...] = field(default=())
+    placed: bool = True
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -114,9 +121,11 @@ def read_nifti(file: Path, channels: int = 1, *, labels: bool = False) -> Volume
     try:
         with progress.quiet_loggers("nibabel.global"):
             image = nibabel.load(file)
+            if image.get_data_dtype().kind not in "biuf":
+                raise ValueError(f"its voxels are {_spoken(image.get_data_dtype())}, expected one number each")
             values = np.asarray(image.get_fdata(dtype=np.float32))
     except Exception as error:  # nibabel raises of many kinds
-        raise UserError(f"{file} cannot be read as NIfTI: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{file} cannot be read as NIfTI: {_in_short(error)}") from None
     if values.ndim == 4 and values.shape[3] == 1:
         values = values[..., 0]
     if values.ndim not in (3, 4) or 0 in values.shape:
@@ -128,12 +137,37 @@ def read_nifti(file: Path, channels: int = 1, *, labels: bool = False) -> Volume
         raise UserError(f"{file} holds {count} image(s) a voxel; the network takes {channels}")
     if not np.isfinite(values).all():
         raise UserError(f"{file} holds numbers that are not finite")
+    if labels and np.abs(values - np.rint(values)).max() > WHOLE:
+        odd = values.flat[int(np.abs(values - np.rint(values)).argmax())]
+        raise UserError(f"{file} holds {odd:g}: labels are whole numbers; was it resampled, or is it no label volume?")
     known = image.affine is not None and _placed(image.header)
     if not known and not labels:
         progress.say(f"{file} does not say where it lies: its slices are taken as they stand, along the last dimension")
-    affine = np.asarray(image.affine if known else np.diag([1, -1, 1, 1]), float)
+    if known:
+        affine = np.asarray(image.affine, float)
+    else:  # only how large its voxels are
+        sizes = np.abs(np.asarray(image.header.get_zooms()[:3], float))
+        affine = np.diag([*np.where((sizes > 0) & np.isfinite(sizes), sizes, 1.0) * (1, -1, 1), 1.0])
     parts = [values[..., index] for index in range(count)] if values.ndim == 4 else [values]
-    return _oriented(file, parts, affine, header=image.header, labels=labels)
+    return replace(_oriented(file, parts, affine, labels=labels), header=image.header, placed=known)
+
+
+def read_sequences(files: Sequence[Path], channels: int = 1) -> Volume:
+    """A volume of several NIfTI files, an image a voxel each, such as the sequences of BraTS.
+
+    Raises:
+        UserError: another number of them than `channels`, or files that do not lie in one place.
+    """
+    if len(files) == 1:
+        return read_nifti(files[0], channels)
+    if len(files) != channels:
+        raise UserError(f"{files[0].parent} holds {len(files)} image(s) a voxel; the network takes {channels}")
+    parts = [read_nifti(file) for file in files]
+    first = parts[0]
+    for file, part in zip(files[1:], parts[1:]):
+        if part.shape != first.shape or not np.allclose(axial_affine(part), axial_affine(first), atol=1e-2):
+            raise UserError(f"{file} does not lie where {files[0].name} does: sequences of a subject share one grid")
+    return replace(first, file=files[0].parent, slices=np.concatenate([part.slices for part in parts], 1))
 
 
 def _placed(header: Any) -> bool:
@@ -149,24 +183,28 @@ def _oriented(
     parts: Sequence[np.ndarray],
     affine: Affine,
     *,
-    header: Any = None,
     labels: bool = False,
     names: Sequence[str] = (),
 ) -> Volume:
     """A volume from arrays of a file, each scaled by itself."""
     from nibabel import orientations
 
+    if not np.isfinite(affine).all():
+        raise UserError(f"{file}: its affine holds numbers that are not finite")
+    axes = np.linalg.norm(affine[:3, :3], axis=0)
+    if not (axes > 0).all():
+        raise UserError(f"{file}: its affine has an axis of length 0")
+    if abs(np.linalg.det(affine[:3, :3] / axes)) < FLAT:
+        raise UserError(f"{file}: two axes of its affine point the same way")
     turned = orientations.io_orientation(affine)
     if np.isnan(turned).any():
-        raise UserError(f"{file}: its affine has an axis of length 0")
+        raise UserError(f"{file}: its affine does not say which way each axis points")
     planes = [_to_slices(orientations.apply_orientation(part, turned)) for part in parts]
     slices = np.stack([plane if labels else scaled(plane) for plane in planes], 1).astype(np.float32)
-    lengths = np.linalg.norm(affine[:3, :3], axis=0)
     along = np.empty(3)
-    along[turned[:, 0].astype(int)] = lengths  # right, forward, up
-    return Volume(
-        file, np.ascontiguousarray(slices), (along[2], along[1], along[0]), affine, turned, header, tuple(names)
-    )
+    along[turned[:, 0].astype(int)] = axes  # right, forward, up
+    right, forward, up = along.tolist()
+    return Volume(file, np.ascontiguousarray(slices), (up, forward, right), affine, turned, names=tuple(names))
 
 
 def scaled(image: np.ndarray) -> Float32[np.ndarray, "..."]:
@@ -215,7 +253,7 @@ def dicom_slices(folder: Path) -> list[Path]:
     """Files of a folder that are DICOM by their ending, or by the mark after their first 128 bytes."""
     found = []
     for file in sorted(folder.iterdir()):
-        if not file.is_file() or file.name.startswith("."):
+        if not file.is_file() or file.name.startswith(".") or file.name.upper() == "DICOMDIR":  # a disc's contents
             continue
         if file.suffix.lower() in DICOM or (not file.suffix and _is_dicom(file)):
             found.append(file)
@@ -241,36 +279,95 @@ def read_dicom(given: Path, files: Sequence[Path], channels: int = 1) -> Volume:
         check_file(file)
         try:
             part = pydicom.dcmread(file)
-            pixels = part.pixel_array.astype(np.float32)
         except Exception as error:  # pydicom raises of many kinds
-            raise UserError(f"{file} cannot be read as DICOM: {' '.join(str(error).split())[:200]}") from None
-        if pixels.ndim != 2:
-            raise UserError(f"{file} holds an image of shape {pixels.shape}: expected one grey slice")
-        pixels = pixels * float(getattr(part, "RescaleSlope", 1)) + float(getattr(part, "RescaleIntercept", 0))
-        slices.append((file, part, pixels))
+            raise UserError(f"{file} cannot be read as DICOM: {_in_short(error)}") from None
+        slices.append((file, part, _pixels(file, part)))
     series = {str(getattr(part, "SeriesInstanceUID", "")): part for _, part, _ in slices}
-    if len(series) > 1:
+    if len(series) == len(slices) > 2 and len({_sequence(part) for _, part, _ in slices}) == 1:
+        # CHAOS and some scanners give each slice a series of its own; places and sizes are checked below.
+        progress.say(f"{given}: each of {len(slices)} slices calls itself a series; they are taken as one")
+    elif len(series) > 1:
         named = ", ".join(str(getattr(part, "SeriesDescription", uid)) for uid, part in list(series.items())[:5])
         raise UserError(f"{given} holds {len(series)} series ({named}): give each a folder of its own")
     try:
-        rows = np.array([float(x) for x in slices[0][1].ImageOrientationPatient])
+        turns = np.array([[float(x) for x in part.ImageOrientationPatient] for _, part, _ in slices])
         places = np.array([[float(x) for x in part.ImagePositionPatient] for _, part, _ in slices])
-        between = [float(x) for x in slices[0][1].PixelSpacing]
+        spacings = np.array([[float(x) for x in part.PixelSpacing] for _, part, _ in slices])
     except (AttributeError, TypeError, ValueError):
         raise UserError(f"{given}: its slices do not say where they lie (position, orientation, spacing)") from None
+    if turns.shape[1:] != (6,) or places.shape[1:] != (3,) or spacings.shape[1:] != (2,):
+        raise UserError(f"{given}: its slices do not say where they lie (position, orientation, spacing)")
+    if not (np.isfinite(turns).all() and np.isfinite(places).all() and np.isfinite(spacings).all()):
+        raise UserError(f"{given}: positions, orientations or spacings of its slices are not finite")
     if len({pixels.shape for _, _, pixels in slices}) > 1:
         raise UserError(f"{given}: its slices have different sizes")
+    for name, found in (("orientation", turns), ("spacing", spacings)):
+        odd = int(np.abs(found - found[0]).max(1).argmax())
+        if np.abs(found[odd] - found[0]).max() > ALIKE:
+            raise UserError(
+                f"{slices[odd][0]} has the {name} {_listed(found[odd])}, {slices[0][0].name} {_listed(found[0])}: "
+                f"slices of a volume have one {name}"
+            )
+    rows, between = turns[0], spacings[0]
     normal = np.cross(rows[:3], rows[3:])
+    if np.linalg.norm(normal) < FLAT:
+        raise UserError(f"{given}: the orientation {_listed(rows)} of its slices is none")
     heights = places @ normal
     order = np.argsort(heights, kind="stable")
     step = _even_step(given, heights[order], float(getattr(slices[0][1], "SliceThickness", 1) or 1))
+    along = normal * step if len(order) == 1 else (places[order[-1]] - places[order[0]]) / (len(order) - 1)
+    aside = places[order] - places[order[0]] - np.arange(len(order))[:, None] * along
+    aside -= np.outer(aside @ normal, normal)  # along the normal the distances may differ a little
+    worst = int(np.linalg.norm(aside, axis=1).argmax())
+    if np.linalg.norm(aside[worst]) > max(UNEVEN * between.max(), ALIKE):
+        raise UserError(
+            f"{slices[order[worst]][0]} lies {np.linalg.norm(aside[worst]):g} mm aside of the others: slices of a "
+            "volume lie on one line"
+        )
     affine = np.eye(4)
     # Columns of a slice run along `rows[:3]`; DICOM points left and back where the affine points right and forward.
     affine[:3, 0], affine[:3, 1] = rows[:3] * between[1], rows[3:] * between[0]
-    affine[:3, 2], affine[:3, 3] = normal * step, places[order[0]]
+    affine[:3, 2], affine[:3, 3] = along, places[order[0]]  # of a tilted gantry not along the normal
     affine[:2] *= -1
     array = np.stack([slices[index][2].T for index in order], 2)
     return _oriented(given, [array], affine, names=[slices[index][0].stem for index in order])
+
+
+def _pixels(file: Path, part: Any) -> Float32[np.ndarray, "rows columns"]:
+    """The grey values of a slice, bright where they are high.
+
+    Raises:
+        UserError: pixels that cannot be decoded, colours, several frames, or a scale of 0.
+    """
+    try:
+        pixels = part.pixel_array.astype(np.float32)
+    except Exception as error:  # pydicom raises of many kinds
+        syntax = getattr(getattr(part, "file_meta", None), "TransferSyntaxUID", None)
+        if syntax is not None and syntax.is_compressed:
+            raise UserError(
+                f"{file} is compressed ({syntax.name}) and cannot be decoded: decompress the series first, such as "
+                f"with gdcmconv --raw; {_in_short(error)}"
+            ) from None
+        raise UserError(f"{file} cannot be read as DICOM: {_in_short(error)}") from None
+    if pixels.ndim != 2:
+        raise UserError(f"{file} holds an image of shape {pixels.shape}: expected one grey slice")
+    try:
+        slope, intercept = (
+            default if getattr(part, tag, None) in (None, "") else float(getattr(part, tag))
+            for tag, default in (("RescaleSlope", 1.0), ("RescaleIntercept", 0.0))
+        )
+    except (TypeError, ValueError):
+        slope, intercept = 0.0, 0.0
+    if not slope or not np.isfinite([slope, intercept]).all():
+        raise UserError(f"{file}: its values are scaled by {getattr(part, 'RescaleSlope', None)!r}, expected a number")
+    pixels = pixels * slope + intercept
+    return -pixels if getattr(part, "PhotometricInterpretation", "") == "MONOCHROME1" else pixels
+
+
+def _sequence(part: Any) -> tuple[str, ...]:
+    """What tells two series of one patient apart, besides their identifiers."""
+    tags = ("PatientID", "Modality", "SeriesNumber", "SeriesDescription", "ProtocolName", "EchoTime")
+    return tuple(str(getattr(part, tag, "")) for tag in tags)
 
 
 def _even_step(given: Path, heights: np.ndarray, thickness: float) -> float:
@@ -316,14 +413,18 @@ def write_labels(
         _write_pictures(file, labels, volume, table)
         return
     nibabel = _library("nibabel", "NIfTI")
-    kind = np.uint8 if table.max() < 256 and table.min() >= 0 else np.int16
+    kinds = (np.uint8, np.int16, np.int32)
+    kind = next(kind for kind in kinds if np.iinfo(kind).min <= table.min() and table.max() <= np.iinfo(kind).max)
     array = table.astype(kind)[from_slices(labels, volume)]
     header = None if volume.header is None else volume.header.copy()
     if header is not None:
         header.set_data_dtype(kind)
         header.set_slope_inter(1, 0)
         header["cal_max"], header["cal_min"] = 0, 0
-    image = nibabel.Nifti1Image(array, volume.affine, header)
+    second = isinstance(header, nibabel.Nifti2Header)
+    image = (nibabel.Nifti2Image if second else nibabel.Nifti1Image)(
+        array, volume.affine if volume.placed else None, header
+    )
     if header is None:
         image.header.set_xyzt_units("mm")
         image.set_qform(volume.affine, 1)
@@ -347,6 +448,19 @@ def _write_pictures(file: Path, labels: np.ndarray, volume: Volume, table: np.nd
     targets = [file / f"{name}.png" for name in volume.names] if folder else [file]
     for target, part in zip(targets, labels, strict=True):
         write_mask(target, table.astype(np.uint8)[part], colours)
+
+
+def _in_short(error: Exception) -> str:
+    """An error of a library in a line, by its kind where it says nothing."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _spoken(kind: np.dtype) -> str:
+    return "complex numbers" if kind.kind == "c" else "colours" if kind.kind == "V" else str(kind)
+
+
+def _listed(values: np.ndarray) -> str:
+    return " ".join(f"{value:g}" for value in values)
 
 
 def _library(name: str, what: str) -> Any:
