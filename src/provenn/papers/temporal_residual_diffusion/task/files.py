@@ -137,11 +137,14 @@ def read_events(file: Path, reading: Reading = Reading()) -> Events:  # frozen
             columns, size = _hdf5(file)
         else:
             raise UserError(f"{file} is no recording of events: expected {', '.join(ENDINGS)}")
+    except UserError:
+        raise
     except MemoryError:
         raise UserError(f"{file} is too large for the memory of this machine: divide it") from None
     # What HDF5 and ZIP raise of damaged, locked and oddly packed files.
-    except (OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
+    except (OSError, EOFError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        why = str(error).partition("\n")[0] or "it is damaged"
+        raise UserError(f"{file} cannot be read: {why}") from None
     return checked(columns, size, reading, str(file))
 
 
@@ -291,7 +294,7 @@ def _hdf5(file: Path) -> tuple[dict[str, np.ndarray], tuple[int, int] | None]:
         raise UserError(f"{file}: HDF5 needs h5py: {EXTRA}") from None
     with h5py.File(file, "r") as opened:
         group = opened["events"] if "events" in opened and isinstance(opened["events"], h5py.Group) else opened
-        columns = _named(group, str(file))
+        columns = _named({name: group[name] for name in group if isinstance(group[name], h5py.Dataset)}, str(file))
         if "t_offset" in opened:
             columns["t"] = columns["t"].astype(np.int64) + _integer(opened["t_offset"][()], "t_offset", str(file))
         size = None
