@@ -1,5 +1,6 @@
 """The system: conditions start at nothing, residuals telescope, and a video does not depend on how it is cut."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -7,6 +8,8 @@ from provenn.core.errors import UserError
 from provenn.papers.temporal_residual_diffusion.denoiser import Design, EventAttention, _squares, _whole
 from provenn.papers.temporal_residual_diffusion.layers import E2VID
 from provenn.papers.temporal_residual_diffusion.model import Regression, Stream, TemporalResidualDiffusion, frame_noise
+from provenn.papers.temporal_residual_diffusion.simulator import simulate_events
+from provenn.papers.temporal_residual_diffusion.voxels import events_to_voxel, windows
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +99,24 @@ def test_a_stream_gives_the_same_video_and_begins_anew():
         assert all(torch.equal(a, stream.step(grid)) for a, grid in zip(whole, grids, strict=True))
     stream.reset()
     assert not torch.equal(stream.step(grids[0]), whole[0])
+
+
+def test_a_recording_is_rebuilt_at_a_rate_as_its_windows_are():
+    frames = np.linspace(0.1, 0.9, 13)[:, None, None] * np.ones((13, 16, 16))
+    events = simulate_events(frames, np.arange(13) / 60)
+    network = moved(small())
+    first = torch.full((1, 1, 16, 16), 0.1)
+    stream, again = Stream(network), Stream(network)
+    stream.reset(first)
+    again.reset(first)
+    told = list(stream.reconstruct(events, fps=20.0))
+    parts = list(windows(events, duration=0.05))
+    assert len(told) == len(parts) >= 3
+    for frame, (start, end, part) in zip(told, parts, strict=True):
+        grid = torch.from_numpy(events_to_voxel(part, 5, (start, end)))[None]
+        assert torch.equal(again.step(grid), frame)
+    with pytest.raises(UserError, match="fps is above 0"):
+        next(stream.reconstruct(events, fps=0.0))
 
 
 def test_each_condition_reaches_the_frame_and_can_be_left_out():

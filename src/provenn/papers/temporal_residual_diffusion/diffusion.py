@@ -40,12 +40,12 @@ class Schedule(nn.Module):
             curve = torch.cos(at * torch.pi / 2).square()
             cosine = torch.cumprod(1 - (1 - curve[1:] / curve[:-1]).clamp(max=0.999), 0)
             bar = noise_schedule() if kind == "linear" else cosine
-        self.values: list[float] = bar.tolist()  # no buffer: a model in half precision keeps its schedule
+        # No buffer: a model in half precision keeps its schedule.
+        self.bar, self.values = bar, bar.tolist()
 
     def at(self, k: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """√ᾱ_k and √(1 − ᾱ_k), to be multiplied with images."""
-        every = torch.tensor(self.values, dtype=torch.float64, device=k.device)
-        bar = every[k].to(like.dtype).view(-1, 1, 1, 1)
+        bar = self.bar.to(k.device)[k].to(like.dtype).view(-1, 1, 1, 1)
         return bar.sqrt(), (1 - bar).sqrt()
 
     def noisy(self, clean: Image, k: Tensor, noise: Image) -> Image:

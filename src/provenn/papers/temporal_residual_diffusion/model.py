@@ -17,7 +17,9 @@ from provenn.papers.temporal_residual_diffusion.denoiser import Denoiser, Design
 from provenn.papers.temporal_residual_diffusion.diffusion import Schedule
 from provenn.papers.temporal_residual_diffusion.layers import E2VID, FireNet
 from provenn.papers.temporal_residual_diffusion.losses import LOSSES, frame_loss
+from provenn.papers.temporal_residual_diffusion.simulator import Events
 from provenn.papers.temporal_residual_diffusion.start import take_low
+from provenn.papers.temporal_residual_diffusion.voxels import Grids, windows
 
 TARGETS = ("temporal", "lf_residual", "frame")
 CONDITIONS = ("low", "time", "high")
@@ -119,6 +121,23 @@ class Stream:
         frame, self.memory = self.network.step(voxel, self.memory, noise)
         self.number += 1
         return frame
+
+    def reconstruct(self, events: Events, fps: float = 30.0, grids: Grids = Grids()) -> Iterator[Frames]:  # noqa: B008  # a tuple
+        """The frames after each window of a recording, which lasts 1/fps; they go on from what was seen before.
+
+        Args:
+            events: of a camera.
+            fps: frames a second.
+            grids: how voxel grids are made, as in training.
+
+        Raises:
+            UserError: fps that is not above zero.
+        """
+        if not fps > 0:
+            raise UserError(f"fps is above 0, got {fps:g}")
+        like = next(self.network.parameters())
+        for start, end, part in windows(events, duration=1 / fps):
+            yield self.step(torch.from_numpy(grids.of(start, end, part))[None].to(like))
 
 
 class Regression(Reconstructor):

@@ -86,7 +86,8 @@ class Simulator:
         seed: of thresholds and noise.
 
     Raises:
-        UserError: thresholds that are not above zero, or a frame that is no grey image in 0…1.
+        UserError: thresholds that are not above zero, another negative number, or a frame that is no grey image in
+            0…1. Without ε it is above 0.
     """
 
     def __init__(
@@ -96,15 +97,20 @@ class Simulator:
         sensor: Sensor = Sensor(),  # noqa: B008  # a tuple
         seed: int = 0,
     ):
-        if sensor.positive <= 0 or sensor.negative <= 0:
+        if not (0 < sensor.positive < np.inf and 0 < sensor.negative < np.inf):
             raise UserError(f"thresholds lie above 0, got {sensor.positive:g} and {sensor.negative:g}")
+        rest = ("mismatch", "refractory", "cutoff", "leak", "shot", "epsilon")
+        if wrong := [name for name in rest if not 0 <= getattr(sensor, name) < np.inf]:
+            raise UserError(f"{wrong[0]} of a sensor is 0 or more, got {getattr(sensor, wrong[0]):g}")
+        if not np.isfinite(time):
+            raise UserError(f"the first frame has a time in seconds, got {time}")
         self.sensor, self.rng, self.time = sensor, np.random.default_rng(seed), time
         self.size = frame.shape
         drawn = [
             c + sensor.mismatch * self.rng.standard_normal(frame.shape) for c in (sensor.positive, sensor.negative)
         ]
         self.positive, self.negative = (np.maximum(c, 0.01).ravel() if sensor.mismatch else c.ravel() for c in drawn)
-        self.level = log_intensity(_checked(frame, frame.shape), sensor).ravel()
+        self.level = log_intensity(_checked(frame, frame.shape, sensor), sensor).ravel()
         self.reference = self.level.copy()
         self.last = np.full(self.level.shape, -np.inf)
 
@@ -114,14 +120,13 @@ class Simulator:
         Raises:
             UserError: a frame of another size, or a time that is not later.
         """
-        if not time > self.time:
+        if not self.time < time < np.inf:
             raise UserError(f"frames come one after another: {time:g} s is not after {self.time:g} s")
         before, span = self.level, time - self.time
-        now = self._seen(_checked(frame, self.size), span)
+        now = self._seen(_checked(frame, self.size, self.sensor), span)
         sensor = self.sensor
-        if sensor.leak:
-            self.reference -= sensor.leak * span * self.positive
-        rise, fall = now - self.reference, self.reference - now
+        fallen = sensor.leak * span * self.positive  # of L_ref in this time: as if log intensity rose as far
+        rise, fall = now + fallen - self.reference, self.reference - now - fallen
         up = np.floor(np.maximum(rise, 0) / self.positive + ROUNDING).astype(np.int64)
         down = np.floor(np.maximum(fall, 0) / self.negative + ROUNDING).astype(np.int64)
         count = up + down  # one of the two is zero
@@ -129,10 +134,10 @@ class Simulator:
         number = np.arange(len(pixel)) - np.repeat(np.cumsum(count) - count, count) + 1
         signed = np.where(up > 0, self.positive, -self.negative)
         level = self.reference[pixel] + number * signed[pixel]
-        slope = now - before
+        slope = now + fallen - before
         share = np.divide(level - before[pixel], slope[pixel], out=np.ones(len(pixel)), where=slope[pixel] != 0)
         times = self.time + span * share.clip(0, 1)
-        self.reference += count * signed
+        self.reference += count * signed - fallen
         kept = self._after_refractory(pixel, number, times, count)
         pixel, times = pixel[kept], times[kept]
         polarity = np.where(up[pixel] > 0, 1, -1).astype(np.int8)
@@ -149,7 +154,8 @@ class Simulator:
         told = log_intensity(frame, self.sensor).ravel()
         if not self.sensor.cutoff:
             return told
-        share = 1 - np.exp(-2 * np.pi * self.sensor.cutoff * (0.1 + 0.9 * frame.ravel()) * span)
+        light = (255 * frame.ravel() + 20) / 275  # v2e's: a black pixel has a time constant too
+        share = 1 - np.exp(-2 * np.pi * self.sensor.cutoff * light * span)
         return self.level + share * (told - self.level)
 
     def _after_refractory(
@@ -232,9 +238,11 @@ def integrated(
     return ((frame + sensor.epsilon) * np.exp(change) - sensor.epsilon).clip(0, 1)
 
 
-def _checked(frame: Shaped[np.ndarray, "..."], size: tuple[int, ...]) -> np.ndarray:
-    if frame.ndim != 2 or frame.shape != tuple(size):
+def _checked(frame: Shaped[np.ndarray, "..."], size: tuple[int, ...], sensor: Sensor) -> np.ndarray:
+    if frame.ndim != 2 or not frame.size or frame.shape != tuple(size):
         raise UserError(f"frames are grey images of one size; got {frame.shape} after {tuple(size)}")
     if not np.isfinite(frame).all() or frame.min() < 0 or frame.max() > 1:
-        raise UserError("intensities lie in 0…1")
+        raise UserError(f"intensities lie in 0…1, got {frame.min():g} to {frame.max():g}")
+    if frame.min() == 0 and sensor.epsilon == 0 and not sensor.linear:
+        raise UserError("black has no logarithm without an epsilon: give the sensor one above 0")
     return frame.astype(np.float64)

@@ -103,10 +103,12 @@ def windows(
     if duration is not None:
         if not duration > 0:
             raise UserError(f"a window lasts longer than nothing, got {duration:g} s")
-        first = float(events.t[0])
-        for number in range(int((float(events.t[-1]) - first) // duration) + 1):
-            start = first + number * duration
-            yield start, start + duration, events.between(start, start + duration)
+        first, last = float(events.t[0]), float(events.t[-1])
+        # One row of edges: a window ends where the next one begins, to the last digit.
+        edges = first + duration * np.arange(int((last - first) // duration) + 3)
+        edges = edges[: int(np.searchsorted(edges, last, side="right")) + 1]
+        for start, end in pairwise(edges.tolist()):
+            yield start, end, events.between(start, end)
         return
     if count is None or count < 1:
         raise UserError(f"a window has at least one event, got {count}")

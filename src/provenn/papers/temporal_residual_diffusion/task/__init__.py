@@ -204,7 +204,7 @@ class EventVideo(Task):
             source, meta, seed, whole: as there.
             percentile: stretch each frame from its percentiles 1 and 99 to 0…1 before it is compared, as EVREAL does
                 with E2VID's.
-            cut: of the sequences of ECD take the seconds that EVREAL takes.
+            cut: of the sequences of ECD and MVSEC take the seconds that EVREAL takes.
             threshold: C of the camera that is simulated of videos.
         """
         location = self._named(source)
@@ -216,6 +216,8 @@ class EventVideo(Task):
             camera = Reading(threshold=threshold).camera()
             grids = grids_of(meta)
             clips = [part for each in sources_in(location) for part in clips_of(each, LONG, camera, seed, cut, grids)]
+            if not clips:
+                raise UserError(f"{location}: no two frames are left of it to compare")
             about = f"all of {location}, in parts of at most {LONG} windows"
         about += ", frames stretched from percentiles 1 and 99" if percentile else ""
         return HeldOut(Clips(clips, percentile), f"{about}; each begins with its true first frame")
@@ -259,7 +261,15 @@ class EventVideo(Task):
         check_output(output, folder=True)
         check_no_input(output, [str(file)])
         lines = []
-        if is_video(file):
+        of_video = is_video(file)
+        to_events = of_video and output.suffix.lower() in ENDINGS
+        idle = reading.idle(simulated=of_video, sampled=not to_events)
+        if to_events:
+            given = {"--window": window != "33ms", "--first": first is not None, "--paired": paired}
+            idle += [name for name, there in given.items() if there]
+        if idle:
+            progress.say(f"{', '.join(idle)}: not used for {'events' if to_events else 'frames'} of {file}")
+        if of_video:
             pieces = simulated(file, reading.camera())
             start: Tensor | None = torch.from_numpy(next(pieces)[1]).float()[None, None]
             parts = [part for _, _, part in pieces if part is not None]
@@ -267,13 +277,15 @@ class EventVideo(Task):
                 raise UserError(f"{file} has one frame; events come of two or more")
             told = joined(parts)
             lines.append(f"{file}: {len(told.t):,} events were simulated of it")
-            if output.suffix.lower() in ENDINGS:
+            if to_events:
                 write_events(output, told)
                 return f"{lines[0]}, threshold {reading.threshold:g}, {reading.sensor}\nwrote {output}"
         else:
             told, start = read_events(file, reading), None
             if reading.hot:
                 told, hot = without_hot_pixels(told, reading.hot)
+                if not len(told.t):
+                    raise UserError(f"{file}: all {hot} pixels with events are hot by hot={reading.hot:g}; take more")
                 lines += [f"{hot} hot pixel(s) were left out; --events hot=0 keeps them"] if hot else []
         start = start if first is None else known_first(first, told.size)
         check_written(output, told.size)

@@ -90,6 +90,8 @@ def flight(
 ) -> Float[np.ndarray, "frames rows columns"]:
     """What a camera sees that moves over a picture: translation with acceleration, rotation, zoom, gain and offset.
 
+    Its speed changes as much over a long clip as over a short one.
+
     Args:
         picture: grey, 0…255.
         rng: of the way.
@@ -100,7 +102,7 @@ def flight(
     t = np.arange(windows * SUB + 1) / SUB  # in frames
     zoom = rng.uniform(1.0, min(2.5, min(rows, columns) / (2.2 * side))) * np.exp(rng.normal(0, 0.01) * t)
     angle = rng.uniform(0, 2 * np.pi) + rng.normal(0, 0.02) * t
-    speed, bend = rng.normal(0, 1.2, 2), rng.normal(0, 0.08, 2)
+    speed, bend = rng.normal(0, 1.2, 2), rng.normal(0, 0.08, 2) * (WINDOWS / windows)
     way = (speed[:, None] * t + bend[:, None] * t**2) * zoom
     reach = 0.75 * side * zoom.max() + np.abs(way).max(1)
     middle = [rng.uniform(min(r, length / 2), max(length - r, length / 2)) for r, length in zip(reach, (rows, columns))]

@@ -2,6 +2,7 @@
 
 import io
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,13 @@ class Reading:
         """What is simulated."""
         return (V2E if self.sensor == "v2e" else Sensor())._replace(positive=self.threshold, negative=self.threshold)
 
+    def idle(self, *, simulated: bool, sampled: bool) -> list[str]:
+        """What was given and says nothing of events that are read, or that are simulated, or of no sampling."""
+        unused = ("unit", "size", "hot", "sort") if simulated else ("threshold", "sensor")
+        names = (*unused, *(() if sampled else ("steps", "seed")))
+        plain = Reading()
+        return [f"{name}=" for name in names if getattr(self, name) != getattr(plain, name)]
+
 
 def reading_of(text: str | None) -> Reading:
     """How a user says it: "unit=us,size=346x260,hot=0,sort=yes".
@@ -72,15 +80,15 @@ def reading_of(text: str | None) -> Reading:
             given["sort"] = value == "yes"
         elif name == "sensor" and value in ("ideal", "v2e"):
             given["sensor"] = value
-        elif name == "steps" and value.isdigit() and 1 <= int(value) <= 1000:
+        elif name == "steps" and _whole(value) and 1 <= int(value) <= 1000:
             given["steps"] = int(value)
-        elif name == "seed" and value.isdigit() and int(value) < 2**31:
+        elif name == "seed" and _whole(value) and int(value) < 2**31:
             given["seed"] = int(value)
         elif name == "threshold" and (_number(value) or 0) >= 0.01:
             given["threshold"] = float(value)
         elif name == "hot" and _number(value) is not None and float(value) >= 0:
             given["hot"] = float(value)
-        elif name == "size" and all(side.isdigit() and 1 <= int(side) <= LARGEST for side in value.split("x")):
+        elif name == "size" and all(_whole(side) and 1 <= int(side) <= LARGEST for side in value.split("x")):
             sides = [int(side) for side in value.split("x")]
             if len(sides) != 2:
                 raise UserError(f"size is columns x rows, such as 346x260; got {value}")
@@ -91,6 +99,10 @@ def reading_of(text: str | None) -> Reading:
                 f"threshold=0.2 (0.01 or more) and sensor=ideal or v2e, sampled by steps=5 and seed=0; got {part!r}"
             )
     return Reading(**given)
+
+
+def _whole(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 20
 
 
 def _number(text: str) -> float | None:
@@ -125,10 +137,14 @@ def read_events(file: Path, reading: Reading = Reading()) -> Events:  # frozen
             columns, size = _hdf5(file)
         else:
             raise UserError(f"{file} is no recording of events: expected {', '.join(ENDINGS)}")
+    except UserError:
+        raise
     except MemoryError:
         raise UserError(f"{file} is too large for the memory of this machine: divide it") from None
-    except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
+    # What HDF5 and ZIP raise of damaged, locked and oddly packed files.
+    except (OSError, EOFError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        why = str(error).partition("\n")[0] or "it is damaged"
+        raise UserError(f"{file} cannot be read: {why}") from None
     return checked(columns, size, reading, str(file))
 
 
@@ -144,13 +160,13 @@ def checked(columns: Mapping[str, np.ndarray], size: tuple[int, int] | None, rea
     Raises:
         UserError: no events, coordinates outside the sensor, times that are negative or go back, other polarities.
     """
+    if any(columns[name].dtype.kind not in "iufb" or columns[name].ndim != 1 for name in "txyp"):
+        raise UserError(f"{source}: t, x, y and p are columns of numbers")
     lengths = {len(columns[name]) for name in "txyp"}
     if len(lengths) > 1:
         raise UserError(f"{source}: t, x, y and p have different lengths: {', '.join(map(str, sorted(lengths)))}")
     if lengths == {0}:
         raise UserError(f"{source} holds no events")
-    if any(columns[name].dtype.kind not in "iufb" or columns[name].ndim != 1 for name in "txyp"):
-        raise UserError(f"{source}: t, x, y and p are columns of numbers")
     t = columns["t"]
     for name in "txyp":
         if columns[name].dtype.kind == "f" and not np.isfinite(columns[name]).all():
@@ -158,14 +174,20 @@ def checked(columns: Mapping[str, np.ndarray], size: tuple[int, int] | None, rea
     unit = reading.unit or ("s" if t.dtype.kind == "f" and (t != np.floor(t)).any() else "us")
     if t.min() < 0:
         raise UserError(f"{source}: the time of event {int(np.argmin(t))} is negative, {t.min():g}")
+    for name in "xy":
+        column = columns[name]
+        wrong = (column < 0) | (column >= 2**31) | (column != np.floor(column))
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            raise UserError(f"{source}: {name} of event {at} is {column[at]:g}; expected a whole number from 0")
     x, y = columns["x"].astype(np.int64), columns["y"].astype(np.int64)
     wide, high = reading.size or size or (int(x.max()) + 1, int(y.max()) + 1)
-    outside = (x < 0) | (y < 0) | (x >= wide) | (y >= high)
+    if max(wide, high) > LARGEST or min(wide, high) < 1:
+        raise UserError(f"{source}: a sensor of {wide}×{high}; expected 1 to {LARGEST} pixels a side")
+    outside = (x >= wide) | (y >= high)
     if outside.any():
         at = int(np.argmax(outside))
         raise UserError(f"{source}: event {at} lies at x {x[at]}, y {y[at]}, outside a sensor of {wide}×{high}")
-    if max(wide, high) > LARGEST or min(wide, high) < 2:
-        raise UserError(f"{source}: a sensor of {wide}×{high}; expected 2 to {LARGEST} pixels a side")
     p = columns["p"]
     if not set(np.unique(p).tolist()) <= {-1, 0, 1}:
         raise UserError(f"{source}: polarities are 1 and 0, or 1 and −1; got {np.unique(p)[:4].tolist()}")
@@ -248,13 +270,21 @@ def _arrays(file: Path) -> tuple[dict[str, np.ndarray], tuple[int, int] | None]:
             raise UserError(f"{file} holds an array of {loaded.shape}; expected (events, 4): t, x, y, p")
         return {name: loaded[:, i] for i, name in enumerate("txyp")}, None
     with loaded:
-        return _named({name: loaded[name] for name in loaded.files}, str(file)), _size(loaded)
+        return _named({name: loaded[name] for name in loaded.files}, str(file)), _size(loaded, str(file))
 
 
-def _size(found: Any) -> tuple[int, int] | None:
+def _size(found: Any, source: str) -> tuple[int, int] | None:
     if "width" in found and "height" in found:
-        return int(found["width"]), int(found["height"])
+        return _integer(found["width"], "width", source), _integer(found["height"], "height", source)
     return None
+
+
+def _integer(value: Any, name: str, source: str) -> int:
+    """A whole number that a file holds beside its events."""
+    number = np.asarray(value)
+    if number.size != 1 or number.dtype.kind not in "iuf" or float(number.item()) != int(float(number.item())):
+        raise UserError(f"{source}: {name} is one whole number, got {str(value)[:40]}")
+    return int(number.item())
 
 
 def _hdf5(file: Path) -> tuple[dict[str, np.ndarray], tuple[int, int] | None]:
@@ -264,15 +294,18 @@ def _hdf5(file: Path) -> tuple[dict[str, np.ndarray], tuple[int, int] | None]:
         raise UserError(f"{file}: HDF5 needs h5py: {EXTRA}") from None
     with h5py.File(file, "r") as opened:
         group = opened["events"] if "events" in opened and isinstance(opened["events"], h5py.Group) else opened
-        columns = _named(group, str(file))
+        columns = _named({name: group[name] for name in group if isinstance(group[name], h5py.Dataset)}, str(file))
         if "t_offset" in opened:
-            columns["t"] = columns["t"].astype(np.int64) + int(opened["t_offset"][()])
+            columns["t"] = columns["t"].astype(np.int64) + _integer(opened["t_offset"][()], "t_offset", str(file))
         size = None
         if "sensor_resolution" in opened.attrs:  # rows and columns
-            high, wide = (int(side) for side in opened.attrs["sensor_resolution"][:2])
+            sides = np.atleast_1d(opened.attrs["sensor_resolution"])
+            if len(sides) < 2:
+                raise UserError(f"{file}: sensor_resolution is rows and columns, got {sides.tolist()}")
+            high, wide = (_integer(side, "sensor_resolution", str(file)) for side in sides[:2])
             size = wide, high
         else:
-            size = _size(opened.attrs)
+            size = _size(opened.attrs, str(file))
         return columns, size
 
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from provenn.core import progress
 from provenn.core.errors import UserError
 from provenn.core.inputs import read_text
 from provenn.data.images import read_pixels
@@ -27,7 +28,7 @@ def parts_of(events: Events, window: str) -> Iterator[tuple[float, float, Events
             time stamps in seconds, one a line.
 
     Raises:
-        UserError: none of these, or more windows than anybody looks at.
+        UserError: none of these, stamps between which there is no event, or more windows than anybody looks at.
     """
     text = window.strip()
     if len(events.t) == 0:
@@ -45,7 +46,16 @@ def parts_of(events: Events, window: str) -> Iterator[tuple[float, float, Events
         value = _positive(match[1], window) * (events.size[0] * events.size[1] if match[2] else 1)
         yield from windows(events, count=max(1, round(value)))
     elif Path(text).is_file():
-        yield from windows(events, stamps=_stamps(Path(text)))
+        stamps = _stamps(Path(text))
+        inside = len(events.between(*stamps[[0, -1]].tolist()).t)
+        if not inside:
+            raise UserError(
+                f"{text} has stamps from {stamps[0]:g} to {stamps[-1]:g} s, and no event lies between: events are from "
+                f"{events.t[0]:g} to {events.t[-1]:g} s"
+            )
+        if inside < len(events.t):
+            progress.say(f"{len(events.t) - inside:,} of {len(events.t):,} events lie outside the stamps of {text}")
+        yield from windows(events, stamps=stamps)
     else:
         raise UserError(f"window is such as 33ms, 15000 (events), 0.35/pixel, or a file of time stamps; got {window!r}")
 
@@ -67,7 +77,7 @@ def _stamps(file: Path) -> np.ndarray:
         stamps = np.array([float(line[-1] if line[0].endswith(".png") else line[0]) for line in words])
     except ValueError as error:
         raise UserError(f"{file}: a line is no time stamp: {error}") from None
-    if len(stamps) < 2 or not (np.diff(stamps) > 0).all():
+    if len(stamps) < 2 or not np.isfinite(stamps).all() or not (np.diff(stamps) > 0).all():
         raise UserError(f"{file} holds {len(stamps)} time stamps; expected two or more, each later than the last")
     return stamps
 

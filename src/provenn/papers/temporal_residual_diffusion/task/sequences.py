@@ -16,15 +16,21 @@ from provenn.papers.temporal_residual_diffusion.task.videos import MOVING, read_
 from provenn.papers.temporal_residual_diffusion.voxels import Grids
 
 READS = "a folder with videos or folders of pictures, or with sequences of EVREAL (events_ts.npy, images.npy, …)"
-# Seconds of the sequences of ECD that EVREAL takes.
+# Seconds of the sequences of ECD and MVSEC that EVREAL compares, by the names of their folders there.
 CUTS = {
-    "boxes_6dof_cut": (5.0, 20.0),
-    "calibration_cut": (5.0, 20.0),
-    "dynamic_6dof_cut": (5.0, 20.0),
-    "office_zigzag_cut": (5.0, 12.0),
-    "poster_6dof_cut": (5.0, 20.0),
-    "shapes_6dof_cut": (5.0, 20.0),
-    "slider_depth_cut": (1.0, 2.5),
+    "boxes_6dof": (5.0, 20.0),
+    "calibration": (5.0, 20.0),
+    "dynamic_6dof": (5.0, 20.0),
+    "office_zigzag": (5.0, 12.0),
+    "poster_6dof": (5.0, 20.0),
+    "shapes_6dof": (5.0, 20.0),
+    "slider_depth": (1.0, 2.5),
+    "indoor_flying1_data": (10.0, 70.0),
+    "indoor_flying2_data": (10.0, 70.0),
+    "indoor_flying3_data": (10.0, 70.0),
+    "indoor_flying4_data": (10.0, 19.8),
+    "outdoor_day1_data": (0.0, 60.0),
+    "outdoor_day2_data": (100.0, 160.0),
 }
 PARTS = ("events_ts", "events_xy", "events_p", "images", "images_ts")
 
@@ -72,7 +78,7 @@ def clips_of(
         windows: of a part.
         camera: what is simulated of a video.
         seed: of its noise.
-        cut: take of a sequence of ECD what EVREAL takes.
+        cut: take of a sequence of ECD or MVSEC what EVREAL takes.
         grids: how grids are made.
 
     Raises:
@@ -122,6 +128,11 @@ def _recorded(folder: Path, cut: bool) -> Iterator[tuple[float, np.ndarray, Even
     images, stamps = loaded["images"], np.asarray(loaded["images_ts"], np.float64).ravel()
     if len(images) != len(stamps) or len(images) < 2 or images.ndim not in (3, 4):
         raise UserError(f"{folder}: {len(images)} images and {len(stamps)} times; expected as many, two or more")
+    if not np.isfinite(stamps).all() or not (np.diff(stamps) > 0).all():
+        raise UserError(f"{folder}: images_ts.npy has times that are no numbers, or not each later than the last")
+    if images.dtype.kind not in "uf":
+        raise UserError(f"{folder}: images.npy holds {images.dtype}; expected uint8, uint16, or numbers in 0…1")
+    white = np.iinfo(images.dtype).max if images.dtype.kind == "u" else 1
     size = int(images.shape[2]), int(images.shape[1])
     if loaded["events_xy"].ndim != 2 or loaded["events_xy"].shape[1] != 2:
         raise UserError(f"{folder}: events_xy.npy has the shape {loaded['events_xy'].shape}; expected (events, 2)")
@@ -133,15 +144,17 @@ def _recorded(folder: Path, cut: bool) -> Iterator[tuple[float, np.ndarray, Even
     }
     events = checked(columns, size, Reading(unit="s", size=size), str(folder))
     if cut and folder.name not in CUTS:
-        progress.say(f"{folder.name} has no cut among EVREAL's of ECD: it is taken whole")
+        progress.say(f"{folder.name} has no cut among EVREAL's of ECD and MVSEC: it is taken whole")
     start, end = CUTS.get(folder.name, (0.0, np.inf)) if cut else (0.0, np.inf)
     before = None
-    for number, time in enumerate(stamps - stamps[0]):
+    for number, time in enumerate(stamps - min(stamps[0], events.t[0])):
         if not start <= time <= end:
             continue
         image = np.asarray(images[number])
-        grey = image.astype(np.float64) / (255 if image.dtype == np.uint8 else 1)
+        grey = image.astype(np.float64) / white
         grey = grey.mean(-1) if grey.ndim == 3 else grey
+        if not (grey.min() >= 0 and grey.max() <= 1):
+            raise UserError(f"{folder}: image {number} has {grey.min():g} to {grey.max():g}; expected 0 to 1")
         now = float(stamps[number])
-        yield now, grey.clip(0, 1), None if before is None else events.between(before, now)
+        yield now, grey, None if before is None else events.between(before, now)
         before = now
