@@ -116,7 +116,7 @@ def test_the_loss_is_smoothed_cross_entropy_and_the_triplet_loss_of_the_features
     wide = network().train()
     wide.margin = 2.0
     assert TASK.loss(wide, (images, labels)) > TASK.loss(network().train(), (images, labels)) + 1
-    with pytest.raises(UserError, match=r"Coarse gives no features, embeddings and logits [^\n]* in training mode"):
+    with pytest.raises(UserError, match=r"Coarse gives no features, embeddings and logits"):
         TASK.loss(Coarse(), (images, labels))
 
 
@@ -311,7 +311,7 @@ def test_embed_has_an_embedding_of_length_one_for_each_picture(searched):
     model = network().eval()
     store = TASK.embed(model, META, root, batch_size=5)
     assert store.files[0] == "p0/c0/0.png" and len(store.files) == 27 == len(store.embeddings)
-    one = nn.functional.normalize(model(TASK.example(root / store.files[7], META)))
+    one = nn.functional.normalize(model(TASK.example(root / store.files[7], META)).embeddings)
     assert torch.allclose(one[0], store.embeddings[7], atol=1e-5)
 
 

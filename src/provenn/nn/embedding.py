@@ -18,7 +18,7 @@ MARGIN = 0.3  # of the triplet loss, between Euclidean distances
 
 
 class Identified(NamedTuple):
-    """What a network of identities says of pictures in training.
+    """What a network of identities says of pictures.
 
     Args:
         features: f, before the batch norm; the triplet loss compares them.
@@ -32,7 +32,7 @@ class Identified(NamedTuple):
 
 
 class EmbeddingNetwork(nn.Module):
-    """A backbone, the mean of its last map, a batch norm as the neck, and a classifier for training alone.
+    """A backbone, the mean of its last map, a batch norm as the neck, and a classifier that only training looks at.
 
         f = mean of the map,   e = BN(f) without bias,   logits = W e without bias
 
@@ -41,8 +41,8 @@ class EmbeddingNetwork(nn.Module):
         num_classes: identities to train on.
         margin: of the triplet loss.
 
-    Shapes: (batch, channels, height, width) to embeddings (batch, dim), where dim is the width of the last map. In
-    training `forward` gives `Identified`, in evaluation the embeddings.
+    Shapes: (batch, channels, height, width) to features and embeddings (batch, dim), where dim is the width of the last
+    map, and logits (batch, num_classes).
     """
 
     def __init__(self, backbone: Any, num_classes: int, *, margin: float = MARGIN):
@@ -60,15 +60,10 @@ class EmbeddingNetwork(nn.Module):
         self.classifier = nn.Linear(dim, num_classes, bias=False)
         nn.init.normal_(self.classifier.weight, std=0.001)
 
-    def features(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim"]:
-        """f, the mean of the last map."""
-        return self.backbone.features(images)[-1].mean(dim=(2, 3))
-
-    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Identified | Float[Tensor, "batch dim"]:
-        """Embeddings; in training all that the losses need."""
-        features = self.features(images)
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Identified:
+        features = self.backbone.features(images)[-1].mean(dim=(2, 3))
         embeddings = self.neck(features)
-        return Identified(features, embeddings, self.classifier(embeddings)) if self.training else embeddings
+        return Identified(features, embeddings, self.classifier(embeddings))
 
 
 def keep_last_map_fine(backbone: Any) -> Any:

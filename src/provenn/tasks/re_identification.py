@@ -1,8 +1,10 @@
 """Re-identification: which pictures of a gallery show whom a query shows, taken by another camera.
 
-A system gives an embedding of each picture; pictures are compared by the cosine. In training it gives `Identified`
-(`provenn.nn.embedding`), or brings a `training_loss` of its own. An epoch is every identity once, with K of its
-pictures, and the recipe's `batch_size` is P, the identities of a batch: P×K pictures (Hermans et al., 2017).
+A system gives `Identified` (`provenn.nn.embedding`): features, embeddings and logits of each picture. One that brings a
+`training_loss` of its own may give embeddings alone. Pictures are compared by the cosine of their embeddings.
+
+An epoch is every identity once, with K of its pictures. The recipe's `batch_size` is P, the identities of a batch,
+which has P×K pictures (Hermans et al., 2017).
 """
 
 import math
@@ -238,17 +240,16 @@ class ReIdentification(Task):
         outputs = model(images)
         if not isinstance(outputs, Identified):
             raise UserError(
-                f"{type(model).__name__} gives no features, embeddings and logits (provenn.nn.embedding.Identified) in "
-                "training mode: give it a head that does, or a training_loss(batch)"
+                f"{type(model).__name__} gives no features, embeddings and logits (provenn.nn.embedding.Identified): "
+                "give it a head that does, or a training_loss(batch)"
             )
         return identity_loss(outputs, labels, smoothing, float(getattr(model, "margin", MARGIN)))
 
     def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
-        """Of each query with anyone to find: average precision, places of the nearest and the farthest right picture,
-        and how many right ones there are."""
+        """Of each query with anyone to find its average precision, and `first`, `last` and `right` of `Ranking`."""
         rows = []
         for images, *known in DataLoader(dataset, batch_size=batch_size):
-            rows.append([model(images.to(device_of(model))).float().cpu(), *known])
+            rows.append([embeddings_of(model(images.to(device_of(model)))).cpu(), *known])
         embeddings, identities, cameras, queries = (torch.cat(column) for column in zip(*rows))
         return _scored(_ranked(embeddings, identities, cameras, queries.bool()))
 
@@ -303,7 +304,7 @@ class ReIdentification(Task):
         for start in progress.track(range(0, len(files), batch_size), "embedding"):
             images = torch.cat([self.example(file, meta) for file in files[start : start + batch_size]])
             with torch.no_grad():
-                parts.append(F.normalize(model(images.to(device_of(model))).float()).cpu())
+                parts.append(F.normalize(embeddings_of(model(images.to(device_of(model))))).cpu())
         return torch.cat(parts)
 
     def predict(
@@ -382,7 +383,7 @@ class ReIdentification(Task):
             {"image": draw_images(2, 3, height, width)},
             ["embedding"],
             {"image": {0: "batch"}},
-            predict=lambda image: F.normalize(model(standardise(image, meta))),
+            predict=lambda image: F.normalize(embeddings_of(model(standardise(image, meta)))),
         )
 
     def picture(self, model: nn.Module, data: TaskData) -> "Figure":
@@ -390,11 +391,16 @@ class ReIdentification(Task):
         return evaluated(model, data.test, {})
 
 
+def embeddings_of(outputs: Identified | Tensor) -> Float[Tensor, "batch dim"]:
+    """What is compared, of what a system gives."""
+    return (outputs.embeddings if isinstance(outputs, Identified) else outputs).float()
+
+
 class Embedder(Standardising):
     """A network with its standardisation, as it is exported: the cosine of two outputs is their product."""
 
     def forward(self, image: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
-        return F.normalize(self.model(self.standard(image)))
+        return F.normalize(embeddings_of(self.model(self.standard(image))))
 
 
 TASK = ReIdentification()
@@ -662,9 +668,8 @@ def evaluated(model: nn.Module, dataset: Dataset, scores: Scores) -> "Figure":
 
     pictures: Pictures = dataset  # type: ignore[assignment]  # a data set of this task
     with torch.no_grad():
-        parts = [
-            model(images.to(device_of(model))).float().cpu() for images, *_ in DataLoader(dataset, batch_size=BATCH)
-        ]
+        loader = DataLoader(dataset, batch_size=BATCH)
+        parts = [embeddings_of(model(images.to(device_of(model)))).cpu() for images, *_ in loader]
     embeddings = torch.cat(parts)
     queries = pictures.queries.nonzero()[:, 0]
     chosen = queries[torch.linspace(0, len(queries) - 1, min(6, len(queries))).long()]
