@@ -567,6 +567,96 @@ def genomics(root: Path) -> None:
     labelled_texts(root / "human_nontata_promoters", {"positive": "ACG", "negative": "GTN"})
 
 
+def reid(root: Path, folders: tuple[str, str, str], name: str) -> None:
+    """Four identities to train on and two to search for, by two cameras; a box that shows nobody."""
+    train, query, gallery = folders
+    for identity in range(1, 7):
+        for camera in (1, 2):
+            for shot in range(2):
+                part = train if identity < 5 else query if shot == 0 else gallery
+                photo(root / part / name.format(identity, camera, shot), 16, level=30 + 30 * identity)
+    photo(root / gallery / ("-1" + name.removeprefix("{:04}")).format(1, 0), 16)
+
+
+def market(root: Path) -> None:
+    reid(root, ("bounding_box_train", "query", "bounding_box_test"), "{:04}_c{}s1_00045{}_03.jpg")
+
+
+def duke(root: Path) -> None:
+    reid(root, ("bounding_box_train", "query", "bounding_box_test"), "{:04}_c{}_f004618{}.jpg")
+
+
+def veri(root: Path) -> None:
+    reid(root, ("image_train", "image_query", "image_test"), "{:04}_c{:03}_0003060{}_0.jpg")
+
+
+def msmt17(root: Path) -> None:
+    name = "{0:04}/{0:04}_000_{1:02}_0303morning_0008_{2}.jpg"
+    rows = {"train": (0, 3), "val": (3, 5), "query": (0, 2), "gallery": (0, 2)}
+    for part, (first, last) in rows.items():
+        lines = []
+        for identity in range(first, last):
+            for camera in (1, 2):
+                for shot in (0,) if part == "query" else (1, 2):
+                    file = name.format(identity, camera, shot)
+                    photo(root / ("train" if part in ("train", "val") else "test") / file, 16, level=60 + 30 * identity)
+                    lines.append(f"{file} {identity}\n")
+        (root / f"list_{part}.txt").write_text("".join(lines))
+
+
+def birds(root: Path, names: dict[int, str], file: str) -> None:
+    """The lists of CUB-200-2011 and of NABirds: six images of each class, four to train on."""
+    files, labels, training = [], [], []
+    for number, name in names.items():
+        for i in range(6):
+            image = f"{len(files) + 1}"
+            path = file.format(number=number, name=name, i=i)
+            photo(root / "images" / path, 24, level=60 + 60 * (number % 3))
+            files.append(f"{image} {path}\n")
+            labels.append(f"{image} {number}\n")
+            training.append(f"{image} {int(i < 4)}\n")
+    (root / "images.txt").write_text("".join(files))
+    (root / "image_class_labels.txt").write_text("".join(labels))
+    (root / "train_test_split.txt").write_text("".join(training))
+    (root / "classes.txt").write_text("".join(f"{number} {name}\n" for number, name in {0: "Birds", **names}.items()))
+
+
+def cub(root: Path) -> None:
+    birds(root, {1: "001.Black_footed_Albatross", 2: "002.Laysan_Albatross"}, "{name}/{name}_{i}.jpg")
+
+
+def nabirds(root: Path) -> None:
+    birds(root, {817: "Common Eider (Adult male)", 9: "Wood Duck", 1010: "Wood Duck"}, "{number:04}/{number}{i}a.jpg")
+
+
+def dogs(root: Path) -> None:
+    from scipy.io import savemat
+
+    listed: dict[str, list[str]] = {"train": [], "test": []}
+    for number, name in enumerate(("n02085620-Chihuahua", "n02085782-Japanese_spaniel")):
+        for i in range(6):
+            photo(root / "Images" / name / f"{name[:9]}_{i}.jpg", 24, level=80 + 80 * number)
+            listed["train" if i < 4 else "test"].append(f"{name}/{name[:9]}_{i}.jpg")
+    (root / "lists").mkdir()
+    for split, names in listed.items():
+        column = np.empty((len(names), 1), dtype=object)
+        column[:, 0] = names
+        savemat(root / "lists" / f"{split}_list.mat", {"file_list": column})
+
+
+def tiny_imagenet(root: Path) -> None:
+    numbers, rows = ("n01443537", "n01629819"), []
+    for number, name in enumerate(numbers):
+        for i in range(4):
+            photo(root / "train" / name / "images" / f"{name}_{i}.JPEG", 64, level=80 + 80 * number)
+        for i in range(2):
+            photo(root / "val" / "images" / f"val_{2 * number + i}.JPEG", 64, level=80 + 80 * number)
+            rows.append(f"val_{2 * number + i}.JPEG\t{name}\t0\t32\t44\t62\n")
+    (root / "val" / "val_annotations.txt").write_text("".join(rows))
+    (root / "wnids.txt").write_text("\n".join(numbers))
+    (root / "words.txt").write_text("n01443537\tgoldfish, Carassius auratus\nn01629819\tEuropean fire salamander\n")
+
+
 WRITERS = {
     "imagenet-1k": imagenet,
     "cnfood-241": cnfood,
@@ -602,4 +692,12 @@ WRITERS = {
     "ruler": ruler,
     "qmsum": qmsum,
     "genomics": genomics,
+    "market-1501": market,
+    "dukemtmc-reid": duke,
+    "msmt17": msmt17,
+    "veri-776": veri,
+    "cub-200-2011": cub,
+    "nabirds": nabirds,
+    "stanford-dogs": dogs,
+    "tiny-imagenet": tiny_imagenet,
 }

@@ -29,7 +29,8 @@ ADAPTERS = {
     "huggingface/sentences.py": "text_classification",
     "huggingface/tuning.py": "language_modelling",
 }
-SHARED_BY_ALL = {"base", "datasets", "demos", "discovery", "faces", "hosts"}  # modules of `tasks` that are of no task
+# Modules of `tasks` that are of no task.
+SHARED_BY_ALL = {"base", "datasets", "demos", "discovery", "faces", "hosts", "stores"}
 
 
 def platform() -> Iterator[tuple[str, ast.Module]]:

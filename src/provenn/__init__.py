@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from provenn.core import cost
     from provenn.experiments.reproduce import reproduce
     from provenn.inference import onnx
+    from provenn.inference.embed import embed
     from provenn.inference.evaluate import evaluate
     from provenn.inference.export import export
     from provenn.inference.inspect import inspect
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from provenn.surgery import insert_after, swap
 
 _HOMES = {
-    **{name: f"provenn.inference.{name}" for name in ("evaluate", "export", "inspect", "predict", "train")},
+    **{name: f"provenn.inference.{name}" for name in ("embed", "evaluate", "export", "inspect", "predict", "train")},
     **dict.fromkeys(("from_official", "paper"), "provenn.inference.paper"),
     **dict.fromkeys(("create", "list_presets"), "provenn.inference.presets"),
     **dict.fromkeys(("insert_after", "swap"), "provenn.surgery"),
@@ -46,6 +47,7 @@ __all__ = [
     "__version__",
     "cost",
     "create",
+    "embed",
     "evaluate",
     "export",
     "from_official",

@@ -366,7 +366,7 @@ BAD = [
     (f"{TALK} hello -o /proc/out.txt", "cannot write /proc/out.txt"),
     (f"{TALK} ''", "is empty: was a variable of the shell not set?"),
     ("predict aaren hello --weights talk.safetensors", "talk.safetensors holds weights of tiny_gate, not of aaren"),
-    ("predict tiny_gate hello --weights probed.safetensors", "recall is a probe of models, with nothing to predict"),
+    ("predict tiny_gate hello --weights probed.safetensors", "recall predicts nothing"),
     (
         "export tiny_gate --weights talk.safetensors -o out.onnx",
         "only systems that take images, sounds or stacks of layers can be exported",

@@ -124,6 +124,14 @@ def samples(tmp_path_factory) -> Path:
             frames = [av.VideoFrame.from_ndarray(np.roll(moving, i, 1), format="gray") for i in range(12)]
             for frame in (*frames, None):
                 video.mux(stream.encode(frame))
+    for person in range(12):
+        colours = rng.integers(0, 256, (4, 2, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+        for camera in ("door", "yard"):
+            (folder / f"people/{person}/{camera}").mkdir(parents=True)
+            for number in range(2):
+                noisy = (colours // 2 + rng.integers(0, 100, colours.shape)).astype(np.uint8)
+                Image.fromarray(noisy).save(folder / f"people/{person}/{camera}/{number}.png")
+    shutil.copyfile(folder / "people/0/yard/0.png", folder / "query.png")
     for kind in ("images", "labels"):
         (folder / "scans" / kind).mkdir(parents=True)
     for number in range(4):

@@ -7,17 +7,26 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from skimage.feature import hog
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC
 from torch import nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from provenn.data.scenes import Scene
 from provenn.nn.detection import Detections
 from provenn.nn.diffusion import noise_schedule
+from provenn.nn.embedding import Identified
 from provenn.tasks import TaskData, get_task
 from provenn.tasks.discovery import SHARED
 from provenn.tasks.language_modelling import Windows
 from provenn.tasks.masked_language_modelling import Blanks
 from provenn.tasks.object_detection import Pictures, join
+from provenn.tasks.re_identification import Groups
+from provenn.tasks.re_identification import Pictures as Sighted
+from provenn.tasks.re_identification import join as join_groups
 from provenn.tasks.recall import IGNORED
 from provenn.tasks.super_resolution import Crops, Whole, enlarge
 from provenn.training import Recipe, fit
@@ -314,6 +323,69 @@ def sounds():
     return data, [Constant(shares(labels(data.train), 10))], 1 / 10
 
 
+META = {"mean": [0.4] * 3, "std": [0.2] * 3}
+
+
+class Described(nn.Module):
+    """Embeds pictures by their colour or by their pixels, colours and gradients; its logits are of no use."""
+
+    def __init__(self, describe):
+        super().__init__()
+        self.describe, self.weight = describe, nn.Parameter(torch.ones(()))
+
+    def forward(self, images):
+        described = self.weight * self.describe(images * META["std"][0] + META["mean"][0])
+        return Identified(described, described, described[:, :2])
+
+
+def gradients_and_pixels(images):
+    """Written out for 64×32 pixels: means of 4×4, roots of counts, scikit-image's HOG, a third each."""
+    flat = images.flatten(2)
+    standard = (flat - flat.mean(2, keepdim=True)) / (flat.std(2, keepdim=True) + 0.01)
+    cells = standard.unflatten(2, (16, 4, 8, 4)).mean((3, 5)).flatten(1)
+    counts = [[channel.histc(8, 0, 1).sqrt() for channel in image] for image in flat]
+    shapes = [hog(image.permute(1, 2, 0).numpy(), 9, (8, 8), (2, 2), channel_axis=2) for image in images]
+    parts = (cells, torch.stack([torch.cat(row) for row in counts]), torch.tensor(np.array(shapes)).float())
+    return torch.cat([nn.functional.normalize(part) for part in parts], 1)
+
+
+def sightings():
+    """Pictures of two people to train on, others to search for, each by two cameras."""
+    rng, parts = np.random.default_rng(0), []
+    for count in (2, 4, 9):
+        people = torch.arange(count).repeat_interleave(6)
+        colours = rng.integers(0, 200, (count, 3, 16, 8))[people.numpy()].repeat(4, 2).repeat(4, 3)
+        images = torch.from_numpy((colours + rng.integers(0, 56, colours.shape)).astype(np.uint8))
+        cameras = torch.arange(6).remainder(2).repeat(count)
+        parts.append(Sighted(images, people, cameras, torch.arange(6).eq(0).repeat(count), META | {"size": [64, 32]}))
+    data = TaskData("noise", Groups(parts[0]), *parts[1:], "", {"num_classes": 2}, META, join_groups)
+    return data, [Described(lambda x: x.mean((2, 3)) + 1e-3), Described(gradients_and_pixels)], None
+
+
+class Fitted(nn.Module):
+    """What scikit-learn makes of pixels."""
+
+    def __init__(self, machine, images, labels):
+        super().__init__()
+        self.machine = machine.fit(images.flatten(1).numpy(), labels.numpy())
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, images):
+        found = torch.from_numpy(self.machine.predict(images.flatten(1).detach().numpy()))
+        return self.weight * nn.functional.one_hot(found, 3).float()
+
+
+def details():
+    generator, parts = torch.Generator().manual_seed(0), []
+    for count in (60, 20, 40):
+        truth = torch.randint(3, (count,), generator=generator)
+        images = 0.7 * truth[:, None, None, None] + torch.randn(count, 3, 4, 4, generator=generator)
+        parts.append(TensorDataset(images, truth))
+    machines = (make_pipeline(StandardScaler(), SVC(C=10)), KNeighborsClassifier(1))
+    train = torch.utils.data.default_collate(list(parts[0]))
+    return TaskData("dots", *parts, "", {"num_classes": 3}), [Fitted(one, *train) for one in machines], 1 / 3
+
+
 CASES = {
     "audio-classification": sounds,
     "graph-regression": graphs,
@@ -331,6 +403,8 @@ CASES = {
     "text-classification": texts,
     "translation": sentences,
     "recall": pairs,
+    "re-identification": sightings,
+    "fine-grained": details,
 }
 # A car stays in the valley whatever is done blindly, and a pole falls soonest under one action all the time.
 UNMOVED = {"reinforcement-learning": lambda: decisions("mountaincar-medium")}
@@ -371,7 +445,7 @@ def test_fit_reports_the_metrics_of_the_test_split(name):
     assert done.metrics == evaluated(task, done.model, data.test)
     assert done.curve[-1] == {**done.curve[-1], **evaluated(task, done.model, data.val)}
     for other in (data.train, data.val):
-        if name != "super-resolution" or other is data.val:  # of random crops
+        if name not in ("super-resolution", "re-identification") or other is data.val:  # of random crops, of groups
             assert done.metrics != evaluated(task, done.model, other), "the splits would not be distinguished"
 
 

@@ -1,5 +1,10 @@
 """Rankings of re-identification: equal to a plain count over random tables with ties."""
 
+import importlib.machinery
+import sys
+import types
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -113,6 +118,7 @@ def test_blocks_change_nothing(monkeypatch, block):
 
 
 def test_at_equal_similarity_the_earlier_picture_comes_first(monkeypatch):
+    monkeypatch.setattr(ranking, "find_spec", lambda name: None)
     monkeypatch.setattr(ranking, "BLOCK", 3)
     _, places = nearest(torch.ones(1, 2), torch.ones(20, 2), 5)
     assert places.tolist() == [[0, 1, 2, 3, 4]]
@@ -152,3 +158,33 @@ def test_bad_tables_are_refused_in_a_line():
         nearest(torch.ones(1, 2), torch.tensor([[1.0, 0], [0, 0]]), 1)
     with pytest.raises(UserError, match="each picture needs one embedding"):
         judge_embeddings(torch.ones(2, 2), torch.ones(3, 2), (asked, shown))
+
+
+class Faiss:
+    """Stands for faiss: an exact index that returns ties in whatever order it likes, here the last first."""
+
+    def __init__(self, dim):
+        self.vectors = np.empty((0, dim), np.float32)
+
+    def add(self, vectors):
+        self.vectors = np.concatenate([self.vectors, vectors])
+
+    def search(self, queries, count):
+        similarity = queries @ self.vectors.T
+        order = np.argsort(similarity[:, ::-1], axis=1, kind="stable")[:, ::-1][:, :count]
+        places = len(self.vectors) - 1 - order
+        return np.take_along_axis(similarity, places, 1), places
+
+
+@pytest.mark.parametrize("block", [7, 2**22])
+def test_faiss_where_it_is_installed_finds_the_same(monkeypatch, block):
+    generator = torch.Generator().manual_seed(0)
+    query, gallery = torch.randn(4, 5, generator=generator), torch.randn(31, 5, generator=generator)
+    gallery[20:30] = gallery[:10]  # ties, none of which is cut off
+    monkeypatch.setattr(ranking, "BLOCK", block)
+    expected = nearest(query, gallery, 31)
+    module = types.ModuleType("faiss")
+    module.IndexFlatIP, module.__spec__ = Faiss, importlib.machinery.ModuleSpec("faiss", None)
+    monkeypatch.setitem(sys.modules, "faiss", module)
+    found = nearest(query, gallery, 31)
+    assert torch.equal(found[1], expected[1]) and torch.allclose(found[0], expected[0], atol=1e-6)

@@ -115,7 +115,7 @@ def train(
     from provenn.cli import console
     from provenn.evidence.view import number
     from provenn.tasks import Task as Kind
-    from provenn.tasks import face_of, get_task
+    from provenn.tasks import get_task
     from provenn.training.checkpoints import CHECKPOINT
 
     checkpoint, start = folder / CHECKPOINT, time.time()
@@ -166,7 +166,7 @@ def train(
         terminal.print(f"written  {console.escape(str(file))}", soft_wrap=True)
     if logger is not None:
         terminal.print(f"written  {console.escape(str(folder / 'log'))}", soft_wrap=True)
-    if face_of(work.name).presets_of is None and type(work).predict is not Kind.predict:
+    if type(work).predict is not Kind.predict:
         given = "" if not work.needs_inputs else " 'some words'" if work.takes_words else " INPUT…"
         out_option = " -o OUTPUT" if not (work.takes_words and work.needs_inputs) else ""
         quoted = without_controls(shlex.quote(str(folder)))

@@ -42,7 +42,7 @@ class Identities:
     cameras: dict[int, str]
 
 
-def read_identities(root: Path) -> Identities:
+def read_identities(root: Path, *, whole: bool = False) -> Identities:
     """Read the layout that the folder has.
 
     - Market-1501, DukeMTMC-reID, VeRi-776: identity and camera are in the files' names.
@@ -51,6 +51,10 @@ def read_identities(root: Path) -> Identities:
     - `identity/camera/*.jpg`, in folders `train`, `query` and `gallery` or at once. Of one folder, every second
       identity by name is for the test. The first picture of each by each camera is a query then, and the gallery
       holds all: what is of a query's identity and camera is left out of its ranking.
+
+    Args:
+        root: the folder.
+        whole: of `identity/camera/*.jpg` at once, take every identity for the test, and none for training.
 
     Raises:
         UserError: it is none of these, a part is empty, or a name lacks identity or camera.
@@ -62,8 +66,8 @@ def read_identities(root: Path) -> Identities:
     elif names := next((names for names in BY_NAME if (root / names[0]).is_dir()), None):
         found = _names(root, names)
     else:
-        found = _folders(root)
-    _check(root, found)
+        found = _folders(root, whole)
+    _check(root, found, whole)
     return found
 
 
@@ -123,7 +127,7 @@ def _numbered(parts: dict[str, list[Seen]]) -> Identities:
     return Identities(parts, {n: str(n) for n in identities}, {n: str(n) for n in cameras})
 
 
-def _folders(root: Path) -> Identities:
+def _folders(root: Path, whole: bool) -> Identities:
     given = [part for part in PARTS if (root / part).is_dir()]
     if given and (missing := sorted(set(PARTS) - set(given))):
         raise UserError(f"{root} has a folder {given[0]!r} but none called {missing[0]!r}: give all three, or none")
@@ -137,11 +141,17 @@ def _folders(root: Path) -> Identities:
         for part, tree in files.items()
     }
     if not given:
-        test = [seen for seen in parts["all"] if seen.identity % 2]
-        first = {(seen.identity, seen.camera): seen for seen in reversed(test)}
-        train = [seen for seen in parts["all"] if not seen.identity % 2]
-        parts = {"train": train, "query": sorted(first.values()), "gallery": test}
+        test = [seen for seen in parts["all"] if whole or seen.identity % 2]
+        train = [] if whole else [seen for seen in parts["all"] if not seen.identity % 2]
+        parts = {"train": train, **asked_for(test)}
     return Identities(parts, dict(enumerate(people)), dict(enumerate(places)))
+
+
+def asked_for(test: Iterable[Seen]) -> dict[str, list[Seen]]:
+    """Queries and gallery of pictures: the first of each identity by each camera is asked for, among all of them."""
+    gallery = list(test)
+    first = {(seen.identity, seen.camera): seen for seen in reversed(gallery)}
+    return {"query": sorted(first.values()), "gallery": gallery}
 
 
 def _tree(root: Path) -> dict[tuple[str, str], list[Path]]:
@@ -154,9 +164,9 @@ def _tree(root: Path) -> dict[tuple[str, str], list[Path]]:
     return dict(sorted(tree.items()))
 
 
-def _check(root: Path, found: Identities) -> None:
+def _check(root: Path, found: Identities, whole: bool) -> None:
     for part in PARTS:
-        if not found.parts[part]:
+        if not found.parts[part] and not (whole and part == "train"):
             raise UserError(f"{root}: the {part} part holds no pictures ({', '.join(SUFFIXES)})")
     people = {part: {seen.identity for seen in found.parts[part]} - {-1} for part in PARTS}
     if both := people["train"] & (people["query"] | people["gallery"]):

@@ -77,7 +77,8 @@ def train(
 
     check_options("train", options, TrainOptions)
     card = catalog.card(slug)
-    presets_of = None if task is None else tasks.face_of(task).presets_of
+    # A paper of the task itself has presets for it; others lend theirs.
+    presets_of = None if task is None or task in card.tasks else tasks.face_of(task).presets_of
     chosen = card.preset(preset, presets_of or task)
     kind = tasks.get_task(card.task_of(chosen) if task is None or presets_of is None else task)
     given: dict[str, Any] = {**options}

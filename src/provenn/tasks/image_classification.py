@@ -141,15 +141,15 @@ class ImageClassification(Task):
         root = Path(named)
         if files_in(root) is not None:
             content = read_cifar(root)
-            numbers = _numbers(root, content.classes, meta["classes"])
+            numbers = class_numbers(root, content.classes, meta["classes"])
             labels = np.array([numbers[content.classes[label]] for label in content.test_labels])
             images = CifarImages(content.test, labels, meta)
             return HeldOut(images, f"the test split of {root}, at {meta['size']}×{meta['size']} pixels")
         parts = _given(root, skip_broken)
         if not whole:
-            parts = _with_splits(root, parts, seed)
+            parts = with_splits(root, parts, seed)
         split = next(name for name in ("test", "val", "train") if name in parts)
-        numbers = _numbers(root, list(parts[split]), meta["classes"])
+        numbers = class_numbers(root, list(parts[split]), meta["classes"])
         files = [(file, numbers[name]) for name, listed in parts[split].items() for file in listed]
         which = "all" if split == "train" else f"the {split} split"
         return HeldOut(ImageFiles(files, meta), f"{which} of {root}, at {meta['size']}×{meta['size']} pixels")
@@ -297,7 +297,7 @@ def _test_digits(meta: dict[str, Any], seed: int) -> HeldOut:
     data = _digits(seed)
     images, labels = data.test.tensors  # type: ignore[attr-defined]  # a TensorDataset
     (mean,), (std,) = data.meta["mean"], data.meta["std"]
-    numbers = _numbers(Path("digits"), data.meta["classes"], meta["classes"])
+    numbers = class_numbers(Path("digits"), data.meta["classes"], meta["classes"])
     labels = torch.tensor([numbers[str(int(label))] for label in labels])
     scaled = (images * std + mean - meta["mean"][0]) / meta["std"][0]
     return HeldOut(TensorDataset(scaled, labels), "the test split of digits")
@@ -471,7 +471,7 @@ def _given(root: Path, skip_broken: bool = False) -> Splits:
     return given_splits(root, partial(images_in, skip_broken=skip_broken), "images")
 
 
-def _with_splits(root: Path, parts: Splits, seed: int) -> Splits:
+def with_splits(root: Path, parts: Splits, seed: int) -> Splits:
     """The same, and what of train, val and test is missing cut from `train`."""
     check_splits(root, parts)
     if "val" in parts and "test" not in parts:
@@ -480,7 +480,7 @@ def _with_splits(root: Path, parts: Splits, seed: int) -> Splits:
     return _cut(parts, missing, seed) if missing else parts
 
 
-def _numbers(root: Path, names: list[str], classes: list[str]) -> dict[str, int]:
+def class_numbers(root: Path, names: list[str], classes: list[str]) -> dict[str, int]:
     """The model's number of each class of a folder: by name, or in order where the weights know no names."""
     if set(names) <= set(classes):
         return {name: classes.index(name) for name in names}
@@ -498,11 +498,11 @@ def _numbers(root: Path, names: list[str], classes: list[str]) -> dict[str, int]
 
 
 def _folder(root: Path, seed: int, size: int | None, largest: int, skip_broken: bool) -> TaskData:
-    parts = _with_splits(root, _given(root, skip_broken), seed)
+    parts = with_splits(root, _given(root, skip_broken), seed)
     classes = list(parts["train"])
     files = {s: [(file, i) for i, name in enumerate(classes) for file in found[name]] for s, found in parts.items()}
     everything = sorted(file for listed in files.values() for file, _ in listed)
-    size = size or _side(everything, largest)
+    size = size or usual_side(everything, largest)
     meta = {"classes": classes, "size": size, "channels": 3, "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
     sets = {split: ImageFiles(files[split], meta, augment=split == "train") for split in ("train", "val", "test")}
     if len(everything) <= LARGEST_CHECKED:
@@ -544,7 +544,7 @@ def _cut(parts: dict[str, dict[str, list[Path]]], missing: list[str], seed: int)
     return parts
 
 
-def _side(files: Sequence[Path], largest: int) -> int:
+def usual_side(files: Sequence[Path], largest: int) -> int:
     """So many pixels, or what the smaller half of the images allows; from a sample, without decoding."""
     return min(largest, int(np.median([min(size_of(file)) for file in files[:: max(1, len(files) // 200)]])))
 

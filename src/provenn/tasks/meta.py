@@ -70,6 +70,15 @@ class Masks(Images):
     model_config = ConfigDict(strict=False)
 
 
+class Crops(Standardised):
+    """Of re-identification; `size` is the height and the width that are seen."""
+
+    size: Annotated[list[Annotated[int, Field(ge=1, le=2**15)]], Field(min_length=2, max_length=2)]
+
+    def width(self) -> int:
+        return 3
+
+
 class Forecast(Standardised):
     """Of series forecasting."""
 

@@ -6,6 +6,7 @@ query's own identity from its own camera is left out of the gallery, since it is
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Literal
 
@@ -137,7 +138,8 @@ def nearest(
     """The most alike pictures of a gallery of any size, by the cosine of their embeddings.
 
     The gallery is taken in blocks, and after each only the best so far are kept. At equal similarity the earlier
-    picture comes first.
+    picture comes first. On a CPU the blocks are searched by faiss where it is installed. Then, of pictures that tie for
+    the last place, another one may be among those that are returned.
 
     Args:
         query, gallery: one embedding a picture.
@@ -156,11 +158,25 @@ def nearest(
     places = torch.zeros(len(queries), 0, dtype=torch.long, device=queries.device)
     for start in range(0, len(gallery), step):
         block = _normalised(gallery[start : start + step])
-        new = torch.arange(start, start + len(block), device=queries.device).expand(len(queries), -1)
-        similarity, place = torch.cat((best, queries @ block.T), 1), torch.cat((places, new), 1)
+        found, where = _search(queries, block, min(count, len(block)))
+        similarity, place = torch.cat((best, found), 1), torch.cat((places, where + start), 1)
         order = similarity.sort(dim=1, descending=True, stable=True).indices[:, :count]
         best, places = similarity.gather(1, order), place.gather(1, order)
     return best, places
+
+
+def _search(queries: Tensor, block: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Similarities to a block of the gallery, and places in it, so that a stable sort keeps the earlier one first."""
+    if queries.device.type == "cpu" and queries.dtype == torch.float32 and find_spec("faiss") is not None:
+        import faiss
+
+        index = faiss.IndexFlatIP(block.shape[1])
+        index.add(block.numpy())
+        similarity, places = (torch.from_numpy(part) for part in index.search(queries.numpy(), count))
+        places, order = places.sort(dim=1)
+        return similarity.gather(1, order), places
+    similarity = queries @ block.T
+    return similarity, torch.arange(block.shape[0], device=block.device).expand(len(queries), -1)
 
 
 def _rows(queries: int, gallery: int) -> Iterator[slice]:

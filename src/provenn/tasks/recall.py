@@ -311,9 +311,6 @@ class Recall(Task):
         groups = [(far[group == i], right[group == i]) for i in range(max(len(edges) - 1, 1))]
         return [(d.mean().item(), r.mean().item(), len(r)) for d, r in groups if len(r)]
 
-    def predict(self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Any], output: Path | None) -> str:
-        raise UserError("recall is a probe of models, with nothing to predict: `provenn train` reports their accuracy")
-
     def picture(self, model: nn.Module, data: TaskData) -> "Figure":
         """How often the answer is right, over how far back it stands."""
         from matplotlib.figure import Figure
