@@ -23,7 +23,10 @@ MODULES: dict[str, tuple[str, ...]] = {
         *(f"*.attention.{part}.{name}" for part in ("self", "attention") for name in ("query", "key", "value")),
         *(f"*.attention.{name}" for name in ("query", "key", "value")),
     ),
-    "proj": ("*.attention.project", "*.attn.proj", "*.attention.o_proj", "*.attn.o_proj", "*.attention.output.dense"),
+    "proj": (
+        *("*.attention.project", "*.attention.out", "*.attention.o_proj", "*.attention.output.dense"),
+        *("*.attn.proj", "*.attn.o_proj"),
+    ),
     "mlp": (
         *("*.mlp.fc1", "*.mlp.fc2", "*.mlp.[02]", "*.intermediate.dense", "*.output.dense"),
         *("*.pwconv1", "*.pwconv2"),
