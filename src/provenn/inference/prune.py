@@ -240,6 +240,8 @@ def _of_transformers(path: Path) -> _Given:
 
     config = model.config
     size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
-    takes = "pixel_values" in inspect.signature(model.forward).parameters and isinstance(channels, int)
-    side = size if isinstance(size, int) else 224
-    return _Given(model, str(path), save, (1, channels, side, side) if takes else None)
+    example = None
+    if "pixel_values" in inspect.signature(model.forward).parameters and isinstance(channels, int):
+        side = size if isinstance(size, int) else 224
+        example = (1, channels, side, side)
+    return _Given(model, str(path), save, example)

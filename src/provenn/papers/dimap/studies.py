@@ -57,9 +57,12 @@ def pairs(seed: int, smoke: bool) -> TaskData:
         images, labels = getattr(parts, split).tensors
         left, right = torch.randint(len(images), (2, 64 if smoke else count), generator=generator)
         made[split] = torch.cat([images[left], images[right]], 3), 10 * labels[left] + labels[right]
+    train, val, test = (TensorDataset(*made[split]) for split in PAIRS)
     return TaskData(
         "digit pairs",
-        *(TensorDataset(*made[split]) for split in PAIRS),
+        train,
+        val,
+        test,
         fingerprint=fingerprint(*(tensor for part in made.values() for tensor in part)),
         options={"num_classes": 100, "in_channels": 1},
         about="Pairs of handwritten digits, 8×16 pixels.",
@@ -221,7 +224,7 @@ def medians_apart(model: nn.Module, data: TaskData) -> float:
 
 
 def bound_and_change(model: nn.Module, data: TaskData, ratio: float = 0.7) -> float:
-    """Of a dense network: rank correlation over layers of ‖W − W̃‖ / ‖W‖ with the change of the logits, one layer cut at a time."""
+    """Of a dense network, one layer cut at a time: rank correlation of ‖W − W̃‖ / ‖W‖ with the change of the logits."""
     from scipy import stats
 
     images = torch.stack([data.test[i][0] for i in range(min(64, len(data.test)))])  # type: ignore[arg-type]
