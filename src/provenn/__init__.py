@@ -23,12 +23,16 @@ if TYPE_CHECKING:
     from provenn.inference.paper import from_official, paper
     from provenn.inference.predict import predict
     from provenn.inference.presets import create, list_presets
+    from provenn.inference.prune import prune
     from provenn.inference.train import train
     from provenn.nn.fusion import fuse
     from provenn.surgery import insert_after, swap
 
 _HOMES = {
-    **{name: f"provenn.inference.{name}" for name in ("embed", "evaluate", "export", "inspect", "predict", "train")},
+    **{
+        name: f"provenn.inference.{name}"
+        for name in ("embed", "evaluate", "export", "inspect", "predict", "prune", "train")
+    },
     **dict.fromkeys(("from_official", "paper"), "provenn.inference.paper"),
     **dict.fromkeys(("create", "list_presets"), "provenn.inference.presets"),
     **dict.fromkeys(("insert_after", "swap"), "provenn.surgery"),
@@ -59,6 +63,7 @@ __all__ = [
     "paper",
     "papers",
     "predict",
+    "prune",
     "reproduce",
     "slots",
     "surgery",

@@ -3,7 +3,7 @@
 from provenn.catalog.claims import AtPaper, Claim, Experiment, installed
 from provenn.catalog.figures import COUNTING_UNITS, Facts, Figure, Region
 from provenn.catalog.query import search
-from provenn.catalog.schema import OURS, WEIGHTS, Card, Example, Mechanism, Preset
+from provenn.catalog.schema import OURS, WEIGHTS, Card, Example, Mechanism, Preset, Pruning
 from provenn.catalog.shelf import (
     ENTRY_POINT_GROUP,
     Shelf,
@@ -32,6 +32,7 @@ __all__ = [
     "Figure",
     "Mechanism",
     "Preset",
+    "Pruning",
     "Region",
     "Shelf",
     "card",

@@ -35,6 +35,18 @@ class Mechanism(Facts):
     summary: str = ""
 
 
+class Pruning(Facts):
+    """A way to prune any model, as `provenn prune --method` takes it.
+
+    `masks` is a function of a model and a ratio, a number or one for each group of layers, and of keyword arguments. It
+    returns `provenn.nn.masks.Masks`, and leaves the model as it is.
+    """
+
+    name: str = Field(pattern=r"^[^\s:,]+$")
+    masks: str
+    summary: str = ""
+
+
 class Example(Facts):
     """An input for the common checks: normal noise, or integers from 0 to `below` (exclusive).
 
@@ -104,6 +116,7 @@ class Card(Facts):
     tags: list[str] = []
     summary: str
     mechanisms: list[Mechanism] = []
+    pruning: list[Pruning] = []
     recipes: dict[str, dict[str, Any]] = {}
     scales: dict[str, str] = {}
     roles: Roles | None = None
@@ -165,10 +178,10 @@ class Card(Facts):
             raise ValueError(f"exactly one claim must be the headline, got {headlines}")
         return self
 
-    @field_validator("mechanisms", "presets", "experiments")
+    @field_validator("mechanisms", "presets", "pruning", "experiments")
     @classmethod
     def distinct(cls, entries: list) -> list:
-        """No two mechanisms, presets or experiments share a name."""
+        """No two mechanisms, presets, prunings or experiments share a name."""
         names = [entry.id if isinstance(entry, Experiment) else entry.name for entry in entries]
         if len(set(names)) < len(names):
             raise ValueError(f"named twice: {', '.join(sorted({n for n in names if names.count(n) > 1}))}")

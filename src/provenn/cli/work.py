@@ -46,6 +46,13 @@ def train(
         str, typer.Option(help="A path, the name of an embedded data set, or one that `provenn data` lists.")
     ],
     preset: Preset = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            help="Weights to start from: a weight file, ours or the authors', or the folder of a run or a pruning, "
+            "whose zeros stay. Default: weights are drawn."
+        ),
+    ] = None,
     task: Annotated[
         str | None,
         typer.Option(help="Kind of work to train for. Default: that of the preset.", autocompletion=tasks),
@@ -138,6 +145,7 @@ def train(
             data,
             preset=preset,
             task=task,
+            weights=weights,
             out=folder,
             seed=seed,
             device=device,

@@ -25,7 +25,7 @@ def list_presets(pattern: str = "*", *, task: str | None = None, pretrained: boo
     """
     return sorted(
         name
-        for name, (card, preset) in _by_name().items()
+        for name, (card, preset) in presets_by_name().items()
         if fnmatch(name, pattern)
         and (task is None or card.work_of(preset) == task)
         and (not pretrained or preset.name in card.shipped)
@@ -46,7 +46,7 @@ def create(name: str, *, pretrained: bool = False, **overrides: Any) -> "nn.Modu
     >>> sum(p.numel() for p in create("eca_resnet20", num_classes=10).parameters())
     272501
     """
-    presets = _by_name()
+    presets = presets_by_name()
     if name not in presets:
         near = meant(name, presets)
         raise UserError(f"no preset is called {name!r}{near}; `provenn.list_presets()` names all {len(presets)}")
@@ -54,7 +54,7 @@ def create(name: str, *, pretrained: bool = False, **overrides: Any) -> "nn.Modu
     return Paper(card).build(preset.name, pretrained=pretrained, **overrides)
 
 
-def _by_name() -> dict[str, tuple[catalog.Card, catalog.Preset]]:
+def presets_by_name() -> dict[str, tuple[catalog.Card, catalog.Preset]]:
     """Each preset and its card. A name that another paper's preset had first is `slug:name`; this package's papers come
     first.
     """

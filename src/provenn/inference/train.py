@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
@@ -14,10 +15,15 @@ from provenn.core.settings import arguments_of
 from provenn.tasks import datasets
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from provenn.nn.masks import Masks
     from provenn.tasks.base import Task
-    from provenn.training import Recipe
+    from provenn.training import Hardware, Recipe
+    from provenn.training.weights import Label
 from provenn.inference.overrides import divided
 from provenn.inference.paper import Paper
+from provenn.inference.prune import MASKS, PRUNED, masks_of
 
 SIDES = ("size", "image_size")  # what presets call the side of their images, which is that of the data
 FEWEST_STEPS = 200  # of a training on the user's own data, where nobody says how long
@@ -49,6 +55,7 @@ def train(
     *,
     preset: str | None = None,
     task: str | None = None,
+    weights: str | Path | None = None,
     seed: int = 0,
     overrides: dict[str, Any] | None = None,
     recipe: dict[str, Any] | None = None,
@@ -60,6 +67,8 @@ def train(
         slug: the paper.
         data: an embedded data set's name, or a path.
         preset, task: which system; by default the paper's first (for that task). `recall` takes language models.
+        weights: what the training starts from: a weight file, ours or the authors', or the folder of a run; by default
+            weights are drawn. Of pruned ones the zeros stay.
         seed: fixes everything random.
         overrides: to how the data is read or the preset is built, such as {"horizon": 24, "dim": 128}.
         recipe: overrides of the preset's recipe, such as {"epochs": 20}.
@@ -71,7 +80,7 @@ def train(
     from provenn import __version__, tasks, training
     from provenn.core.device import choose_device
     from provenn.core.files import alone_in, save_figure, work_folder, write_atomically
-    from provenn.training import weights
+    from provenn.training import weights as files
     from provenn.training.checkpoints import CHECKPOINT, begun
     from provenn.training.recipes import recipe_of
 
@@ -79,21 +88,23 @@ def train(
     card = catalog.card(slug)
     # A paper of the task itself has presets for it; others lend theirs.
     presets_of = None if task is None or task in card.tasks else tasks.face_of(task).presets_of
-    chosen = card.preset(preset, presets_of or task)
+    start = None if weights is None else _start(card, weights, preset)
+    chosen = card.preset(preset if start is None else start.label.preset, presets_of or task)
     kind = tasks.get_task(card.task_of(chosen) if task is None or presets_of is None else task)
     given: dict[str, Any] = {**options}
     folder = Path(given.pop("out", None) or Path("runs") / card.slug)
     on = {each.name: given.pop(each.name) for each in fields(training.Hardware) if each.name in given}
     hardware = training.Hardware(**{**on, "device": choose_device(on.get("device", "auto"))})
-    saving = training.Saving(folder, save=lambda model, file: weights.save(model, file, label), **given)
+    saving = training.Saving(folder, save=lambda model, file: files.save(model, file, label), **given)
     if saving.resume and not begun(folder):
         raise UserError(f"nothing to resume in {folder}: it holds no {CHECKPOINT}")
-    for name in ("run.json", weights.FILE, "picture.png"):
+    for name in ("run.json", files.FILE, "picture.png"):
         if (folder / name).is_dir():
             raise UserError(
                 f"{folder / name} is a folder, and a file of that name is to be written: choose another --out"
             )
-    if not saving.resume and begun(folder) and not (folder / weights.FILE).exists():
+    _check_masks(start, hardware, folder, saving.resume)
+    if not saving.resume and begun(folder) and not (folder / files.FILE).exists():
         with alone_in(folder) if progress.first_process() else nullcontext():  # else another process is at it
             pass
         raise UserError(
@@ -123,6 +134,8 @@ def train(
             raise UserError(f"{name} follows from the data, where it is {loaded.options[name]}, got {of_system[name]}")
     sides = {name: loaded.meta["size"] for name in SIDES if "size" in loaded.meta and name in takes}
     built_with = {**sides, **loaded.options, **of_system}
+    if start is not None:
+        built_with = _as_started(start, built_with, str(data))
     examples = len(loaded.train)  # type: ignore[arg-type]
     if examples < recipe_overrides.get("batch_size", 0):
         # A preset's batch may be larger than a few examples of the user's own; one that is typed was meant as it is.
@@ -133,7 +146,7 @@ def train(
     if "epochs" not in recipe_overrides:
         steps = recipe_overrides.get("max_steps") or (FEWEST_STEPS if users_own and final.max_steps is None else 0)
         final = _long_enough(final, steps, examples)
-    system = {"preset": chosen.name, "task": task}
+    system = {"preset": chosen.name, "task": task, "weights": None if weights is None else str(weights)}
     trained_on = {
         "data": str(named),
         "fingerprint": loaded.fingerprint,
@@ -142,12 +155,20 @@ def train(
         "recipe": asdict(final),
         "command": _command(card.slug, named, {**system, **recipe_overrides, "seed": seed}, {**of_data, **of_system}),
     }
-    label = weights.Label(
+    if start is not None:
+        trained_on |= {"weights": str(weights), **start.pruned}
+    label = files.Label(
         card.slug, chosen.name, kind.name, {**chosen.options, **built_with}, loaded.meta, __version__, trained_on
     )
+
+    def build() -> "nn.Module":
+        network = Paper(card).build(chosen.name, **built_with)
+        return network if start is None else start.begin(network)
+
     with work_folder(folder), _taken_by(chosen.name, str(named)):
+        _keep_masks(start, folder)
         result = training.fit(
-            lambda: Paper(card).build(chosen.name, **built_with),
+            build,
             kind,
             loaded,
             final,
@@ -163,7 +184,7 @@ def train(
                 f"{result.steps} steps; --epochs or --steps says otherwise"
             )
         label = replace(label, metrics=result.metrics)
-        weights.save(result.model, folder / weights.FILE, label)
+        files.save(result.model, folder / files.FILE, label)
         summary = {
             **asdict(label),
             "dummy_baseline": kind.dummy_baseline(loaded),
@@ -181,6 +202,80 @@ def train(
         if picture is not None:
             save_figure(picture, folder / "picture.png", bbox_inches="tight")
     return folder, result.metrics
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Weights that a training starts from.
+
+    Args:
+        source: where they came from, as it was typed.
+        state: by the names of our model.
+        label: what they say of themselves.
+        masks: what of them is kept, where they were pruned.
+    """
+
+    source: str
+    state: "dict[str, Tensor]"
+    label: "Label"
+    masks: "Masks | None"
+
+    @property
+    def pruned(self) -> dict[str, Any]:
+        """How they were pruned, for the label of what is trained."""
+        return {PRUNED: self.label.trained_on[PRUNED]} if self.masks is not None else {}
+
+    def begin(self, network: "nn.Module") -> "nn.Module":
+        """A new network with these weights, its zeros held."""
+        from provenn.training.weights import load_into
+
+        load_into(network, self.state, self.source)
+        if self.masks is not None:
+            try:
+                self.masks.hold(network)
+            except ValueError as error:
+                raise UserError(f"{self.source}: {error}: prune again, which writes both anew") from None
+        return network
+
+
+def _start(card: catalog.Card, weights: str | Path, preset: str | None) -> _Start:
+    model, label = Paper(card).load(weights, preset=preset)
+    return _Start(str(weights), model.state_dict(), label, masks_of(weights, label))
+
+
+def _as_started(start: _Start, built_with: dict[str, Any], data: str) -> dict[str, Any]:
+    """The options that the weights were built with, which those of the data must be.
+
+    Raises:
+        UserError: one differs.
+    """
+    for name, value in built_with.items():
+        if name in start.label.options and start.label.options[name] != value:
+            raise UserError(
+                f"{start.source} was built with {name} = {start.label.options[name]}, and {data} asks for {value}: "
+                "start from weights of such data, or train without --weights"
+            )
+    return {**start.label.options, **built_with}
+
+
+def _check_masks(start: _Start | None, hardware: "Hardware", folder: Path, resume: bool) -> None:
+    """Refuse what would let pruned weights grow back."""
+    if start is not None and start.masks is not None and hardware.sharded:
+        raise UserError("strategy fsdp replaces the weights, whose zeros would grow back: take ddp for pruned weights")
+    if resume and (folder / MASKS).exists() and (start is None or start.masks is None):
+        raise UserError(f"the training in {folder} began from pruned weights: give the same --weights with --resume")
+
+
+def _keep_masks(start: _Start | None, folder: Path) -> None:
+    """The masks beside what is trained, so that it is known to be pruned; none of an earlier run."""
+    from provenn.surgery.pruned import save_masks
+
+    if not progress.first_process():
+        return
+    if start is not None and start.masks is not None:
+        save_masks(start.masks, folder / MASKS)
+    else:
+        (folder / MASKS).unlink(missing_ok=True)
 
 
 def _long_enough(recipe: "Recipe", least: int, examples: int) -> "Recipe":
@@ -204,7 +299,14 @@ def _taken_by(preset: str, data: str) -> Iterator[None]:
 
 
 # What `provenn train` takes, and how it is called there.
-OPTIONS = {"preset": "preset", "task": "task", "epochs": "epochs", "max_steps": "steps", "lr": "lr"}
+OPTIONS = {
+    "preset": "preset",
+    "task": "task",
+    "weights": "weights",
+    "epochs": "epochs",
+    "max_steps": "steps",
+    "lr": "lr",
+}
 OPTIONS |= {"batch_size": "batch-size", "seed": "seed"}
 
 

@@ -1,0 +1,95 @@
+"""Pruned weights: which entries of which parameters are kept, and what holds the others at zero while training."""
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+
+@dataclass(frozen=True)
+class Masks:
+    """What a pruning keeps.
+
+    Args:
+        kept: by the name of a parameter, True where an entry stays; of the parameter's shape.
+        groups: by the same names, what the entry was ranked with, such as "mlp"; for people.
+    """
+
+    kept: Mapping[str, Tensor]
+    groups: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def removed(self) -> int:
+        """How many entries are gone."""
+        return sum(int(mask.numel() - mask.count_nonzero()) for mask in self.kept.values())
+
+    @property
+    def prunable(self) -> int:
+        """How many entries the masked parameters have."""
+        return sum(mask.numel() for mask in self.kept.values())
+
+    def of(self, model: nn.Module) -> dict[str, tuple[nn.Parameter, Tensor]]:
+        """The masked parameters of a model, each with its mask on the parameter's device.
+
+        Raises:
+            ValueError: the model has no such parameter, or one of another shape; or a mask is not bool.
+        """
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        pairs = {}
+        for name, mask in self.kept.items():
+            if name not in parameters:
+                raise ValueError(f"the masks are not of this model: it has no parameter {name}")
+            if mask.dtype != torch.bool or mask.shape != parameters[name].shape:
+                raise ValueError(
+                    f"the mask of {name} must be bool of shape {tuple(parameters[name].shape)}, got "
+                    f"{str(mask.dtype).removeprefix('torch.')} of {tuple(mask.shape)}"
+                )
+            pairs[name] = (parameters[name], mask.to(parameters[name].device))
+        return pairs
+
+    def apply(self, model: nn.Module) -> None:
+        """Put the removed entries to zero, in place."""
+        with torch.no_grad():
+            for parameter, mask in self.of(model).values():
+                parameter.masked_fill_(~mask, 0)
+
+    def hold(self, model: nn.Module) -> Callable[[], None]:
+        """Put the removed entries to zero, and keep them there in every training of this model.
+
+        Their gradients are zero from the first step on. So momentum, squared gradients and averages stay zero too, with
+        any precision, and decay changes nothing. What an optimizer moves all the same is put back after its step.
+
+        Returns:
+            What lets go again; the zeros stay until somebody trains.
+
+        Copies of the model, and models whose parameters are replaced, as sharding does, are not held.
+        """
+        self.apply(model)
+        pairs = list(self.of(model).values())
+        handles = [parameter.register_hook(partial(_silenced, ~mask)) for parameter, mask in pairs]
+        handles.append(register_optimizer_step_post_hook(partial(_put_back, pairs)))
+
+        def release() -> None:
+            for handle in handles:
+                handle.remove()
+
+        weakref.finalize(model, release)
+        return release
+
+
+def _silenced(removed: Tensor, gradient: Tensor) -> Tensor:
+    # Not a product with the mask: an overflow under mixed precision would make NaN of it.
+    return gradient.masked_fill(removed.to(gradient.device), 0)
+
+
+def _put_back(pairs: list[tuple[nn.Parameter, Tensor]], optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    with torch.no_grad():
+        for parameter, mask in pairs:
+            if id(parameter) in stepped:
+                parameter.masked_fill_(~mask.to(parameter.device), 0)

@@ -1,0 +1,111 @@
+"""Pruned models: three forms of the same weights, masks in files, and counts that can be checked by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+from provenn.core.errors import UserError
+from provenn.nn.masks import Masks
+from provenn.surgery import pruned
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Flatten(2), nn.Linear(16, 5), nn.Flatten(), nn.Linear(30, 4))
+
+
+def masked(share: float = 0.4) -> tuple[nn.Module, Masks]:
+    model = network()
+    torch.manual_seed(1)
+    kept = {name: torch.rand_like(model.get_parameter(name)) < share for name in ("0.weight", "2.weight")}
+    kept["2.weight"][3] = False  # an empty row
+    masks = Masks(kept, {"0.weight": "first", "2.weight": "second"})
+    masks.apply(model)
+    return model, masks
+
+
+@pytest.mark.parametrize("form", pruned.FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_form_gives_the_same_outputs(form, dtype, tmp_path):
+    model, masks = masked()
+    model.to(dtype)
+    pruned.save_packed(model, masks, tmp_path / "m.safetensors", form)
+    again = network().to(dtype)
+    again.load_state_dict(pruned.load_packed(tmp_path / "m.safetensors"))
+    x = torch.randn(2, 3, 4, 4, dtype=dtype)
+    assert torch.equal(model(x), again(x))
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_a_kept_weight_that_is_zero_is_kept_and_a_removed_one_that_is_not_is_gone(tmp_path):
+    model, masks = masked()
+    with torch.no_grad():
+        model[2].weight.fill_(0)
+        model[2].weight[0, 0] = 3.0
+    masks.kept["2.weight"][0, 0] = False
+    for form in pruned.FORMS:
+        state = pruned.unpack(pruned.pack(model, masks, form), {n: tuple(m.shape) for n, m in masks.kept.items()})
+        assert not state["2.weight"].any(), form
+
+
+def test_counts_of_bytes_are_those_of_the_tensors_and_break_even_where_it_is_said():
+    for share, smaller in ((0.99, set()), (0.9, {"mask"}), (0.52, {"mask"}), (0.44, {"mask", "csr"})):
+        model = nn.Linear(512, 512, bias=False)
+        flat = torch.zeros(512 * 512, dtype=torch.bool)
+        flat[torch.randperm(len(flat))[: int(share * len(flat))]] = True
+        masks = Masks({"weight": flat.view(512, 512)})
+        sizes = pruned.summarise(model, masks).sizes
+        for form in pruned.FORMS:
+            assert sizes[form] == sum(tensor.nbytes for tensor in pruned.pack(model, masks, form).values())
+        assert {form for form in ("mask", "csr") if sizes[form] < sizes["dense"]} == smaller
+        assert all((1 - share > even) == (form in smaller) for form, even in pruned.BREAK_EVEN.items())
+
+
+def test_counts_of_weights_and_multiply_adds():
+    model, masks = masked()
+    summary = pruned.summarise(model, masks, lambda: model(torch.zeros(1, 3, 4, 4)))
+    kept = {name: int(mask.sum()) for name, mask in masks.kept.items()}
+    total = 6 * 27 + 6 + 5 * 16 + 5 + 4 * 30 + 4
+    assert (summary.parameters, summary.kept) == (total, total - (162 - kept["0.weight"]) - (80 - kept["2.weight"]))
+    assert summary.macs == 16 * 162 + 6 * 80 + 120  # 16 places of the map, 6 rows of the linear layer
+    assert summary.macs_kept == 16 * kept["0.weight"] + 6 * kept["2.weight"] + 120
+    assert summary.groups() == {"first": (kept["0.weight"], 162), "second": (kept["2.weight"], 80)}
+    assert summary.dense == ("4",) and not any(module._forward_hooks for module in model.modules())
+    lines = pruned.draw(summary).axes[0].lines
+    assert [line.get_label() for line in lines] == ["first", "second"]
+    assert [line.get_ydata()[0] for line in lines] == pytest.approx([kept["0.weight"] / 162, kept["2.weight"] / 80])
+
+
+def test_masks_come_back_from_their_file(tmp_path):
+    _, masks = masked()
+    pruned.save_masks(masks, tmp_path / "masks.safetensors")
+    again = pruned.load_masks(tmp_path / "masks.safetensors")
+    assert again.groups == masks.groups and again.kept.keys() == masks.kept.keys()
+    assert all(torch.equal(mask, again.kept[name]) for name, mask in masks.kept.items())
+    assert (tmp_path / "masks.safetensors").stat().st_size < 600
+
+
+def test_other_files_are_refused_in_one_line(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    for file, words in (
+        ("other", "no packed model"),
+        ("text", "no readable safetensors"),
+        ("none", "cannot be read: No such file"),
+    ):
+        with pytest.raises(UserError, match=words) as caught:
+            pruned.load_packed(tmp_path / f"{file}.safetensors")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="holds no masks"):
+        pruned.load_masks(tmp_path / "other.safetensors")
+    save_file(
+        {"a": torch.zeros(2, dtype=torch.uint8)},
+        tmp_path / "s.safetensors",
+        {"masks": '{"a": {"shape": [3, 9], "group": ""}}'},
+    )
+    with pytest.raises(UserError, match="holds no masks, or is damaged"):
+        pruned.load_masks(tmp_path / "s.safetensors")
+    with pytest.raises(UserError, match="form must be one of dense, mask, csr, got 'coo'"):
+        pruned.pack(*masked(), "coo")
