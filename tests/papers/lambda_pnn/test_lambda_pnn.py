@@ -479,6 +479,133 @@ def test_a_pair_that_does_not_fit_is_refused_in_a_line(tmp_path, change, said):
     assert not (tmp_path / "fused.tif").exists()
 
 
+def rewritten(file, change=None, **profile):
+    """A GeoTIFF with other values or another profile."""
+    rasterio = pytest.importorskip("rasterio")
+    with rasterio.open(file) as opened:
+        values, kept = opened.read(), dict(opened.profile)
+    with rasterio.open(file, "w", **(kept | profile)) as opened:
+        opened.write(values if change is None else change(values))
+
+
+def predicted(files, output, **options):
+    return TASK.predict(model.lambda_pnn_small().eval(), {}, files, output, **options)
+
+
+def test_a_pixel_that_one_band_lacks_has_no_data_and_does_not_enter(tmp_path):
+    rasterio = pytest.importorskip("rasterio")
+    ms, pan = rasters_of(tmp_path, dtype="float32")
+    rewritten(ms, lambda v: v / 1000, nodata=-9999)
+    rewritten(pan, lambda v: v / 1000)
+
+    def gap(values):
+        values[1, 3, 5] = -9999
+        return values
+
+    rewritten(ms, gap)
+    said = predicted([ms, pan], tmp_path / "fused.tif")
+    assert "a_ms.tif: 0.1% of the pixels hold no data" in said
+    with rasterio.open(tmp_path / "fused.tif") as fused:
+        values, empty = fused.read(), fused.dataset_mask() == 0
+    assert bool(empty[12:16, 20:24].all()) and empty.sum() == 16
+    assert float(np.abs(values[:, ~empty]).max()) < 3
+
+
+def test_counts_in_numbers_with_a_point_are_not_taken_for_reflectances(tmp_path):
+    files = rasters_of(tmp_path, dtype="float32")
+    with pytest.raises(UserError, match="give --bits 11 if they are counts"):
+        predicted(files, tmp_path / "fused.tif")
+    assert "wrote" in predicted(files, tmp_path / "fused.tif", bits=11.0)
+
+
+@pytest.mark.parametrize("kind", ["south up", "turned", "rotated"])
+def test_files_that_are_turned_or_mirrored_against_each_other_are_refused(tmp_path, kind):
+    rasterio = pytest.importorskip("rasterio")
+    ms, pan = rasters_of(tmp_path)
+    at = rasterio.Affine.translation
+    lies = {
+        "south up": at(500_000, 4_000_000 - 128) * rasterio.Affine.scale(4, 4),
+        "turned": at(500_128, 4_000_000) * rasterio.Affine(0, -4, 0, -4, 0, 0),
+        "rotated": at(500_000, 4_000_000) * rasterio.Affine.rotation(30) * rasterio.Affine.scale(4, -4),
+    }
+    rewritten(ms, transform=lies[kind])
+    with pytest.raises(UserError, match=r"turned or mirrored|same area"):
+        predicted([ms, pan], tmp_path / "fused.tif")
+
+
+def test_a_pair_that_is_rotated_alike_keeps_its_place(tmp_path):
+    rasterio = pytest.importorskip("rasterio")
+    ms, pan = rasters_of(tmp_path)
+    for file, step in ((ms, 4), (pan, 1)):
+        turn = rasterio.Affine.translation(500_000, 4_000_000) * rasterio.Affine.rotation(30)
+        rewritten(file, transform=turn * rasterio.Affine.scale(step, -step), tiled=True, blockxsize=16, blockysize=16)
+    predicted([ms, pan], tmp_path / "fused.tif")
+    with rasterio.open(tmp_path / "fused.tif") as fused, rasterio.open(pan) as fine:
+        assert fused.transform.almost_equals(fine.transform) and fused.crs == fine.crs
+
+
+def test_what_is_guessed_of_the_place_is_said(tmp_path):
+    rasterio = pytest.importorskip("rasterio")
+    ms, pan = rasters_of(tmp_path, shift=-2.0)
+    assert "a_ms.tif begins +2 pixels of the PAN to the right" in predicted([ms, pan], tmp_path / "fused.tif")
+    ms, pan = rasters_of(tmp_path)
+    assert "begins" not in predicted([ms, pan], tmp_path / "fused.tif")
+    rewritten(ms, crs=None, transform=rasterio.Affine.identity())
+    assert "a_ms.tif says no place: it is taken to cover" in predicted([ms, pan], tmp_path / "fused.tif")
+
+
+@pytest.mark.parametrize(
+    ("name", "bands", "said"), [("x.jpg", 3, "expected .tif, .npy or .png"), ("x.png", 2, "three bands of 8 or 16")]
+)
+def test_where_nothing_can_be_written_nothing_is_computed(tmp_path, monkeypatch, name, bands, said):
+    files = rasters_of(tmp_path, bands=bands)
+    monkeypatch.setattr(task, "fuse", lambda *_, **__: pytest.fail("it was fused"))
+    with pytest.raises(UserError, match=said):
+        predicted(files, tmp_path / name)
+
+
+def test_a_disk_that_fills_up_while_the_file_is_closed_is_told(tmp_path, monkeypatch):
+    """GDAL writes the rest of a compressed file at its end, and does not tell when that fails."""
+    rasterio = pytest.importorskip("rasterio")
+    real = rasterio.open
+
+    def cut(file, *mode, **options):
+        if not mode:
+            Path(file).write_bytes(Path(file).read_bytes()[:2000])
+        return real(file, *mode, **options)
+
+    files = [rasters.read_raster(file) for file in rasters_of(tmp_path)]
+    monkeypatch.setattr(rasterio, "open", cut)
+    with pytest.raises(UserError, match="not whole; is the disk full"):
+        rasters.write_raster(tmp_path / "out.tif", drawn([3, 128, 128], "x").numpy(), *files)
+    assert not (tmp_path / "out.tif").exists()
+
+
+def test_an_index_that_has_no_value_says_so(tmp_path):
+    ms, pan = rasters_of(tmp_path)
+    rewritten(ms, np.zeros_like)
+    assert "R-ERGAS undefined" in predicted([ms, pan], tmp_path / "fused.tif")
+
+
+def test_arrays_are_fused_as_files_are(tmp_path):
+    ms, pan = (rasters.read_raster(file) for file in rasters_of(tmp_path))
+    torch.manual_seed(0)
+    network = model.lambda_pnn_small().eval()
+    TASK.predict(network, {}, [ms.file, pan.file], tmp_path / "fused.npy")
+    fused = provenn.papers.lambda_pnn.pansharpen(network, ms.values, pan.values[0])
+    assert fused.dtype == np.uint16 and np.array_equal(fused, np.load(tmp_path / "fused.npy"))
+    other = provenn.papers.lambda_pnn.pansharpen(network, ms.values, pan.values[0], adapt=2, coregister=True)
+    assert other.shape == fused.shape and not np.array_equal(other, fused)
+    for wrong, said in (
+        ({"ms": ms.values[:2]}, "has 2 bands"),
+        ({"pan": pan.values[0, :100]}, "expected 128 by 128"),
+        ({"coregister": True}, "give adapt=100 too"),
+        ({"pan": np.full((128, 128), np.nan)}, "not finite"),
+    ):
+        with pytest.raises(UserError, match=said):
+            provenn.papers.lambda_pnn.pansharpen(network, **({"ms": ms.values, "pan": pan.values[0]} | wrong))
+
+
 def test_files_that_are_no_pair_are_refused_in_a_line(tmp_path):
     np.save(tmp_path / "ms.npy", np.ones((3, 32, 32)))
     np.save(tmp_path / "pan.npy", np.ones((1, 120, 128)))

@@ -18,7 +18,7 @@ import provenn
 from provenn.core.errors import UserError
 from provenn.data.photographs import photograph
 from provenn.papers.s2lic import Codec, Header, Sizes, bd_rate, ms_ssim, s2lic_small
-from provenn.papers.s2lic.codec import BOUND, HEADER, MAGIC, SCALES, START, Book, gaussian_table, prior_tables
+from provenn.papers.s2lic.codec import BOUND, HEADER, MAGIC, SCALES, START, Book, Budget, gaussian_table, prior_tables
 from provenn.papers.s2lic.entropy import FactorizedPrior, gaussian_likelihood
 from provenn.papers.s2lic.model import S2LIC
 from provenn.papers.s2lic.task import estimate
@@ -151,9 +151,46 @@ def test_files_that_lie_under_a_right_checksum_decode_or_are_refused(codec):
 def test_a_header_that_promises_more_than_the_file_holds_allocates_nothing(codec):
     content, _ = codec.compress(CAT[:64, :64])
     header, payload = Header.unpack(content, "it")
-    huge = header._replace(height=65_535, width=65_535, side=64).pack(payload)
-    with pytest.raises(UserError, match="within its table of 1048576 tiles"):
+    huge = header._replace(height=13_377, width=13_377, side=64).pack(payload)
+    with pytest.raises(UserError, match="within its table of 44100 tiles"):
         codec.decompress(huge)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "side", "words"),
+    [
+        (65_535, 65_535, 2048, "header makes no sense"),
+        (64, 64, 4096, "header makes no sense"),
+        (2048, 2048, 2048, "its content is of no encoder"),
+        (13_377, 13_377, 2048, "its content is of no encoder"),
+    ],
+)
+def test_pixels_that_the_bytes_cannot_hold_are_refused_before_a_map_of_them_is_made(
+    codec, monkeypatch, height, width, side, words
+):
+    """The checksums are right, as whoever lies on purpose would have them."""
+    content, _ = codec.compress(CAT[:64, :64])
+    header, payload = Header.unpack(content, "it")
+    tiles = math.ceil(height / side) * math.ceil(width / side)
+    for kept in (payload, payload[:4], b""):
+        lengths = (len(kept), *[0] * (tiles - 1))
+        lies = header._replace(height=height, width=width, side=side, lengths=lengths)
+        monkeypatch.setattr(codec.model.decoder, "forward", lambda *_: pytest.fail("a map of pixels was made"))
+        with pytest.raises(UserError, match=words):
+            codec.decompress(lies.pack(kept))
+
+
+@pytest.mark.parametrize("colour", [0, 128, None])
+def test_what_a_payload_may_hold_is_what_its_encoder_wrote(codec, monkeypatch, colour):
+    """The plainest pictures, whose values are nearly free, and noise, whose values are rare."""
+    noise = np.random.default_rng(0).integers(0, 256, (128, 192, 3)).astype(np.uint8)
+    picture = noise if colour is None else np.full((256, 192, 3), colour, np.uint8)
+    content, shown = codec.compress(picture)
+    spent = []
+    monkeypatch.setattr(Budget, "__call__", lambda self, bits: spent.append(bits))
+    assert np.array_equal(codec.decompress(content), shown)
+    (length,) = Header.unpack(content, "it")[0].lengths
+    assert sum(spent) == pytest.approx(8 * length, rel=0.01, abs=64)
 
 
 def test_tables_are_masses_and_every_whole_number_can_be_coded():
@@ -174,15 +211,19 @@ def test_tables_are_masses_and_every_whole_number_can_be_coded():
     values = np.rint(rng.standard_cauchy(4000) * 9).clip(-BOUND, BOUND - 1).astype(np.int64)
     encoder = constriction.stream.queue.RangeEncoder()
     book.write(encoder, values, index)
-    read = book.read(constriction.stream.queue.RangeDecoder(encoder.get_compressed()), index)
+    compressed = encoder.get_compressed()
+    read = book.read(constriction.stream.queue.RangeDecoder(compressed), index, Budget(32 * len(compressed)))
     assert np.array_equal(read, values)
 
 
 def test_what_cannot_be_coded_is_refused(codec):
-    with pytest.raises(UserError, match="multiple of 64"):
-        codec.compress(CAT, 100)
+    for side in (100, 2112):
+        with pytest.raises(UserError, match="multiple of 64 from 64 to 2048"):
+            codec.compress(CAT, side)
     with pytest.raises(UserError, match="from 1 to 65535"):
         codec.compress(np.zeros((1, 65_536, 3), np.uint8))
+    with pytest.raises(UserError, match="at most 178,956,970 pixels"):
+        codec.compress(np.broadcast_to(np.uint8(0), (13_378, 13_378, 3)))
     broken = s2lic_small()
     with torch.no_grad():
         broken.encoder[1].weight.fill_(math.nan)

@@ -2,13 +2,16 @@
 
 import json
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from provenn.catalog import card
 from provenn.core.errors import UserError
 from provenn.papers.s2lic import (
     RS2TB,
@@ -19,11 +22,13 @@ from provenn.papers.s2lic import (
     GlobalContext,
     Sizes,
 )
+from provenn.papers.s2lic.codec import SCALES
 from provenn.papers.s2lic.context import anchors, squeeze, unsqueeze
 from provenn.papers.s2lic.entropy import FactorizedPrior, gaussian_likelihood, round_through
-from provenn.papers.s2lic.model import s2lic
+from provenn.papers.s2lic.model import LatentCoder, SliceCoder, s2lic
 from provenn.papers.s2lic.transforms import SwinV2Block, WindowAttention
 from provenn.testing import seeded_array, seeded_state
+from provenn.testing.golden import assert_values
 
 SLICES, LATENT = 5, 40
 
@@ -252,18 +257,112 @@ def test_a_forward_gives_a_picture_and_a_finite_loss_that_reaches_every_weight()
         S2LIC(Sizes(latent=321))
 
 
-def test_the_walk_is_that_of_the_released_file():
-    """Values of its class around our layers, with weights drawn by name; in double precision."""
-    golden = json.loads(Path(__file__).with_name("s2lic_released.json").read_text())
-    model = S2LIC(Sizes(width=16, growth=4, dense=8)).double().eval()
-    state = seeded_state({name: list(tensor.shape) for name, tensor in model.state_dict().items()}, 0)
-    model.load_state_dict({name: t.double() if t.is_floating_point() else t for name, t in state.items()})
-    x = torch.from_numpy((seeded_array([1, 3, 64, 128], "x", 0) / math.sqrt(3) + 1) / 2).requires_grad_()
+# The released class, with the public layers that it names
+
+
+GOLDEN = json.loads(Path(__file__).with_name("golden_double.json").read_text())
+FRAGMENTS = GOLDEN["fragments"]
+
+
+def in_double(module: nn.Module, seed: int) -> nn.Module:
+    """With the weights that the authors' code had, drawn by our names."""
+    state = seeded_state({name: list(tensor.shape) for name, tensor in module.state_dict().items()}, seed)
+    module.double().eval()
+    module.load_state_dict({name: t.double() if t.is_floating_point() else t for name, t in state.items()})
+    return module
+
+
+def drawn(shape: list[int], name: str, seed: int) -> Tensor:
+    return torch.from_numpy(seeded_array(shape, name, seed))
+
+
+def test_golden_values_name_the_newest_commit_that_has_code():
+    assert GOLDEN["source"] in GOLDEN["newest"] and GOLDEN["source"].split("@")[0] == card("s2lic").code
+
+
+def test_outputs_symbols_and_gradients_are_those_of_the_released_class():
+    (case,) = GOLDEN["cases"]
+    seed, shape = case["seed"], case["shape"]
+    model = in_double(S2LIC(Sizes(width=16)), seed)
+    x = ((drawn(shape, "x", seed) / math.sqrt(3) + 1) / 2).requires_grad_()
+    read, symbols = model.coder._rated, []
+
+    def watch(slices: Sequence[Tensor], rates: list[Tensor], i: int, anchor: bool, *rest: Tensor) -> Tensor:
+        whole = read(slices, rates, i, anchor, *rest)
+        symbols.append(squeeze(whole.detach(), anchor).flatten())
+        return whole
+
+    model.coder._rated = watch
     coded = model(x)
-    weight = torch.from_numpy(seeded_array(list(x.shape), "gradient", 0))
-    (gradient,) = torch.autograd.grad((coded.picture * weight).sum() + coded.bits().sum(), x)
-    found = {"picture": coded.picture, "y": coded.y, "z": coded.z, "gradient": gradient}
-    for name, tensor in found.items():
-        expected = torch.tensor(golden[name]["value"], dtype=torch.float64)
-        torch.testing.assert_close(tensor.detach().flatten()[golden[name]["index"]], expected, rtol=1e-7, atol=1e-9)
-    assert coded.bits().item() == pytest.approx(golden["bits"], rel=1e-9)
+    for name in ("picture", "y", "z"):
+        assert_values(getattr(coded, name), case[name], 1e-10, name)
+    assert_values(torch.cat(symbols), case["symbols"], 1e-12, "symbols, in the order of the released compress")
+    assert coded.bits().sum().item() == pytest.approx(case["bits"], rel=1e-12)
+    assert model.coder.prior.auxiliary_loss().item() == pytest.approx(case["auxiliary"], rel=1e-12)
+    ((coded.picture * drawn(shape, "gradient", seed)).sum() + coded.bits().sum()).backward()
+    assert_values(x.grad, case["gradient"], 1e-6, "gradient")
+    parameters = dict(model.named_parameters())
+    for name, expected in case["weights"].items():
+        assert_values(parameters[name].grad, expected, 1e-6, name)
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "enhancement": DenseEnhancement,
+    "hyper_encoder": lambda: LatentCoder(Sizes(width=24, latent=40, slices=5)).hyper_encoder,
+    "hyper_decoder": lambda: LatentCoder(Sizes(width=24, latent=40, slices=5)).hyper_decoder,
+    "entropy_parameters": lambda: SliceCoder(Sizes(), 96, 64).parameters_of,
+    "residual_prediction": lambda: Halved(SliceCoder(Sizes(), 96, 64).correction_of),
+}
+
+
+class Halved(nn.Sequential):
+    """A residual prediction as `SliceCoder.correct` bounds it."""
+
+    def __init__(self, layers: nn.Module):
+        super().__init__(*cast(nn.Sequential, layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * super().forward(x).tanh()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_each_layer_is_the_public_one_that_the_released_class_names(name):
+    golden = FRAGMENTS[name]
+    x = drawn(golden["shape"], "input", golden["seed"]).requires_grad_()
+    output = in_double(LAYERS[name](), golden["seed"])(x)
+    assert_values(output, golden["output"], 1e-12)
+    output.backward(drawn(list(output.shape), "gradient", golden["seed"]))
+    assert_values(x.grad, golden["gradient"], 1e-12, "gradient")
+
+
+def test_the_factorised_prior_is_compressai_s():
+    golden = FRAGMENTS["prior"]
+    prior = cast(FactorizedPrior, in_double(FactorizedPrior(24), golden["seed"]))
+    z = (4 * drawn(golden["shape"], "input", golden["seed"])).requires_grad_()
+    likelihood = prior.likelihood(z)
+    assert_values(likelihood, golden["output"], 1e-12)
+    likelihood.log2().backward(drawn(golden["shape"], "gradient", golden["seed"]))
+    # In the upper tail theirs subtracts two numbers next to 1.
+    assert_values(z.grad, golden["gradient"], 1e-5, "gradient")
+    loss = prior.auxiliary_loss()
+    assert loss.item() == pytest.approx(golden["auxiliary"], rel=1e-12)
+    (slope,) = torch.autograd.grad(loss, prior.quantiles)
+    assert_values(slope, golden["quantiles"], 1e-10, "quantiles")
+
+
+def test_the_gaussian_and_its_floors_are_compressai_s_gradients_too():
+    """Below its floor a scale learns where a step lifts it, and a likelihood likewise."""
+    golden = FRAGMENTS["gaussian"]
+    shape, seed = golden["shape"], golden["seed"]
+    values, means, scales = (k * drawn(shape, n, seed) for n, k in (("values", 6), ("means", 2), ("scales", 2)))
+    scales.requires_grad_()
+    likelihood = gaussian_likelihood((values - means).round(), scales)
+    assert_values(likelihood, golden["output"], 1e-12)
+    likelihood.log2().backward(drawn(shape, "gradient", seed))
+    assert_values(scales.grad, golden["scales"], 1e-9, "scales")
+    below = scales.detach() < 0.11
+    assert (scales.grad[below] != 0).any() and (scales.grad[below] == 0).any()
+
+
+def test_scales_are_the_released_table():
+    assert SCALES.tolist() == pytest.approx(FRAGMENTS["scale_table"], rel=1e-6)  # theirs is in single precision

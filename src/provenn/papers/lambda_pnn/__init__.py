@@ -14,6 +14,7 @@ from provenn.papers.lambda_pnn.model import (
     lambda_pnn_wv3,
 )
 from provenn.papers.lambda_pnn.sensors import SENSORS, Sensor, downgrade, sensor_kernels, sensor_of, upsample
+from provenn.papers.lambda_pnn.task.arrays import pansharpen
 from provenn.papers.lambda_pnn.task.fusion import adapt, fuse, gsa, mtf_glp, reduced, report, stacked
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "lambda_pnn_wv3",
     "local_correlation",
     "mtf_glp",
+    "pansharpen",
     "q2n",
     "reduced",
     "report",

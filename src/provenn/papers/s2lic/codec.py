@@ -32,7 +32,8 @@ DEVICES = ("cpu", "cuda")
 HEADER = struct.Struct("<BBBHHBf6sI15s")
 START = len(MAGIC) + 4  # the checksum of all that follows stands after the magic
 MOST = 128  # threads
-SIDE = 1024  # of a tile: what bounds the memory of a large photograph
+SIDE, WIDEST = 1024, 2048  # side of a tile, by default and at most: what bounds the memory of a large photograph
+PIXELS = 2 * 89_478_485  # of a picture: more than Pillow reads
 
 
 class Header(NamedTuple):
@@ -86,7 +87,8 @@ class Header(NamedTuple):
         if struct.unpack_from("<I", content, len(MAGIC))[0] != zlib.crc32(content[START:]):
             raise UserError(f"{name} is damaged: its checksum is not that of its content")
         _, device, threads, height, width, tile, lam, weights, pixels, preset = HEADER.unpack_from(content, START)
-        if device >= len(DEVICES) or not (0 < threads <= MOST and height and width and tile) or not 0 < lam < math.inf:
+        sizes = 0 < threads <= MOST and 0 < height * width <= PIXELS and 0 < 64 * tile <= WIDEST
+        if device >= len(DEVICES) or not sizes or not 0 < lam < math.inf:
             raise UserError(f"{name} is damaged: its header makes no sense")
         place = START + HEADER.size
         count = math.ceil(height / (64 * tile)) * math.ceil(width / (64 * tile))
@@ -160,6 +162,9 @@ class Book:
 
     Args:
         tables: masses of −T…T and of all else.
+
+    Attributes:
+        costs: bits that each value of each table takes.
     """
 
     tables: list[np.ndarray]
@@ -167,6 +172,8 @@ class Book:
     def __post_init__(self) -> None:
         self.models = _models(self.tables)
         self.rare = _constriction().stream.model.Uniform(2 * BOUND)
+
+        self.costs = [-np.log2(table / table.sum()) for table in self.tables]
 
     def groups(self, index: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """Each table that is used, and where: symbols of one table are coded in one call."""
@@ -183,16 +190,41 @@ class Book:
             encoder.encode(np.where(beyond, 2 * reach + 1, part + reach).astype(np.int32), self.models[table])
             encoder.encode((part[beyond] + BOUND).astype(np.int32), self.rare)
 
-    def read(self, decoder: Any, index: np.ndarray) -> np.ndarray:
-        """The inverse of `write`."""
+    def read(self, decoder: Any, index: np.ndarray, spend: Callable[[float], None]) -> np.ndarray:
+        """The inverse of `write`; `spend` is told the bits of each table's values, and may stop it."""
         values = np.empty(len(index), np.int64)
         for table, places in self.groups(index):
             reach = len(self.tables[table]) // 2 - 1
-            part = decoder.decode(self.models[table], len(places)).astype(np.int64) - reach
+            coded = decoder.decode(self.models[table], len(places))
+            spend(float(self.costs[table][coded].sum()))
+            part = coded.astype(np.int64) - reach
             beyond = part > reach
             part[beyond] = decoder.decode(self.rare, int(beyond.sum())).astype(np.int64) - BOUND
             values[places] = part
         return values
+
+
+class Budget:
+    """Bits that a payload can hold. A range decoder goes on beyond its end, where each value is a rare one.
+
+    So a header that claims more pixels than were written is found out within the first values, before any map of the
+    claimed size is made.
+
+    Args:
+        bits: of the payload.
+
+    Raises:
+        ValueError: more was read than the payload holds, but for 2 % and 64 bits, by which the coder's own rounding of
+            the tables and its end may differ.
+    """
+
+    def __init__(self, bits: int):
+        self.left = 1.02 * bits + 64
+
+    def __call__(self, bits: float) -> None:
+        self.left -= bits
+        if self.left < 0:
+            raise ValueError("the payload ends early")
 
 
 @cache
@@ -244,8 +276,8 @@ class Codec:
         """The file of a picture, and the picture that it decodes to.
 
         Args:
-            pixels: RGB, both sides at most 65,535.
-            side: of the tiles that are coded each for itself, a multiple of 64 up to 16,320.
+            pixels: RGB, both sides at most 65,535, and at most 178,956,970 pixels.
+            side: of the tiles that are coded each for itself, a multiple of 64 up to 2,048.
             advance: called after each tile.
 
         Raises:
@@ -253,6 +285,8 @@ class Codec:
         """
         check_side(side)
         height, width = pixels.shape[:2]
+        if height * width > PIXELS:
+            raise UserError(f"a picture has at most {PIXELS:,} pixels, got {width}×{height}: divide it")
         if not 0 < min(height, width) <= max(height, width) < 2**16:
             raise UserError(f"a picture's sides are from 1 to 65535 pixels, got {width}×{height}")
         parts, decoded = [], np.empty_like(pixels)
@@ -286,8 +320,7 @@ class Codec:
         if header.device != self.device.type:
             raise UserError(f"{name} was written on {header.device} and is decoded there; this is {self.device.type}")
         pixels = np.empty((header.height, header.width, 3), np.uint8)
-        at = 0
-        places = tiles(header.height, header.width, header.side)
+        at, places = 0, tiles(header.height, header.width, header.side)
         with repeatable(header.threads):
             for (rows, columns), length in zip(places, header.lengths, strict=True):
                 shape = (rows.stop - rows.start, columns.stop - columns.start)
@@ -326,13 +359,14 @@ class Codec:
     def _read(self, content: bytes, height: int, width: int) -> np.ndarray:
         """The pixels of one tile."""
         decoder = _constriction().stream.queue.RangeDecoder(np.frombuffer(content, "<u4"))
+        spend = Budget(8 * len(content))
         shape = (1, self.coder.sizes.width, math.ceil(height / 64), math.ceil(width / 64))
-        whole = torch.from_numpy(self.sites.read(decoder, self._channels(shape)).reshape(shape))
+        whole = torch.from_numpy(self.sites.read(decoder, self._channels(shape), spend).reshape(shape))
 
         def read(i: int, anchor: bool, mean: Tensor, scale: Tensor) -> Tensor:
             index = self._index(scale, anchor)
             half = (*mean.shape[:-1], mean.shape[-1] // 2)
-            symbols = torch.from_numpy(self.scales.read(decoder, index).reshape(half))
+            symbols = torch.from_numpy(self.scales.read(decoder, index, spend).reshape(half))
             return unsqueeze(symbols.to(mean), anchor)
 
         return self._shown(whole.to(self.device).double(), read, height, width)
@@ -367,8 +401,8 @@ def check_side(side: float | int) -> int:
     Raises:
         UserError: it is no multiple of 64, or too large.
     """
-    if side % 64 or not 64 <= side <= 255 * 64:
-        raise UserError(f"the side of a tile is a multiple of 64 from 64 to 16320, got {side:g}")
+    if side % 64 or not 64 <= side <= WIDEST:
+        raise UserError(f"the side of a tile is a multiple of 64 from 64 to {WIDEST}, got {side:g}")
     return int(side)
 
 

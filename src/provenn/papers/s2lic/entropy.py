@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +17,47 @@ def round_through(x: Tensor) -> Tensor:
     return x + (x.round() - x).detach()
 
 
+class _AtLeast(torch.autograd.Function):
+    """max(x, bound), whose gradient passes below the bound too where a step against it lifts x."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, bound: float) -> Tensor:
+        return x.clamp(min=bound)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0] >= inputs[1])
+        ctx.save_for_forward(inputs[0] >= inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * (ctx.saved_tensors[0] | (grad < 0)), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return tangent * ctx.saved_tensors[0]
+
+
+def at_least(x: Tensor, bound: float) -> Tensor:
+    """max(x, bound) as CompressAI bounds scales and likelihoods: a value below the bound can still learn to rise.
+
+    `clamp` has no gradient there, so that a scale which once fell below 0.11 would stay.
+
+    >>> x = torch.tensor([0.5, 2.0], requires_grad=True)
+    >>> (-at_least(x, 1.0)).sum().backward(); x.grad
+    tensor([-1., -1.])
+    """
+    return cast(Tensor, _AtLeast.apply(x, bound))
+
+
 def gaussian_likelihood(residual: Tensor, scale: Tensor) -> Tensor:
     """Mass of N(0, max(scale, 0.11)²) within half a unit of `residual` = value − mean, at least 1e-9; one shape."""
-    scale = scale.clamp(min=FLOOR)
+    scale = at_least(scale, FLOOR)
     x = residual.abs()
     upper, lower = ((x + d) / (scale * math.sqrt(2)) for d in (0.5, -0.5))
-    return (0.5 * (torch.erfc(lower) - torch.erfc(upper))).clamp(min=LEAST)
+    return at_least(0.5 * (torch.erfc(lower) - torch.erfc(upper)), LEAST)
 
 
 def bits(*likelihoods: Tensor, least: float = 0.0) -> Tensor:
@@ -71,7 +107,7 @@ class FactorizedPrior(nn.Module):
         x = z.transpose(0, 1).flatten(1)[:, None]
         lower, upper = self.logits(x - 0.5), self.logits(x + 0.5)
         sign = -(lower + upper).sign().detach()
-        mass = (torch.sigmoid(sign * upper) - torch.sigmoid(sign * lower)).abs().clamp(min=LEAST)
+        mass = at_least((torch.sigmoid(sign * upper) - torch.sigmoid(sign * lower)).abs(), LEAST)
         return mass.view(z.shape[1], z.shape[0], *z.shape[2:]).transpose(0, 1)
 
     def auxiliary_loss(self) -> Tensor:

@@ -1,5 +1,6 @@
 """Pansharpening: a multispectral image and a panchromatic one four times finer in, the bands on the fine grid out."""
 
+import math
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,18 @@ from provenn.papers.lambda_pnn.task.fusion import (
     report,
     stacked,
 )
-from provenn.papers.lambda_pnn.task.rasters import SMALLEST, Raster, check_pair, read_raster, write_raster
+from provenn.papers.lambda_pnn.task.rasters import (
+    SMALLEST,
+    Raster,
+    check_orientation,
+    check_pair,
+    check_scale,
+    check_target,
+    read_raster,
+    told_of,
+    without_gaps,
+    write_raster,
+)
 from provenn.tasks import Task, TaskData, count_examples, device_of, fingerprint, split_indices
 from provenn.tasks.base import HeldOut, Portable, Scores
 from provenn.tasks.demos import Trial, as_shown
@@ -245,16 +257,20 @@ class Pansharpening(Task):
             raise UserError("--coregister tells the adaptation where the bands lie: give --adapting 100 too")
         check_output(output)
         check_no_input(output, [str(file) for file in inputs])
-        first, second = (read_raster(file) for file in inputs)
+        first, second = (without_gaps(read_raster(file)) for file in inputs)
         coarse, fine = sorted((first, second), key=lambda raster: raster.values.shape[-2] * raster.values.shape[-1])
+        check_target(output, coarse)
         ms, pan = (part[None].to(device_of(model)) for part in check_pair(coarse, fine, depth))
+        check_orientation(coarse, fine)
+        for raster in (coarse, fine):
+            check_scale(raster, depth)
         network = of_kind(model, FusionNetwork, "the model")
         if ms.shape[1] != network.bands:
             raise UserError(f"{coarse.file} has {ms.shape[1]} bands, these weights are for {network.bands}")
         start = time.perf_counter()
         with progress.bar("fusing", count_tiles(pan.shape[-2], pan.shape[-1], LARGEST, OVERLAP)) as advance:
             fused = fuse(network, ms, pan, advance=advance)
-        lines = [_said("fused", report(fused, ms, pan, network.sensor))]
+        lines = [*told_of(coarse, fine), _said("fused", report(fused, ms, pan, network.sensor))]
         if steps:
             tuned = adapt(network, ms, pan, Adaptation(steps=steps), coregister=coregister)
             fused = fuse(tuned, ms, pan)
@@ -359,7 +375,12 @@ def _whole(name: str, value: float, least: int, most: int) -> int:
 
 def _said(what: str, values: dict[str, float]) -> str:
     names = {"r_ergas": "R-ERGAS", "r_sam": "R-SAM", "d_lambda": "D_λ", "d_rho": "D_ρ", "d_s": "D_S", "d_s_r": "D_S(R)"}
-    return f"{what}: " + ", ".join(f"{label} {values[key]:.4g}" for key, label in names.items())
+    told = (f"{label} {_number(values[key])}" for key, label in names.items())
+    return f"{what}: " + ", ".join(told)
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}" if math.isfinite(value) else "undefined"
 
 
 TASK = Pansharpening()

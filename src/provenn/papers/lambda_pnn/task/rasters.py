@@ -1,6 +1,7 @@
 """Images of many bands from and to files: GeoTIFF with where it lies, NumPy arrays, and pictures."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from provenn.core.errors import UserError
-from provenn.core.files import atomic_write
+from provenn.core.files import atomic_write, check_output
 from provenn.core.inputs import check_file
 from provenn.data.images import Picture, read_image, write_image
 from provenn.papers.lambda_pnn.sensors import RATIO
@@ -17,6 +18,7 @@ from provenn.papers.lambda_pnn.sensors import RATIO
 TIFF, PICTURES = (".tif", ".tiff"), (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SMALLEST = 128  # side of a PAN: a block of Q2ⁿ is 32 pixels of the MS
 BITS = 11
+LARGEST_REFLECTANCE = 10.0  # numbers with a point above it are counts
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,79 @@ def _check_place(ms: Raster, pan: Raster) -> None:
             raise UserError(f"{ms.file} and {pan.file} do not cover the same area; cut both to it")
 
 
+def without_gaps(raster: Raster) -> Raster:
+    """The raster, whose pixels hold no data where any of their bands has none: such a pixel cannot be fused."""
+    nodata = raster.profile.get("nodata")
+    if nodata is None:
+        return raster
+    gaps = np.isnan(raster.values) if math.isnan(nodata) else raster.values == nodata
+    empty = raster.empty | gaps.any(axis=0)
+    if empty.all():
+        raise UserError(f"{raster.file} holds no pixel with data in all of its bands")
+    return replace(raster, empty=empty)
+
+
+def check_scale(raster: Raster, bits: int | None) -> None:
+    """Raises: UserError: counts in numbers with a point, which would be taken for reflectances."""
+    if bits is None and raster.values.dtype.kind == "f":
+        top = float(np.abs(raster.values[:, ~raster.empty]).max())
+        if top > LARGEST_REFLECTANCE:
+            raise UserError(
+                f"{raster.file} holds numbers with a point up to {top:.4g}; expected reflectances of about 0 to 1: "
+                f"give --bits {BITS} if they are counts"
+            )
+
+
+def check_orientation(ms: Raster, pan: Raster) -> None:
+    """Raises: UserError: one is turned or mirrored against the other, by their georeferences."""
+    if None in (ms.profile.get("crs"), pan.profile.get("crs")):
+        return
+    (height, width), coarse, fine = ms.values.shape[1:], ms.profile["transform"], pan.profile["transform"]
+    step = math.hypot(coarse.a, coarse.d)
+    for column, row in ((width, 0), (0, height)):
+        there, here = coarse * (column, row), fine * (RATIO * column, RATIO * row)
+        if math.dist(there, here) > 3 * step:
+            raise UserError(f"{ms.file} and {pan.file} are turned or mirrored against each other; warp one of them")
+
+
+def told_of(ms: Raster, pan: Raster) -> list[str]:
+    """What is guessed or left out of a pair, a line each."""
+    said = []
+    for raster in (ms, pan):
+        if raster.empty.any():
+            said.append(
+                f"{raster.file}: {raster.empty.mean():.1%} of the pixels hold no data, and none is written there"
+            )
+    known = [raster.profile.get("crs") is not None for raster in (ms, pan)]
+    if known[0] != known[1]:
+        without, other = (ms, pan) if known[1] else (pan, ms)
+        said.append(f"{without.file} says no place: it is taken to cover {other.file}")
+    if all(known):
+        across, down = ~pan.profile["transform"] * (ms.profile["transform"] * (0, 0))
+        if max(abs(across), abs(down)) > 0.25:
+            said.append(
+                f"{ms.file} begins {across:+.2g} pixels of the PAN to the right of {pan.file} and {down:+.2g} below: "
+                "both are taken to begin together; --adapting 100 --coregister looks for up to 2"
+            )
+    return said
+
+
+def check_target(file: Path, ms: Raster) -> None:
+    """Refuse a file that the fused bands cannot be written to, before they are computed.
+
+    Raises:
+        UserError: another suffix, a picture of other than three bands of 8 or 16 bits, or no such folder.
+    """
+    suffix, kind = file.suffix.lower(), ms.values.dtype
+    if suffix == ".png" and (len(ms.values) != 3 or kind not in (np.uint8, np.uint16)):
+        raise UserError(f"{file}: a picture holds three bands of 8 or 16 bits, this has {len(ms.values)} of {kind}")
+    if suffix not in (*TIFF, ".npy", ".png"):
+        raise UserError(f"{file} is no image of bands: expected .tif, .npy or .png")
+    if suffix in TIFF:
+        _rasterio()
+    check_output(file)
+
+
 def _divisor(dtype: np.dtype, bits: int | None) -> float:
     if bits is not None:
         return 2.0**bits
@@ -181,18 +256,15 @@ def write_raster(file: Path, fused: np.ndarray, ms: Raster, pan: Raster, bits: i
         limits = np.iinfo(kind)
         values = values.round().clip(0, limits.max)
     values = values.astype(kind)
+    check_target(file, ms)
     suffix = file.suffix.lower()
     if suffix in TIFF:
         _write_tiff(file, values, ms, pan)
     elif suffix == ".npy":
         with atomic_write(file) as temporary, temporary.open("wb") as opened:
             np.save(opened, values)
-    elif suffix == ".png":
-        if len(values) != 3 or kind not in (np.uint8, np.uint16):
-            raise UserError(f"{file}: a picture holds three bands of 8 or 16 bits, this has {len(values)} of {kind}")
-        write_image(file, Picture(np.ascontiguousarray(np.moveaxis(values[::-1], 0, -1))))
     else:
-        raise UserError(f"{file} is no image of bands: expected .tif, .npy or .png")
+        write_image(file, Picture(np.ascontiguousarray(np.moveaxis(values[::-1], 0, -1))))
 
 
 def _write_tiff(file: Path, values: np.ndarray, ms: Raster, pan: Raster) -> None:
@@ -206,8 +278,27 @@ def _write_tiff(file: Path, values: np.ndarray, ms: Raster, pan: Raster) -> None
         values = np.where(values == nodata, _beside(nodata, values.dtype), values)  # data stay data
         values[:, empty] = nodata
     profile |= {"count": len(values), "height": values.shape[1], "width": values.shape[2], "dtype": values.dtype.name}
-    with atomic_write(file) as temporary, rasterio.open(temporary, "w", nodata=nodata, **profile) as opened:
-        opened.write(values)
+    failed = rasterio.errors.RasterioError
+    with atomic_write(file) as temporary:
+        try:
+            with rasterio.open(temporary, "w", nodata=nodata, **profile) as opened:
+                opened.write(values)
+        except failed as error:
+            raise UserError(f"cannot write {file}: {_cause(error)}") from None
+        try:  # GDAL does not tell of a disk that fills up while the file is closed
+            with rasterio.open(temporary) as written:
+                whole = all(np.array_equal(written.read(i + 1), band, equal_nan=True) for i, band in enumerate(values))
+        except failed:
+            whole = False
+        if not whole:
+            raise UserError(f"cannot write {file}: what was written is not whole; is the disk full?")
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what stands behind an error of rasterio, which often says no more than that it has one."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).splitlines()[0]
 
 
 def _beside(nodata: float, kind: np.dtype) -> Any:
