@@ -1,17 +1,29 @@
 """What the abstract says of M2R2, and what building it brought to light, as measurements."""
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
+from itertools import count
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from provenn.evidence import Benchmark, Measurement, Run, Study, Timing, measures
+from provenn.core.cost import interleaved
+from provenn.core.narrowing import of_kind
+from provenn.evidence import Benchmark, Measurement, Run, Study, Table, Timing, measures
 from provenn.evidence.experiment import Measure
-from provenn.papers.m2r2.decoding import decode
+from provenn.papers.m2r2.decoding import Draw, decode
 from provenn.papers.m2r2.model import ExitModel, M2R2Model, plain_decoder
+from provenn.papers.m2r2.rivals import (
+    MedusaHeads,
+    around_shipped,
+    deed,
+    medusa,
+    write_by_lookahead,
+    write_by_medusa,
+)
 from provenn.papers.m2r2.studies import (
     AROUND,
     BASE,
@@ -41,7 +53,7 @@ from provenn.papers.m2r2.studies import (
     unaligned,
 )
 from provenn.papers.m2r2.task import shipped
-from provenn.training import Recipe
+from provenn.training import Hardware, Recipe, fit
 
 ABOUT = "the source of Python's standard library, byte by byte"
 
@@ -177,6 +189,93 @@ BENCHMARKS = [
     Benchmark(SPEED, "self-speculation", "two-model speculation"),
     Benchmark(SPEED, "early exit", "all layers"),
 ]
+
+# Other drafts for the decoder that ships, which learn what M2R2's adapters have learned beside it.
+
+DRAFTS = Study(
+    "drafts for the decoder that ships",
+    "accelerated-language-modelling",
+    data=text_data,
+    variants={"medusa": ("Medusa heads", medusa), "deed": ("DEED's exit head", deed)},
+    build=around_shipped,
+    recipe=replace(AROUND, max_steps=2400),  # as many bytes as the adapters that ship have seen
+    lrs=EXITS.lrs,
+    about=ABOUT,
+    kind="what drafts",
+)
+WINDOWS = {"LookAhead of 3 × 3-grams": (3, 3), "LookAhead of 7 × 4-grams": (7, 4)}
+
+
+@measures("beside_other_drafts")
+async def beside_other_drafts(run: Run, rounds: int = 21, tokens: int = 64) -> Measurement:
+    """CPU time of two texts in turns: the best of the rivals of each round over self-speculation.
+
+    Each call draws its next two texts, so that rounds differ by their texts too.
+    """
+    rates = {name: (await DRAFTS.rate(run, name))[0] for name in DRAFTS.variants}
+    rounds, tokens = (2, 8) if run.smoke else (rounds, tokens)
+    ours = "self-speculation"
+
+    def measure() -> dict[str, list[float]]:
+        data, hardware = DRAFTS.data_for(run, run.seeds[0]), Hardware(run.device)
+        trained = {}
+        for name, (label, part) in DRAFTS.variants.items():
+            recipe = replace(DRAFTS.recipe_for(run), lr=rates[name])
+            build = partial(around_shipped, part, **data.options)
+            trained[name] = fit(
+                build, DRAFTS.of_task, data, recipe, seed=run.seeds[0], hardware=hardware, title=label
+            ).model.eval()
+        model = shipped("m2r2_tiny")
+        heads = of_kind(trained["medusa"], MedusaHeads, "Medusa")
+        writers: dict[str, Callable[[Tensor, Draw], object]] = {
+            ours: partial(_draws, model, tokens),
+            DRAFTS.label("deed"): partial(_draws, trained["deed"], tokens),
+            DRAFTS.label("medusa"): lambda prompt, draw: write_by_medusa(heads, prompt, tokens, draw),
+            **{label: partial(_looks_ahead, model, tokens, *sizes) for label, sizes in WINDOWS.items()},
+        }
+        seconds = interleaved({label: _texts(write) for label, write in writers.items()}, rounds=rounds)
+        return {label: [1e3 * s for s in times] for label, times in seconds.items()}
+
+    facts = {"rounds": rounds, "tokens": tokens, "temperature": TEMPERATURE, "texts a call": TEXTS, "lr": rates}
+    code = DRAFTS.trial_setting(run, "medusa")["code"]
+    times = await run.trial("other drafts, timed", measure, alone=True, code=code, **facts)
+    rivals = [label for label in times if label != ours]
+    best = [min(each) for each in zip(*(times[label] for label in rivals), strict=True)]
+    rows: list[list[str | float | int | None]] = [[label, median(each)] for label, each in times.items()]
+    return Measurement.of(
+        "clock ratio",
+        best,
+        times[ours],
+        sides=("best of " + ", ".join(rivals), ours),
+        unit="milliseconds",
+        setting={**facts, **DRAFT},
+        tables=[Table(caption="Two texts by the decoder that ships", columns=["drafts", "milliseconds"], rows=rows)],
+        note="All draw from the distribution of all layers. The best rival of each round counts.",
+    )
+
+
+def _texts(write: Callable[[Tensor, Draw], object]) -> Callable[[], None]:
+    """A call that writes two texts, at each call with the next seeds."""
+    prompt, seeds = torch.tensor([list(PROMPT)]), count()
+
+    def call() -> None:
+        for _ in range(TEXTS):
+            write(prompt, Draw(TEMPERATURE, None, None, torch.Generator().manual_seed(next(seeds))))
+
+    return call
+
+
+def _draws(model: Any, tokens: int, prompt: Tensor, draw: Draw) -> list[Tensor]:
+    return list(
+        decode(
+            model, prompt, tokens, mode="speculative", temperature=draw.temperature, generator=draw.generator, **DRAFT
+        )
+    )
+
+
+def _looks_ahead(model: Any, tokens: int, window: int, n: int, prompt: Tensor, draw: Draw) -> list[int]:
+    return write_by_lookahead(model, prompt, tokens, draw, window=window, n=n)
+
 
 EXPERIMENTS: dict[str, Measure] = {
     "depth_helps": DEPTH.against("8", "2"),

@@ -12,7 +12,17 @@ from provenn.evidence import Measurement, Run, Study, Table, Timing, measures
 from provenn.nn.resnet import ResNet
 from provenn.papers.terminator import model as presets
 from provenn.papers.terminator.layers import GIBS, HyperKernel, HyperZZWGlobal, LocalHyperKernel, global_product
-from provenn.papers.terminator.rivals import CCNN, FOUR_TIMES, SQUEEZE_EXCITE, TWICE, WITH_SE, KarCCNN
+from provenn.papers.terminator.rivals import (
+    CCNN,
+    FOUR_TIMES,
+    SQUEEZE_EXCITE,
+    TWICE,
+    WITH_SE,
+    FixedBottlenecks,
+    KarCCNN,
+    WithoutBottlenecks,
+    accuracy_without,
+)
 from provenn.papers.terminator.studies import (
     WITHOUT_GLOBAL,
     WITHOUT_LOCAL,
@@ -119,6 +129,25 @@ BEST_OF_OTHERS = replace(
     note="18 epochs, as the CCNN still improves after six.",
 )
 
+LEAST, RANDOM = "accuracy without the least half", "accuracy without a random half"
+BOTTLENECKS = Study(
+    "bottlenecks after two epochs",
+    "image-classification",
+    data=digit_data,
+    variants={
+        "all": ("learned bottlenecks", terminator()),
+        "fixed": ("random bottlenecks that stay", terminator(kind=FixedBottlenecks)),
+        "none": ("no bottlenecks, narrower branches", terminator(kind=WithoutBottlenecks)),
+    },
+    build=built,
+    recipe=TWO_EPOCHS,
+    lrs=LRS,
+    smoke=SMOKE,
+    probes={LEAST: accuracy_without("least"), RANDOM: accuracy_without("random")},
+    about=ABOUT,
+    columns=PARAMETERS,
+)
+
 WEIGHTS = Timing(
     "weights that depend on the input",
     {"Ŵ of the third block": weights_of_block, "one head of attention": weights_of_attention},
@@ -150,6 +179,7 @@ EXPERIMENTS = {
     "global_branches": PARTS.against("all", "no global"),
     "local_branches": PARTS.against("all", "no local"),
     "hyper_against_free": PARTS.against("all", "free"),
+    "learned_bottlenecks": BOTTLENECKS.against("all", ("fixed", "none")),
     "regulariser": PARTS.against("all", "no regulariser"),
     "zero_mean_blocks": PARTS.against("all", "resnet", metric="distance of means from zero"),
     "slow_loss": PARTS.against("all", "no slow loss"),
@@ -161,6 +191,16 @@ EXPERIMENTS = {
     "alone": LONGER.figure("all", metric="accuracy lost alone"),
     "kar3_adamw": PARTS.against("all", "adamw", shown=["kar2"]),
 }
+
+
+@measures("valuable_channels")
+async def valuable_channels(run: Run) -> Measurement:
+    """Accuracy without the joined channels of least weight in the bottlenecks, against without random ones."""
+    _, facts = await BOTTLENECKS.measure(run, ["all"])
+    trials = await BOTTLENECKS.trials(run, "all")
+    sides = "without the half of least weight", "without a random half"
+    least, random = ([trial[name] for trial in trials] for name in (LEAST, RANDOM))
+    return Measurement.paired(least, random, sides=sides, **facts)
 
 
 @measures("operator")

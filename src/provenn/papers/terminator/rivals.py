@@ -1,6 +1,7 @@
-"""What Terminator is set against: wider ResNets, one with squeeze-excite, and a CCNN, each with either optimizer."""
+"""What Terminator is set against: wider ResNets, one with squeeze-excite, a CCNN, and itself with other bottlenecks."""
 
 import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,10 +11,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from provenn.nn.channel_gates import SqueezeExcitation
+from provenn.papers.terminator.layers import SFNEBlock
+from provenn.papers.terminator.model import Terminator2d
 from provenn.papers.terminator.optim import Kar3
+from provenn.tasks import TaskData, get_task
 
 # Widths of stages. Terminator's parameters are those of (18, 36, 68), to a percent.
 WITH_SE, TWICE, FOUR_TIMES = (18, 36, 67), (26, 50, 96), (36, 72, 136)
+INSIDE = (6, 12, 60)  # channels of branches where no bottleneck follows
 
 
 class ContinuousKernel(nn.Module):
@@ -113,3 +118,88 @@ class KarCCNN(CCNN):
 
 
 SQUEEZE_EXCITE = partial(SqueezeExcitation, reduction=4)
+
+
+# Bottlenecks
+
+
+class FixedBottlenecks(Terminator2d):
+    """Terminator whose bottlenecks stay the random projections that they start as."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        for block in self.blocks:
+            block.bottleneck.requires_grad_(False)  # type: ignore[union-attr]  # an SFNEBlock's
+
+
+class JoinedBlock(SFNEBlock):
+    """An SFNE block that gives all of its branches' channels, joined: norm, GELU and bias follow as they do there.
+
+    It works on fewer channels than it is given: groups of them are averaged, which is the transpose of how earlier
+    outputs are tiled. Nothing is learned in between.
+
+    Args:
+        channels, size, layers, earlier, dropout: as in `SFNEBlock`; channels · (10 + earlier) is a multiple of 12.
+
+    Shapes: (batch, m · channels, size, size) to (batch, (10 + earlier) · channels, size, size).
+    """
+
+    def __init__(self, channels: int, size: int, *, layers: int, earlier: int, dropout: float | int):
+        super().__init__(channels, 10 + earlier, size, layers=layers, earlier=earlier, dropout=dropout)
+        self.bottleneck = nn.Identity()  # type: ignore[assignment]
+
+    def forward(
+        self, x: Float[Tensor, "batch wide size size"], before: Sequence[Tensor] = ()
+    ) -> tuple[Float[Tensor, "batch out size size"], Float[Tensor, "1 channels size size"]]:
+        return super().forward(x.unflatten(1, (-1, self.channels)).mean(1), before)
+
+
+class WithoutBottlenecks(Terminator2d):
+    """Terminator without bottlenecks: its branches are narrower, so that it has as many parameters.
+
+    Args:
+        inside: channels that the branches of each block have; by default as many parameters as those of the small
+            Terminator, to a few percent.
+        options: of Terminator.
+    """
+
+    def __init__(self, inside: tuple[int, ...] = INSIDE, **options: Any):
+        super().__init__(**options)
+        layers = (3, *(2,) * (len(inside) - 1))
+        self.blocks = nn.ModuleList(
+            JoinedBlock(width, self.size, layers=layers[i], earlier=len(self.earlier[i]), dropout=0.05 if i else 0.0)
+            for i, width in enumerate(inside)
+        )
+        self.repeats = inside[0] // self.in_channels
+        self.widths = [inside[-1] * (10 + len(self.earlier[len(inside) - 1]))]
+        self.head = nn.Linear(self.widths[0], self.head.out_features)  # type: ignore[arg-type]  # a Linear's
+        nn.init.kaiming_normal_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+
+def accuracy_without(which: str, draws: int = 5) -> Callable[[nn.Module, TaskData], float | None]:
+    """A probe: accuracy with half of each block's joined channels set to zero before its bottleneck.
+
+    Args:
+        which: "least" for those of least weight in the bottleneck, or "random", the mean of so many draws.
+        draws: of random halves.
+    """
+
+    def accuracy(model: nn.Module, data: TaskData) -> float | None:
+        layers = [block.bottleneck for block in getattr(model, "blocks", ()) if isinstance(block.bottleneck, nn.Conv2d)]
+        if not layers:
+            return None
+        before = [layer.weight.detach().clone() for layer in layers]
+        generator, reached = torch.Generator().manual_seed(0), []
+        for _ in range(draws if which == "random" else 1):
+            with torch.no_grad():
+                for layer, weight in zip(layers, before, strict=True):
+                    size = weight.square().sum((0, 2, 3))
+                    rank = size if which == "least" else torch.rand(size.shape, generator=generator)
+                    layer.weight[:, rank.argsort()[: len(size) // 2]] = 0
+                reached.append(get_task("image-classification").evaluate(model, data.test)["accuracy"])
+                for layer, weight in zip(layers, before, strict=True):
+                    layer.weight.copy_(weight)
+        return sum(reached) / len(reached)
+
+    return accuracy

@@ -5,6 +5,16 @@ from dataclasses import replace
 from provenn.evidence import Benchmark, Drawing, Measurement, Run, Study, Timing, measures
 from provenn.nn.mixers import NoMixer
 from provenn.papers.titans.layers import frozen_memory
+from provenn.papers.titans.rivals import (
+    NEEDLE_WIDTH,
+    TRAINED,
+    ChunkedDeltaRule,
+    attention_with_alibi,
+    attention_without_positions,
+    found_at,
+    needle_data,
+    reading_needles,
+)
 from provenn.papers.titans.studies import (
     MEMORY,
     SEGMENT,
@@ -133,6 +143,27 @@ SERIES = Study(
     note="One series of 144 months: the seeds differ in where a model starts.",
 )
 
+LONGEST = "at 256 times the length"
+NEEDLE = Study(
+    "a needle in text",
+    "recall",
+    data=needle_data,
+    variants={
+        "lmm": ("LMM", memory("lmm")),
+        "mac": ("MAC", memory("mac")),
+        "delta": ("Gated DeltaNet", ChunkedDeltaRule),
+        "bare": ("attention without positions", attention_without_positions),
+        "alibi": ("attention with ALiBi", attention_with_alibi),
+    },
+    build=reading_needles,
+    recipe=replace(ONE_PASS, batch_size=16, max_steps=1500),
+    lrs=(3e-3, 1e-2, 3e-2),
+    probes={"at 16 times the length": found_at(16), LONGEST: found_at(256)},
+    about="one key with its value in bytes of the standard library's source, at the end the key; 16 keys, 8 values",
+    setting={"tokens": TRAINED, "dim": NEEDLE_WIDTH, "blocks": 1, "segment": SEGMENT, **MEMORY},
+    note="All variants have 36,000 parameters. Rates are chosen by validation text of 8 times the training length.",
+)
+
 LAYERS = ("LMM", "attention", "linear RNN")
 OPERATIONS = Timing(
     "operations of a training pass",
@@ -182,6 +213,7 @@ EXPERIMENTS = {
     "forecasting_rnn": SERIES.against("lmm", "rnn", ratio=True, shown=("none",)),
     "far_attention": RECALL.against("lmm", "attention", metric="at 16 times the length"),
     "far_rnn": RECALL.against("lmm", "rnn", metric="at 16 times the length"),
+    "needle_in_text": NEEDLE.against(("lmm", "mac"), ("delta", "bare", "alibi"), metric=LONGEST),
     "gate_beyond_window": RECALL.against("mag", "window", metric="beyond the window", may_guess=OUTSIDE),
     "three_variants": RECALL.against(("mac", "mag", "mal"), "window", shown=("lmm",), may_guess=OUTSIDE),
     "three_window": BUILT_IN.against(("mac", "mag", "mal"), "window"),
