@@ -1,6 +1,7 @@
 """What BEVANet's authors say, and what building it brought to light, as measurements."""
 
 import copy
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -15,6 +16,7 @@ from provenn.papers.bevanet.studies import (
     Dense,
     GlobalAttention,
     count,
+    count_whole,
     draw_mosaics,
     gate_spread,
     gigamacs,
@@ -22,7 +24,12 @@ from provenn.papers.bevanet.studies import (
     near_boundaries,
     network,
     on_map,
+    on_mosaic,
     on_street,
+    small_bevanet,
+    small_ddrnet,
+    small_pidnet,
+    whole_network,
 )
 from provenn.training import Recipe
 
@@ -57,6 +64,24 @@ PARTS = Study(
     drawing=Drawing("full", "mosaics", "Test mosaics, their masks, and what the tiny BEVANet tells.", draw_mosaics),
 )
 
+RIVALS = Study(
+    "whole networks on mosaics",
+    "semantic-segmentation",
+    data=mosaics,
+    variants={
+        "bevanet": ("BEVANet", small_bevanet),
+        "pidnet": ("PIDNet", small_pidnet),
+        "ddrnet": ("DDRNet", small_ddrnet),
+    },
+    build=whole_network,
+    recipe=replace(PARTS.recipe, epochs=7, batch_size=4),
+    lrs=(0.01, 0.03, 0.1),
+    about="texture mosaics of 256×256 pixels",
+    columns={"parameters": count_whole},
+    setting={"hosts": "one block where the networks have several, pooling and heads of 16, p = 8, 18 and 24"},
+    note="Synthetic scenes. The widths are such that the three take about as long for a picture on one thread.",
+)
+
 MIXERS = {
     "SDLSKA": on_map(SDLSKA),
     "global attention": on_map(GlobalAttention),
@@ -86,6 +111,14 @@ STREET = Timing(
     rounds=9,
     setting={"batch": 1, "form": "without training heads", "width": "twice the height"},
 )
+SMALL = Timing(
+    "a mosaic, forward",
+    {"BEVANet": on_mosaic(small_bevanet), "PIDNet": on_mosaic(small_pidnet), "DDRNet": on_mosaic(small_ddrnet)},
+    sizes=(256,),
+    unit="pixels a side",
+    rounds=25,
+    setting={"batch": 1, "form": "without training heads"},
+)
 
 EXPERIMENTS = {
     "attention_costs": FLOPS.against("SDLSKA", "global attention"),
@@ -95,6 +128,9 @@ EXPERIMENTS = {
     "lska_time": TIME.against("SDLSKA", "LSKA"),
     "sizes_time": STREET.against("BEVANet-S", "BEVANet"),
     "twin_time": STREET.against("BEVANet-S", "plain twin of S"),
+    "over_rivals": RIVALS.against("bevanet", ("pidnet", "ddrnet")),
+    "pidnet_time": SMALL.against("BEVANet", "PIDNet"),
+    "ddrnet_time": SMALL.against("BEVANet", "DDRNet"),
     "large_kernels": PARTS.against("full", "none", shown=["7"], picture=True),
     "kernel_size": PARTS.against("full", "7"),
     "selection": PARTS.against("full", "sum"),

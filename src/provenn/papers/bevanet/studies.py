@@ -15,6 +15,7 @@ from provenn.nn.segmentation import full_logits
 from provenn.papers.bevanet.layers import CKS
 from provenn.papers.bevanet.losses import IGNORED, canny
 from provenn.papers.bevanet.model import BEVANet
+from provenn.papers.bevanet.rivals import DDRNet, PIDNet, Rival
 from provenn.tasks import TaskData, get_task
 from provenn.training import Fit
 
@@ -39,6 +40,51 @@ def mosaics(seed: int, smoke: bool, side: int = 256) -> TaskData:
 def network(part: dict[str, Any], **options: Any) -> BEVANet:
     """The tiny BEVANet with one part changed."""
     return BEVANet(**{**TINY, **options, **part})
+
+
+RIVAL_WIDTHS: dict[str, Any] = {"pooling_planes": 16, "head_planes": 16}
+
+
+def small_bevanet(**options: Any) -> BEVANet:
+    """The tiny BEVANet."""
+    return network({}, **options)
+
+
+def small_pidnet(**options: Any) -> PIDNet:
+    """PIDNet-S with one block where it has several, of a width that takes as long for a picture."""
+    return PIDNet(planes=18, blocks=(1, 1), **RIVAL_WIDTHS, **options)
+
+
+def small_ddrnet(**options: Any) -> DDRNet:
+    """DDRNet-23-slim with one block where it has several, of a width that takes as long for a picture."""
+    return DDRNet(planes=24, blocks=1, **RIVAL_WIDTHS, **options)
+
+
+def whole_network(part: Callable[..., BEVANet | Rival], **options: Any) -> BEVANet | Rival:
+    """A network of its own frame."""
+    return part(**options)
+
+
+def count_whole(part: Callable[..., BEVANet | Rival]) -> int:
+    """Parameters of a whole network, without training heads."""
+    with torch.device("meta"):
+        return cost.count_parameters(part(num_classes=5, in_channels=1).without_training_heads())
+
+
+def on_mosaic(build: Callable[..., BEVANet | Rival]) -> Callable[[int, str], Callable[[], Any]]:
+    """A network without its training heads on a grey square picture of some side, forward."""
+
+    def make(side: int, device: str) -> Callable[[], Any]:
+        model = build(num_classes=5, in_channels=1).without_training_heads().to(device)
+        x = torch.randn(1, 1, side, side, device=device)
+
+        def call() -> Tensor:
+            with torch.no_grad():
+                return model(x)
+
+        return call
+
+    return make
 
 
 def count(part: dict[str, Any]) -> int:

@@ -1,5 +1,6 @@
 """What CRAFT's authors say, and what building it brought to light, as measurements."""
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -8,6 +9,7 @@ from provenn.core.cost import count_parameters
 from provenn.evidence import Drawing, Measurement, Run, Study, Timing, measures
 from provenn.papers.craft.layers import HFERB, SRWAB, RectangleWindowAttention
 from provenn.papers.craft.model import craft_x4
+from provenn.papers.craft.rivals import rfdn, swinir
 from provenn.papers.craft.studies import (
     DIM,
     HEADS,
@@ -29,6 +31,7 @@ from provenn.papers.craft.studies import (
     sharpness,
     small_network,
     swinir_light,
+    whole_network,
     without_fusion,
     without_hferb,
     without_srwab,
@@ -64,6 +67,31 @@ NETWORKS = Study(
     setting={"scale": SCALE, "channels": DIM, "heads": HEADS, "blocks": 2, "input": INPUT, "output": "over bicubic"},
     note="Every network adds bicubic interpolation to its output, which the published one does not.",
     drawing=Drawing("craft", "after", "A piece of a test photograph: input, bicubic, CRAFT, original.", draw),
+)
+
+RIVALS = Study(
+    "whole networks",
+    "super-resolution",
+    data=photographs,
+    variants={
+        "craft": ("CRAFT", partial(small_network, full)),
+        "swinir": ("SwinIR-light", partial(swinir, SCALE, dim=20, heads=2, groups=2, depth=2)),
+        "rfdn": ("RFDN", partial(rfdn, SCALE, channels=13)),
+    },
+    build=whole_network,
+    recipe=replace(NETWORKS.recipe, epochs=60),
+    lrs=(6e-4, 2e-3, 6e-3),
+    about="five photographs to train on, pieces of three others to test, reduced to half their size",
+    columns={"parameters": lambda part: count_parameters(part())},
+    setting={
+        "scale": SCALE,
+        "CRAFT": {"channels": DIM, "heads": HEADS, "blocks": 2},
+        "SwinIR-light": {"channels": 20, "heads": 2, "blocks": 4},
+        "RFDN": {"channels": 13, "blocks": 4},
+        "input": INPUT,
+        "output": "over bicubic",
+    },
+    note="Every network adds bicubic interpolation to its output, which the published ones do not.",
 )
 
 SIZES = Timing(
@@ -105,6 +133,7 @@ EXPERIMENTS = {
     "beats_attention": NETWORKS.against("craft", "attention"),
     "better_high_band": NETWORKS.against("craft", "attention", metric="high_band", shown=NETWORKS.variants),
     "better_low_band": NETWORKS.against("craft", "conv", metric="low_band", shown=NETWORKS.variants),
+    "over_rivals": RIVALS.against("craft", ("swinir", "rfdn")),
     "window_reach": REACH.against("SRWAB", "HFERB"),
     "sharper_branch": NETWORKS.figure("craft", metric="sharpness"),
     "prior_in_high_band": NETWORKS.against("craft", "no_hferb", metric="high_band"),

@@ -38,6 +38,11 @@ def small_network(block: Callable[[int], nn.Module]) -> CRAFT:
     return CRAFT(SCALE, dim=DIM, groups=2, depth=1, block=block, over_bicubic=True)
 
 
+def whole_network(part: Callable[[], nn.Module]) -> nn.Module:
+    """A network of its own frame, of about as many parameters as the small CRAFT."""
+    return part()
+
+
 def windows(dim: int) -> nn.Sequential:
     """The published global branch: a plain and a shifted SRWAB."""
     return nn.Sequential(*(SRWAB(dim, HEADS, shifted=shifted) for shifted in (False, True)))

@@ -12,6 +12,7 @@ from provenn.evidence import Measurement, Run, Study, Table, Timing, measures
 from provenn.nn.mobilenet import MobileNetV2
 from provenn.papers.emov2.census import AUTHORS, CLASSES, count_stages, shapes_digest
 from provenn.papers.emov2.model import SIZES, EMOv2, emov2, emov2_baseline
+from provenn.papers.emov2.rivals import framed, mobilevit_stage, repvit_stage
 from provenn.papers.emov2.studies import (
     Fields,
     SmallMobileNet,
@@ -81,6 +82,25 @@ PATCHES = Study(
     note="γ starts at 1 but for one variant; the paper's 1e-6 is for hundreds of epochs.",
 )
 
+RIVALS = Study(
+    "rival blocks",
+    "image-classification",
+    data=patch_data,
+    variants={
+        "i2rmb": ("i2RMB", None),
+        "repvit": ("RepViT's block", repvit_stage),
+        "mobilevit": ("MobileViTV2's block", mobilevit_stage),
+    },
+    build=framed,
+    recipe=replace(ADAMW, epochs=16, batch_size=64),
+    lrs=(3e-3, 1e-2, 3e-2),
+    about="patches of 16×16 pixels from 16 photographs: which photograph?",
+    kind="block",
+    columns={"parameters": lambda stage: count_parameters(framed(stage, num_classes=16))},
+    setting={"channels": [16, 32, 64], "blocks": [2, 2, 2]},
+    note="One frame: stem, strides, last norm and classifier are those of EMOv2. γ of the i2RMB starts at 1.",
+)
+
 MOSAICS = Study(
     "mosaics",
     "semantic-segmentation",
@@ -137,6 +157,8 @@ EXPERIMENTS = {
     "spanning_over_remote": PATCHES.against("spanning", "remote"),
     "against_mobilenet": PATCHES.against("spanning", "mobilenet"),
     "slow_start": PATCHES.against("spanning", "fresh"),
+    "over_repvit": RIVALS.against("i2rmb", "repvit", shown=["mobilevit"]),
+    "over_mobilevit": RIVALS.against("i2rmb", "mobilevit"),
     "mosaics_over_remote": MOSAICS.against("spanning", "remote", shown=["close"]),
     "mosaics_attention": MOSAICS.against("spanning", "conv"),
     "spanning_cost": NETWORKS.against("spanning", "close", at=224),
