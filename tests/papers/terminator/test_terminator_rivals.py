@@ -7,8 +7,8 @@ from torch.nn import functional as F
 from provenn.core.cost import count_parameters
 from provenn.nn.auxiliary import collect_auxiliary
 from provenn.papers.terminator.experiments import BEST_OF_OTHERS, BOTTLENECKS, LARGER
-from provenn.papers.terminator.rivals import CCNN, ContinuousKernel, JoinedBlock, accuracy_without, global_convolution
-from provenn.papers.terminator.studies import digit_data
+from provenn.papers.terminator.rivals import CCNN, ContinuousKernel, JoinedBlock, global_convolution
+from provenn.papers.terminator.studies import accuracy_without, digit_data
 
 
 def test_a_global_convolution_is_the_sum_over_all_places():

@@ -8,17 +8,8 @@ import torch.nn.functional as F
 
 from provenn.core.cost import count_parameters
 from provenn.papers.titans.experiments import NEEDLE
-from provenn.papers.titans.rivals import (
-    BYTES,
-    NEEDLE_VALUES,
-    TRAINED,
-    ChunkedDeltaRule,
-    LinearBiasAttention,
-    chunked_delta_rule,
-    found_at,
-    needle_data,
-)
-from provenn.papers.titans.studies import GatedDeltaRule
+from provenn.papers.titans.rivals import ChunkedDeltaRule, LinearBiasAttention, chunked_delta_rule
+from provenn.papers.titans.studies import BYTES, NEEDLE_VALUES, TRAINED, GatedDeltaRule, found_at, needle_data
 from provenn.tasks.recall import IGNORED
 
 

@@ -21,13 +21,13 @@ from provenn.papers.terminator.rivals import (
     FixedBottlenecks,
     KarCCNN,
     WithoutBottlenecks,
-    accuracy_without,
 )
 from provenn.papers.terminator.studies import (
     WITHOUT_GLOBAL,
     WITHOUT_LOCAL,
     KarResNet,
     WithShortcuts,
+    accuracy_without,
     built,
     digit_data,
     forward_pass,

@@ -1,7 +1,7 @@
 """What Terminator is set against: wider ResNets, one with squeeze-excite, a CCNN, and itself with other bottlenecks."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,6 @@ from provenn.nn.channel_gates import SqueezeExcitation
 from provenn.papers.terminator.layers import SFNEBlock
 from provenn.papers.terminator.model import Terminator2d
 from provenn.papers.terminator.optim import Kar3
-from provenn.tasks import TaskData, get_task
 
 # Widths of stages. Terminator's parameters are those of (18, 36, 68), to a percent.
 WITH_SE, TWICE, FOUR_TIMES = (18, 36, 67), (26, 50, 96), (36, 72, 136)
@@ -175,31 +174,3 @@ class WithoutBottlenecks(Terminator2d):
         self.head = nn.Linear(self.widths[0], self.head.out_features)  # type: ignore[arg-type]  # a Linear's
         nn.init.kaiming_normal_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-
-
-def accuracy_without(which: str, draws: int = 5) -> Callable[[nn.Module, TaskData], float | None]:
-    """A probe: accuracy with half of each block's joined channels set to zero before its bottleneck.
-
-    Args:
-        which: "least" for those of least weight in the bottleneck, or "random", the mean of so many draws.
-        draws: of random halves.
-    """
-
-    def accuracy(model: nn.Module, data: TaskData) -> float | None:
-        layers = [block.bottleneck for block in getattr(model, "blocks", ()) if isinstance(block.bottleneck, nn.Conv2d)]
-        if not layers:
-            return None
-        before = [layer.weight.detach().clone() for layer in layers]
-        generator, reached = torch.Generator().manual_seed(0), []
-        for _ in range(draws if which == "random" else 1):
-            with torch.no_grad():
-                for layer, weight in zip(layers, before, strict=True):
-                    size = weight.square().sum((0, 2, 3))
-                    rank = size if which == "least" else torch.rand(size.shape, generator=generator)
-                    layer.weight[:, rank.argsort()[: len(size) // 2]] = 0
-                reached.append(get_task("image-classification").evaluate(model, data.test)["accuracy"])
-                for layer, weight in zip(layers, before, strict=True):
-                    layer.weight.copy_(weight)
-        return sum(reached) / len(reached)
-
-    return accuracy

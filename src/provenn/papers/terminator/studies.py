@@ -121,6 +121,34 @@ def lost_alone(model: nn.Module, data: TaskData) -> float:
     return ((together == labels).double().mean() - (alone == labels).double().mean()).item()
 
 
+def accuracy_without(which: str, draws: int = 5) -> Callable[[nn.Module, TaskData], float | None]:
+    """A probe: accuracy with half of each block's joined channels set to zero before its bottleneck.
+
+    Args:
+        which: "least" for those of least weight in the bottleneck, or "random", the mean of so many draws.
+        draws: of random halves.
+    """
+
+    def accuracy(model: nn.Module, data: TaskData) -> float | None:
+        layers = [block.bottleneck for block in getattr(model, "blocks", ()) if isinstance(block.bottleneck, nn.Conv2d)]
+        if not layers:
+            return None
+        before = [layer.weight.detach().clone() for layer in layers]
+        generator, reached = torch.Generator().manual_seed(0), []
+        for _ in range(draws if which == "random" else 1):
+            with torch.no_grad():
+                for layer, weight in zip(layers, before, strict=True):
+                    size = weight.square().sum((0, 2, 3))
+                    rank = size if which == "least" else torch.rand(size.shape, generator=generator)
+                    layer.weight[:, rank.argsort()[: len(size) // 2]] = 0
+                reached.append(get_task("image-classification").evaluate(model, data.test)["accuracy"])
+                for layer, weight in zip(layers, before, strict=True):
+                    layer.weight.copy_(weight)
+        return sum(reached) / len(reached)
+
+    return accuracy
+
+
 # What is counted
 
 

@@ -7,12 +7,9 @@ from provenn.nn.mixers import NoMixer
 from provenn.papers.titans.layers import frozen_memory
 from provenn.papers.titans.rivals import (
     NEEDLE_WIDTH,
-    TRAINED,
     ChunkedDeltaRule,
     attention_with_alibi,
     attention_without_positions,
-    found_at,
-    needle_data,
     reading_needles,
 )
 from provenn.papers.titans.studies import (
@@ -20,17 +17,20 @@ from provenn.papers.titans.studies import (
     SEGMENT,
     TEXT_MEMORY,
     TEXT_WINDOW,
+    TRAINED,
     WINDOW,
     GatedRecurrence,
     bytes_held,
     draw_reading,
     forecasting,
+    found_at,
     full_attention,
     inner_fall,
     late_bits,
     memory,
     memory_pass,
     narrow_attention,
+    needle_data,
     next_token,
     pairs_data,
     reading,

@@ -1,8 +1,7 @@
-"""One needle in byte text, far beyond the length of training, and what Titans is set against there."""
+"""What Titans is set against at one needle in byte text, and the network that reads it."""
 
 import math
-from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +9,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from provenn.nn.attention import SoftmaxAttention, check_tokens
-from provenn.papers.titans.studies import GatedDeltaRule, Mixer, Reader, decay_between
-from provenn.tasks import TaskData, get_task
-from provenn.tasks.recall import IGNORED, Examples, PairEmbedding, recall_data
+from provenn.papers.titans.studies import (
+    BYTES,
+    NEEDLE_KEYS,
+    NEEDLE_VALUES,
+    GatedDeltaRule,
+    Mixer,
+    PairEmbedding,
+    Reader,
+    decay_between,
+)
 
-BYTES, NEEDLE_KEYS, NEEDLE_VALUES = 256, 16, 8
-PAIR_TOKENS = (NEEDLE_KEYS + 1) * (NEEDLE_VALUES + 1)
-TRAINED, TUNED = 32, 8  # tokens of training, and how many times as long what a rate is chosen by is
 NEEDLE_WIDTH, NEEDLE_PARAMETERS = 32, 36_000
 CHUNK = 64
 
@@ -116,57 +119,6 @@ class NeedleEmbedding(nn.Module):
         return torch.where((tokens < BYTES)[..., None], self.byte(tokens.clamp_max(BYTES - 1)), paired)
 
 
-@cache
-def haystack() -> tuple[Int[Tensor, " bytes"], ...]:
-    """The standard library's source in bytes, in training, validation and test files."""
-    data = get_task("language-modelling").load("stdlib", length=64)
-    return tuple(split.stream for split in (data.train, data.val, data.test))  # type: ignore[attr-defined]
-
-
-def needles(text: Int[Tensor, " bytes"], examples: int, length: int, generator: torch.Generator) -> Examples:
-    """Windows of text with a key and its value, one token, somewhere; at the end the key, which asks for the value."""
-    starts = torch.randint(len(text) - length, (examples, 1), generator=generator)
-    tokens = text[starts + torch.arange(length)].long()
-    keys = torch.randint(NEEDLE_KEYS, (examples,), generator=generator)
-    values = torch.randint(NEEDLE_VALUES, (examples,), generator=generator)
-    at = torch.randint(length - 1, (examples,), generator=generator)
-    rows = torch.arange(examples)
-    tokens[rows, at] = BYTES + keys * (NEEDLE_VALUES + 1) + values
-    tokens[:, -1] = BYTES + keys * (NEEDLE_VALUES + 1) + NEEDLE_VALUES
-    targets, distances = torch.full_like(tokens, IGNORED), torch.zeros_like(tokens)
-    targets[:, -1], distances[:, -1] = values, length - 1 - at
-    return Examples(tokens, targets, distances)
-
-
-def needle_data(seed: int, smoke: bool = False) -> TaskData:
-    """Needles in texts of 32 bytes; those that a rate is chosen by are in texts of 256."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes = (64, 16, 16) if smoke else (24_000, 256, 256)
-    lengths = (TRAINED, TUNED * TRAINED, TRAINED)
-    parts = [
-        needles(text, examples, length, generator)
-        for text, examples, length in zip(haystack(), sizes, lengths, strict=True)
-    ]
-    return recall_data("needle in text", parts, BYTES + PAIR_TOKENS, f"one needle in {TRAINED} bytes of text")
-
-
 def reading_needles(mixer: Mixer, vocab: int) -> Reader:
     """A study's `build`."""
     return Reader(mixer, NeedleEmbedding(NEEDLE_WIDTH), NEEDLE_WIDTH, NEEDLE_VALUES, NEEDLE_PARAMETERS)
-
-
-def found_at(times: int, examples: int = 64) -> Callable[[nn.Module, TaskData], float]:
-    """A probe: accuracy where the text is so many times as long as in training, test files alone."""
-
-    def accuracy(model: nn.Module, data: TaskData) -> float:
-        generator = torch.Generator().manual_seed(int(data.fingerprint[:6], 16))
-        count = min(examples, len(data.test))  # type: ignore[arg-type]
-        right, piece = 0, 32
-        length = TRAINED * (times if count == examples else 2)  # few: a smoke run
-        tokens, targets, _ = needles(haystack()[2], count, length, generator)
-        with torch.no_grad():
-            for few, asked in zip(tokens.split(piece), targets.split(piece), strict=True):
-                right += int((model(few)[:, -1].argmax(-1) == asked[:, -1]).sum())
-        return right / count
-
-    return accuracy
