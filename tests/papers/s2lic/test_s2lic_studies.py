@@ -38,6 +38,7 @@ def coder(name):
         ("intra", "intra plain"),
         ("intra", "parallel"),
         ("intra", "fixed"),
+        ("intra", "global"),
         ("intra", "window"),
         ("intra", "pointwise"),
     ],
@@ -122,6 +123,15 @@ def test_offsets_that_are_fixed_stay_at_zero():
     layer = model.contexts[0].parts[1].attention[0]
     assert all(p.grad is None for p in layer.offsets.parameters())
     assert not layer.offsets[-1].weight.any()
+
+
+@torch.no_grad()
+def test_attention_to_all_sites_is_global_attention():
+    layer = coder("global").contexts[0].parts[1].attention[0]
+    u = torch.randn(1, 8, 4, 6)
+    q, k, v = (conv(u).reshape(1, 1, 8, 24).transpose(2, 3) for conv in (layer.q, layer.k, layer.v))
+    expected = ((q @ k.transpose(2, 3) / math.sqrt(8)).softmax(-1) @ v).transpose(2, 3).reshape(u.shape)
+    torch.testing.assert_close(layer(u), expected)
 
 
 def test_gdn_divides_and_its_inverse_multiplies():
