@@ -357,6 +357,10 @@ def test_lambda_is_the_data_s_and_the_dummy_baseline_s():
     data = TASK.load("photographs", lam=0.05)
     assert data.options == {"lam": 0.05}
     assert TASK.dummy_baseline(data) == pytest.approx(TASK.dummy_baseline(TASK.load("photographs")) * 0.05 / 0.013)
+    colour = np.mean([photo.mean((0, 1)) for photo in data.train.photos], axis=0)
+    tested = [data.test[i].permute(1, 2, 0).numpy() for i in range(len(data.test))]
+    expected = 0.05 * np.mean([((picture - colour) ** 2).mean() for picture in tested])
+    assert TASK.dummy_baseline(data) == pytest.approx(expected)
     with pytest.raises(UserError, match="multiple of 64"):
         TASK.load("photographs", patch=100)
 
