@@ -10,7 +10,7 @@ from torch import nn
 
 import provenn
 from provenn.core.errors import UserError
-from provenn.papers.lambda_pnn import indices, layers, losses, model, sensors, task
+from provenn.papers.lambda_pnn import indices, layers, losses, model, sensors, studies, task
 from provenn.papers.lambda_pnn.task import fusion, rasters
 from provenn.tasks import get_task
 from provenn.testing import seeded_array
@@ -334,7 +334,78 @@ def test_classical_methods_give_a_scene_without_detail_back():
     torch.testing.assert_close(fused, sensors.upsample(ms), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", [fusion.gsa, fusion.mtf_glp])
+def test_classical_methods_do_not_see_the_scale_of_the_pan(photographs, method):
+    sensor = sensors.SENSORS["photographs"]
+    ms, pan, _ = (part[None] for part in photographs.test[1])
+    torch.testing.assert_close(method(ms, 3 * pan + 0.2, sensor), method(ms, pan, sensor), rtol=0, atol=1e-4)
+
+
+def test_what_wald_s_protocol_leaves_of_the_pan_is_low_passed():
+    ms, _ = scene()
+    rows, columns = torch.arange(128)[:, None], torch.arange(128)
+    chessboard = ((rows + columns) % 2).float()[None, None]
+    _, coarse = fusion.reduced(ms, chessboard, sensors.SENSORS["photographs"])
+    torch.testing.assert_close(coarse[..., 6:-6, 6:-6], torch.full((1, 1, 20, 20), 0.5), rtol=0, atol=1e-3)
+
+
+# Studies
+
+
+@pytest.mark.parametrize("seed", [0, 4])
+def test_at_full_size_too_no_photograph_is_on_two_sides(seed):
+    data = studies.folds(seed, False)
+    trained, tested = data.train.scenes, [*data.val.scenes, *data.test.scenes]
+    assert (len(trained), len(tested)) == (6, 3)
+    assert not any(torch.equal(ms, other) for ms, _ in trained for other, *_ in tested)
+
+
+def test_variants_that_are_compared_differ_in_one_thing():
+    part = {name: variant for name, (_, variant) in studies.VARIANTS.items()}
+    full, clusters = part["full"], part["clusters"]
+    for kind, reduced in (("full", "reduced"), ("pnn", "pnn reduced"), ("pannet", "pannet reduced")):
+        assert part[reduced] == part[kind]._replace(reduced=True) and not part[kind].reduced
+    assert part["random"] == clusters._replace(adaptation=clusters.adaptation._replace(choice="random"))
+    assert full == clusters._replace(adaptation=None) and clusters.adaptation.choice == "clusters"
+    whole = part["whole"].adaptation
+    assert whole.steps * 256**2 == pytest.approx(clusters.adaptation.steps * 3 * clusters.adaptation.tile**2, rel=0.02)
+    weights = {name: model.weights_of(part[name].weights) for name in ("full", "spectral", "spatial", "z-pnn")}
+    assert weights["spectral"] == weights["full"]._replace(spatial=0)
+    assert weights["spatial"] == weights["full"]._replace(ergas=0, khan=0)
+    assert weights["z-pnn"] == weights["spatial"]._replace(l1=weights["z-pnn"].l1) and weights["z-pnn"].l1 > 0
+
+
+def test_scores_and_probes_are_of_the_adapted_network(photographs, monkeypatch):
+    network, other = model.lambda_pnn_small().eval(), model.lambda_pnn_small().eval()
+    nn.init.constant_(other.last.bias, 0.5)
+    for module in (task, studies):
+        monkeypatch.setattr(module, "adapted", lambda *_: other)
+    one = task.Scenes([photographs.test[0]])
+    data = provenn.tasks.TaskData("x", one, one, one, fingerprint="x")
+    with torch.no_grad():
+        assert TASK.scores(network, one)["ergas"] == TASK.scores(other, one)["ergas"]
+        for probe in studies.PROBES.values():
+            assert probe(network, data) == probe(other, data)
+
+
+def test_probes_are_zero_at_the_truth():
+    truth = drawn([1, 3, 64, 64], "a")
+    for probe in (studies.missing_detail, studies.distance_of_q2n, indices.sam):
+        assert float(probe(truth, truth)) == pytest.approx(0, abs=1e-4)
+        assert float(probe(drawn([1, 3, 64, 64], "b"), truth)) > 0.1
+
+
 # Adaptation and tiles
+
+
+def test_adaptation_is_adam_at_the_rate_that_is_given_with_the_authors_decay(monkeypatch):
+    given = []
+    real = torch.optim.Adam
+    monkeypatch.setattr(torch.optim, "Adam", lambda *args, **options: given.append(options) or real(*args, **options))
+    network = model.lambda_pnn_small().eval()
+    for rate in (None, 0.003):
+        fusion.adapt(network, *scene(), model.Adaptation(steps=1, rate=rate))
+    assert given == [{"lr": network.rate, "weight_decay": 1e-4}, {"lr": 0.003, "weight_decay": 1e-4}]
 
 
 def test_adaptation_lowers_its_loss_and_leaves_the_network(photographs):
@@ -509,6 +580,18 @@ def test_a_pixel_that_one_band_lacks_has_no_data_and_does_not_enter(tmp_path):
         values, empty = fused.read(), fused.dataset_mask() == 0
     assert bool(empty[12:16, 20:24].all()) and empty.sum() == 16
     assert float(np.abs(values[:, ~empty]).max()) < 3
+
+
+def test_where_no_data_are_the_network_sees_the_mean_and_data_are_never_written_as_none(tmp_path):
+    rasterio = pytest.importorskip("rasterio")
+    coarse, fine = (rasters.read_raster(file) for file in rasters_of(tmp_path, nodata=500))
+    low, _ = rasters.check_pair(coarse, fine)
+    for band, values in zip(low, coarse.values / 2048):
+        assert float(band[0, 0]) == pytest.approx(values[~coarse.empty].mean(), rel=1e-5)
+    rasters.write_raster(tmp_path / "out.tif", np.full((3, 128, 128), 500 / 2048), coarse, fine)
+    with rasterio.open(tmp_path / "out.tif") as out:
+        values, empty = out.read(), fine.empty | coarse.empty.repeat(4, 0).repeat(4, 1)
+    assert bool((values[:, ~empty] == 501).all()) and bool((values[:, empty] == 500).all())
 
 
 def test_counts_in_numbers_with_a_point_are_not_taken_for_reflectances(tmp_path):

@@ -21,8 +21,8 @@ from provenn.papers.s2lic import Codec, Header, Sizes, bd_rate, ms_ssim, s2lic_s
 from provenn.papers.s2lic.codec import BOUND, HEADER, MAGIC, SCALES, START, Book, Budget, gaussian_table, prior_tables
 from provenn.papers.s2lic.entropy import FactorizedPrior, gaussian_likelihood
 from provenn.papers.s2lic.model import S2LIC
-from provenn.papers.s2lic.task import estimate
-from provenn.papers.s2lic.task.metrics import PILLOW, pillow_curve, psnr
+from provenn.papers.s2lic.task import estimate, rate_distortion_plot
+from provenn.papers.s2lic.task.metrics import PILLOW, pillow_curve, psnr, rate_at
 from provenn.tasks import get_task
 from provenn.tasks.super_resolution import Whole
 from provenn.testing import seeded_array
@@ -281,6 +281,29 @@ def test_curves_of_pillow_rise(name):
     assert points == sorted(points) and [q for _, q in points] == sorted(q for _, q in points)
 
 
+@pytest.mark.filterwarnings("ignore:bits a pixel")
+def test_what_evaluate_draws_has_each_codec_s_rate_beside_jpeg(trained):
+    photo = CAT[:192, :192]
+    scores = {"bpp": np.array([0.5]), "psnr": np.array([29.0]), "ms_ssim": np.array([0.99])}
+    with pytest.warns(UserWarning, match="bits a pixel at") as said:
+        figure = rate_distortion_plot(trained, Whole([photo]), scores)
+    texts = [str(each.message) for each in said]
+    assert len(texts) == 2 and "at PSNR 29.00 dB: S2LIC 0.5, JPEG 0." in texts[0] and "MS-SSIM 20.00 dB" in texts[1]
+    for axes, place in zip(figure.axes, (1, 2), strict=True):
+        points = {line.get_label().split(",")[0]: line.get_xydata() for line in axes.lines}
+        assert points["S2LIC"].tolist() == [[0.5, (29.0, 20.0)[place - 1]]]
+        label = next(line.get_label() for line in axes.lines if line.get_label().startswith("WebP"))
+        expected = bd_rate(*points["WebP"].T.tolist(), *points["JPEG"].T.tolist())
+        assert label == f"WebP, {expected:+.0f} %"
+    (row,) = pillow_curve("JPEG", [photo], (psnr, lambda a, b: 7.0))[:1]
+    assert row[1:] == (pytest.approx(figure.axes[0].lines[0].get_ydata()[0]), 7.0)
+
+
+def test_a_rate_at_a_quality_is_none_beyond_the_curve():
+    assert rate_at(33, [4, 1], [33, 30]) == pytest.approx(4)
+    assert rate_at(29.9, [1, 4], [30, 33]) is None and rate_at(33.1, [1, 4], [30, 33]) is None
+
+
 # Command line
 
 
@@ -334,6 +357,10 @@ def test_lambda_is_the_data_s_and_the_dummy_baseline_s():
     data = TASK.load("photographs", lam=0.05)
     assert data.options == {"lam": 0.05}
     assert TASK.dummy_baseline(data) == pytest.approx(TASK.dummy_baseline(TASK.load("photographs")) * 0.05 / 0.013)
+    colour = np.mean([photo.mean((0, 1)) for photo in data.train.photos], axis=0)
+    tested = [data.test[i].permute(1, 2, 0).numpy() for i in range(len(data.test))]
+    expected = 0.05 * np.mean([((picture - colour) ** 2).mean() for picture in tested])
+    assert TASK.dummy_baseline(data) == pytest.approx(expected)
     with pytest.raises(UserError, match="multiple of 64"):
         TASK.load("photographs", patch=100)
 

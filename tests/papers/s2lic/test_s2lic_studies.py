@@ -16,6 +16,7 @@ from provenn.papers.s2lic.model import SMALL
 from provenn.papers.s2lic.task import pictures
 from provenn.papers.s2lic.task.metrics import Coded, psnr, through_pillow
 from provenn.tasks import TaskData
+from provenn.training import Fit, Recipe
 
 
 def coder(name):
@@ -38,6 +39,7 @@ def coder(name):
         ("intra", "intra plain"),
         ("intra", "parallel"),
         ("intra", "fixed"),
+        ("intra", "global"),
         ("intra", "window"),
         ("intra", "pointwise"),
     ],
@@ -124,6 +126,15 @@ def test_offsets_that_are_fixed_stay_at_zero():
     assert not layer.offsets[-1].weight.any()
 
 
+@torch.no_grad()
+def test_attention_to_all_sites_is_global_attention():
+    layer = coder("global").contexts[0].parts[1].attention[0]
+    u = torch.randn(1, 8, 4, 6)
+    q, k, v = (conv(u).reshape(1, 1, 8, 24).transpose(2, 3) for conv in (layer.q, layer.k, layer.v))
+    expected = ((q @ k.transpose(2, 3) / math.sqrt(8)).softmax(-1) @ v).transpose(2, 3).reshape(u.shape)
+    torch.testing.assert_close(layer(u), expected)
+
+
 def test_gdn_divides_and_its_inverse_multiplies():
     x = torch.randn(1, 3, 2, 2)
     expected = x / (1 + 1e-6 + 0.1 * x * x).sqrt()
@@ -147,6 +158,53 @@ def test_parts_of_a_study_share_no_photograph():
         assert len(names) == 1
         assert not any(np.array_equal(photograph(names[0]), photo) for photo in data.train.photos)
     assert studies.TRAIN and not {*studies.TRAIN} & {*studies.TEST, *studies.VALIDATE}
+
+
+@pytest.mark.parametrize("seed", [0, 4])
+def test_at_full_size_too_no_photograph_is_on_two_sides(seed):
+    data = studies.folds(seed, False)
+    tested = [
+        name
+        for part in (data.val, data.test)
+        for i in range(len(part))
+        for name in NAMES
+        if np.array_equal(part[i].permute(1, 2, 0).numpy(), pictures.middle(name))
+    ]
+    trained = [name for name in NAMES for photo in data.train.photos if np.array_equal(photograph(name), photo)]
+    assert len(tested) == 3 and len(trained) == 6 and not {*tested} & {*trained}
+
+
+def test_a_sweep_is_tuned_from_the_first_at_other_prices_and_a_third_of_its_rate(monkeypatch):
+    calls = []
+
+    def fit(build, task, data, recipe, **options):
+        model = build()
+        calls.append(({name: t.clone() for name, t in model.state_dict().items()}, recipe, model.lam))
+        with torch.no_grad():
+            model.encoder[1].bias.add_(len(calls))
+        return Fit(model, {})
+
+    monkeypatch.setattr(studies, "fit", fit)
+    recipe = Recipe(epochs=3, lr=0.03)
+    done = studies.swept(lambda: studies.codec("hyperprior"), studies.Sweeping(), None, recipe)
+    first, *others = done.model.members
+    assert [member.lam for member in (first, *others)] == [studies.LAM, *studies.PRICES] == [lam for *_, lam in calls]
+    for state, tuning, _ in calls[1:]:
+        assert all(torch.equal(state[name], value) for name, value in first.state_dict().items())
+        assert (tuning.lr, tuning.max_steps) == (pytest.approx(0.01), studies.TUNING)
+    assert not torch.equal(others[0].encoder[1].bias, first.encoder[1].bias)
+
+
+def test_the_bits_of_a_latent_are_those_of_y_and_z():
+    model = coder("both")
+    y = torch.randn(2, 40, 8, 8, generator=torch.Generator().manual_seed(0))
+    task = studies.LatentCoding()
+    with torch.no_grad():
+        _, likely, hyper = model(y)
+        each = [float(-(likely[i].log2().sum() + hyper[i].log2().sum())) / 256**2 for i in (0, 1)]
+        assert task.scores(model, TensorDataset(y))["bpp"].tolist() == pytest.approx(each, rel=1e-4)
+        loss = task.loss(model, (y,))
+    assert float(loss) == pytest.approx(np.mean(each) + 1e-3 * float(model.prior.auxiliary_loss()), rel=1e-4)
 
 
 def test_a_bd_rate_against_jpeg_is_zero_for_jpeg(monkeypatch):

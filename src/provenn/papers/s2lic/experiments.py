@@ -80,6 +80,7 @@ STEPS_TIME = Timing(
     {
         "two passes a slice": _decoding(lambda: LatentCoder(SMALL)),
         "serial context": _decoding(lambda: Serial(SMALL)),
+        "channel-only": _decoding(lambda: LatentCoder(ONE, partial(Side, channel="own", inter=""))),
         "hyperprior": _decoding(lambda: LatentCoder(ONE, None)),
     },
     sizes=(128, 256),
@@ -111,7 +112,7 @@ EXPERIMENTS = {
     "global_context_saves": ENTROPY.against("both", "channel, stack"),
     "intra_slice_saves": ENTROPY.against("intra", "intra plain", shown=("both",)),
     "two_passes_save": ENTROPY.against("intra", "parallel", shown=("serial",)),
-    "deformable_saves": ENTROPY.against("intra", "fixed", shown=("window", "pointwise")),
+    "deformable_saves": ENTROPY.against("intra", "fixed", shown=("global", "window", "pointwise")),
     "decodes_faster_than_serial": STEPS_TIME.against("two passes a slice", "serial context"),
     "faster_at_paper_size": FULL_TIME.against("S2LIC", "channel-only"),
     "faster_than_serial_at_paper_size": FULL_TIME.against("S2LIC", "serial context"),

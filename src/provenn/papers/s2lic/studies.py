@@ -20,7 +20,7 @@ from provenn.papers.s2lic.context import ChannelContext, DeformableAttention, Gl
 from provenn.papers.s2lic.entropy import bits, gaussian_likelihood
 from provenn.papers.s2lic.model import S2LIC, SMALL, Contexts, LatentCoder, Sizes
 from provenn.papers.s2lic.task import LAM, ImageCompression, estimate, judged, pictures_of
-from provenn.papers.s2lic.task.metrics import bd_rate, in_db, mean_point, psnr, similarity, through_pillow
+from provenn.papers.s2lic.task.metrics import bd_rate, mean_point, psnr, similarity_in_db, through_pillow
 from provenn.papers.s2lic.task.pictures import SIDE, TEST, TRAIN, VALIDATE, middle, squares, whole
 from provenn.tasks import Task, TaskData, count_examples, device_of, fingerprint, split_indices
 from provenn.tasks.base import Scores
@@ -177,7 +177,7 @@ class Side(nn.Module):
         dim: channels decoded so far.
         sizes: of the network.
         channel: "own" for AC, "stack", or "" for none.
-        inter: "own" for AG, "fixed", "window", "pointwise" for its attention replaced, "stack", or "" for none.
+        inter: "own" for AG, "fixed", "global", "window", "pointwise" for its attention replaced, "stack", or "" for none.
     """
 
     def __init__(self, dim: int, sizes: Sizes, channel: str, inter: str):
@@ -186,6 +186,7 @@ class Side(nn.Module):
         ac, ag = ChannelContext(dim), GlobalContext(dim, head=head, stride=sizes.stride)
         kinds: dict[str, Callable[[], nn.Module]] = {
             "fixed": lambda: Fixed(dim, head, sizes.stride),
+            "global": lambda: Fixed(dim, head, 1),
             "window": lambda: Windows(dim, head),
             "pointwise": lambda: Pointwise(dim),
         }
@@ -274,6 +275,7 @@ CODERS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "parallel": ("AC, AG, one pass a slice", lambda: Parallel(SMALL)),
     "serial": ("serial masked context", lambda: Serial(SMALL, 6)),
     "fixed": ("AG with offsets fixed at 0", lambda: LatentCoder(SMALL, _side("own", "fixed"))),
+    "global": ("AG with attention to all sites", lambda: LatentCoder(SMALL, _side("own", "global"))),
     "window": ("AG with window attention", lambda: LatentCoder(SMALL, _side("own", "window"))),
     "pointwise": ("AG without attention", lambda: LatentCoder(SMALL, _side("own", "pointwise"))),
 }
@@ -435,11 +437,6 @@ def against_jpeg(measure: Callable[[np.ndarray, np.ndarray], float]) -> Callable
             return 100 * (float(np.exp(np.mean(np.log(near)))) - 1)
 
     return probe
-
-
-def similarity_in_db(shown: np.ndarray, pixels: np.ndarray) -> float:
-    """MS-SSIM as −10 log₁₀(1 − MS-SSIM)."""
-    return in_db(similarity(shown, pixels))
 
 
 PROBES = {"BD-rate in PSNR": against_jpeg(psnr), "BD-rate in MS-SSIM": against_jpeg(similarity_in_db)}

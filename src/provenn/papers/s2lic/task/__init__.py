@@ -22,7 +22,20 @@ from provenn.core.narrowing import of_kind
 from provenn.data.images import SUFFIXES, Picture, images_in, read_image, write_image
 from provenn.papers.s2lic.codec import SIDE, WHOLE, Codec, as_input, as_pixels, check_side, tiles
 from provenn.papers.s2lic.model import S2LIC
-from provenn.papers.s2lic.task.metrics import PILLOW, SMALLEST, Coded, Pixels, in_db, pillow_curve, psnr, similarity
+from provenn.papers.s2lic.task.metrics import (
+    PILLOW,
+    SMALLEST,
+    Coded,
+    Measure,
+    Pixels,
+    bd_rate,
+    in_db,
+    pillow_curve,
+    psnr,
+    rate_at,
+    similarity,
+    similarity_in_db,
+)
 from provenn.tasks import Task, TaskData, count_examples, device_of, get_task
 from provenn.tasks.base import HeldOut, Portable, Scores
 from provenn.tasks.demos import Trial, as_shown
@@ -204,22 +217,47 @@ class ImageCompression(Task):
 
 
 def rate_distortion_plot(model: nn.Module, dataset: Dataset, scores: Scores) -> "Figure":
-    """PSNR over bits a pixel, means over the pictures: the network, and the codecs that Pillow writes."""
+    """PSNR and MS-SSIM over bits a pixel, means over the pictures: the network, and the codecs that Pillow writes.
+
+    The legends have each codec's BD-rate against JPEG. What they need for the network's quality is said.
+    """
     from matplotlib.figure import Figure
 
     network, pictures = of_kind(model, S2LIC, "the model"), list(pictures_of(dataset))
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for name in PILLOW:
-        points = pillow_curve(name, pictures)
-        if points:
-            axes.plot(*zip(*points), marker=".", label=name)
-    at = [scores["bpp"].mean()], [scores["psnr"].mean()]
-    axes.plot(*at, "*", markersize=12, color="black", label=f"S2LIC, λ {network.lam:g}")
-    axes.set(xscale="log", xlabel="bits a pixel", ylabel="PSNR in dB")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    measures: dict[str, Measure] = {"PSNR": psnr}
+    ours = {"PSNR": float(scores["psnr"].mean())}
+    if "ms_ssim" in scores:
+        measures["MS-SSIM"] = similarity_in_db
+        ours["MS-SSIM"] = float(np.mean([in_db(value) for value in scores["ms_ssim"]]))
+    with progress.bar("coding beside", len(PILLOW)) as advance:
+        curves = {}
+        for name in PILLOW:
+            curves[name] = pillow_curve(name, pictures, list(measures.values()))
+            advance()
+    curves = {name: list(zip(*points)) for name, points in curves.items() if points}
+    figure, rate = Figure(figsize=(6 * len(measures), 4), layout="constrained"), float(scores["bpp"].mean())
+    panels = np.atleast_1d(figure.subplots(1, len(measures)))
+    for place, (measure, axes) in enumerate(zip(measures, panels, strict=True), start=1):
+        needed = []
+        for name, columns in curves.items():
+            rates, qualities = columns[0], columns[place]
+            label = name if name == "JPEG" else f"{name}, {_beside_jpeg(rates, qualities, curves['JPEG'], place)}"
+            axes.plot(rates, qualities, marker=".", label=label)
+            there = rate_at(ours[measure], rates, qualities)
+            needed.append(f"{name} {'does not reach it' if there is None else f'{there:.3g}'}")
+        axes.plot(rate, ours[measure], "*", markersize=12, color="black", label=f"S2LIC, λ {network.lam:g}")
+        axes.set(xscale="log", xlabel="bits a pixel", ylabel=f"{measure} in dB")
+        axes.grid(alpha=0.3)
+        axes.legend(title="BD-rate against JPEG")
+        progress.say(f"bits a pixel at {measure} {ours[measure]:.2f} dB: S2LIC {rate:.3g}, {', '.join(needed)}")
     return figure
+
+
+def _beside_jpeg(rates: Sequence[float], qualities: Sequence[float], jpeg: list[tuple[float, ...]], place: int) -> str:
+    try:
+        return f"{bd_rate(rates, qualities, jpeg[0], jpeg[place]):+.0f} %"
+    except ValueError:
+        return "no shared quality"
 
 
 class Synthesis(nn.Module):

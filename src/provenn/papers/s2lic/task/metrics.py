@@ -3,7 +3,6 @@
 import io
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ SHARES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the five scales of MS-SS
 SMALLEST = 161  # side that MS-SSIM takes: 11 pixels are left at the fifth scale
 Numbers = Sequence[float | int]
 Pixels = UInt8[np.ndarray, "height width 3"]
+Measure = Callable[[np.ndarray, np.ndarray], float]
 
 
 def psnr(image: Pixels, reference: Pixels) -> float:
@@ -72,6 +72,11 @@ def similarity(image: Pixels, reference: Pixels) -> float:
     """MS-SSIM of two pictures of 8 bits."""
     x, y = (torch.from_numpy(np.array(t)).permute(2, 0, 1)[None].double() for t in (image, reference))
     return float(ms_ssim(x, y, 255.0))
+
+
+def similarity_in_db(image: Pixels, reference: Pixels) -> float:
+    """MS-SSIM as −10 log₁₀(1 − MS-SSIM)."""
+    return in_db(similarity(image, reference))
 
 
 def in_db(value: float) -> float:
@@ -148,7 +153,7 @@ def through_pillow(pixels: Pixels, kind: str, **options: Any) -> Coded:
 def mean_point(
     pictures: Sequence[np.ndarray],
     code: Callable[[np.ndarray], Coded],
-    measure: Callable[[np.ndarray, np.ndarray], float] = psnr,
+    measure: Measure = psnr,
 ) -> tuple[float, float]:
     """Bits a pixel and quality of a codec, means over the pictures."""
     rows = [
@@ -160,8 +165,10 @@ def mean_point(
     return float(rate), float(quality)
 
 
-def pillow_curve(name: str, pictures: Sequence[np.ndarray]) -> list[tuple[float, float]]:
-    """Bits a pixel and PSNR of a codec of `PILLOW`, means over the pictures, a point for each setting.
+def pillow_curve(
+    name: str, pictures: Sequence[np.ndarray], measures: Sequence[Measure] = (psnr,)
+) -> list[tuple[float, ...]]:
+    """Bits a pixel and qualities of a codec of `PILLOW`, means over the pictures, a point for each setting.
 
     A codec that this Pillow was built without gives no points.
     """
@@ -169,4 +176,22 @@ def pillow_curve(name: str, pictures: Sequence[np.ndarray]) -> list[tuple[float,
     needed = {"WEBP": "webp", "JPEG2000": "jpg_2000", "AVIF": "avif"}.get(kind)
     if needed is not None and not features.check(needed):
         return []
-    return [mean_point(pictures, partial(through_pillow, kind=kind, **{knob: value}, **options)) for value in values]
+    points = []
+    for value in values:
+        rows = []
+        for pixels in pictures:
+            coded = through_pillow(pixels, kind, **{knob: value}, **options)
+            rows.append([coded.bits / pixels[..., 0].size, *(measure(coded.pixels, pixels) for measure in measures)])
+        points.append(tuple(np.mean(rows, axis=0).tolist()))
+    return points
+
+
+def rate_at(quality: float | int, rates: Numbers, qualities: Numbers) -> float | None:
+    """The rate of a curve at a quality, its logarithm interpolated; None where the curve does not reach it.
+
+    >>> rate_at(31.5, [1, 4], [30, 33])
+    2.0
+    """
+    order = np.argsort(qualities)
+    x, y = np.asarray(qualities, float)[order], np.log(np.asarray(rates, float))[order]
+    return float(np.exp(np.interp(quality, x, y))) if x[0] <= quality <= x[-1] else None
