@@ -123,6 +123,21 @@ def test_hdf5_with_odd_numbers_beside_the_events_is_refused(tmp_path):
         assert name in refused(file)
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.zip", "a.npy", "a.npz", "a.h5"])
+def test_on_a_full_disk_nothing_is_left(name, tmp_path):
+    resource = pytest.importorskip("resource")
+    if name.endswith("h5"):
+        pytest.importorskip("h5py")
+    events, before = recording(count=20_000), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))  # as a disk with so many bytes left
+    try:
+        with pytest.raises(UserError, match="cannot write"):
+            write_events(tmp_path / name, events)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_sensor_of_one_pixel_is_one(tmp_path):
     one = Events(np.zeros(3, np.int32), np.zeros(3, np.int32), np.arange(3.0), np.ones(3, np.int8), (1, 1))
     write_events(tmp_path / "a.npz", one)
