@@ -16,6 +16,7 @@ from provenn.papers.temporal_residual_diffusion.simulator import Events, Sensor
 from provenn.papers.temporal_residual_diffusion.task.files import read_events, reading_of, write_events
 from provenn.papers.temporal_residual_diffusion.task.recordings import parts_of
 from provenn.papers.temporal_residual_diffusion.task.sequences import CUTS, clips_of
+from provenn.papers.temporal_residual_diffusion.voxels import without_hot_pixels
 from provenn.tasks import get_task
 
 TASK = get_task("event-video")
@@ -123,6 +124,21 @@ def test_hdf5_with_odd_numbers_beside_the_events_is_refused(tmp_path):
         assert name in refused(file)
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.zip", "a.npy", "a.npz", "a.h5"])
+def test_on_a_full_disk_nothing_is_left(name, tmp_path):
+    resource = pytest.importorskip("resource")
+    if name.endswith("h5"):
+        pytest.importorskip("h5py")
+    events, before = recording(count=20_000), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))  # as a disk with so many bytes left
+    try:
+        with pytest.raises(UserError, match="cannot write"):
+            write_events(tmp_path / name, events)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_sensor_of_one_pixel_is_one(tmp_path):
     one = Events(np.zeros(3, np.int32), np.zeros(3, np.int32), np.arange(3.0), np.ones(3, np.int8), (1, 1))
     write_events(tmp_path / "a.npz", one)
@@ -165,6 +181,13 @@ def test_options_without_use_are_named(said, model, tmp_path):
     assert names(events="hot=3,sort=yes", inputs=[tmp_path / "v"], output=tmp_path / "b.png") == ["hot=, sort="]
     given = dict(events="seed=3,threshold=0.3", inputs=[tmp_path / "v"], output=tmp_path / "b.npz", paired=True)
     assert names(**given, window="1ms") == ["seed=, --window, --paired"]
+
+
+def test_a_hot_pixel_is_measured_by_those_that_give_events():
+    counts = np.array([10, 10, 10, 10, 10, 60])
+    columns = np.repeat(np.arange(6), counts).astype(np.int32)
+    events = Events(columns, columns, np.arange(110.0), np.ones(110, np.int8), (100, 100))
+    assert without_hot_pixels(events)[1] == 0 and without_hot_pixels(events, 3)[1] == 1
 
 
 def test_a_recording_of_hot_pixels_alone_says_so(model, tmp_path):

@@ -119,6 +119,31 @@ def test_a_recording_is_rebuilt_at_a_rate_as_its_windows_are():
         next(stream.reconstruct(events, fps=0.0))
 
 
+def test_each_frame_goes_on_from_the_last_one_with_noise_of_its_own():
+    network = moved(small())
+    voxels, frames = clip(1, 2)
+    frame, memory = network.step(voxels[:, 0], network.begin(frames[:, 0]), frame_noise(frames[:, 0], 0, (3,)))
+    assert torch.equal(memory.frame, frame) and not torch.equal(frame, frames[:, 0])
+    drawn = [frame_noise(frames[:, 0], number, (seed,)) for seed in (3, 4) for number in (0, 1)]
+    assert len({noise.numpy().tobytes() for noise in drawn}) == 4
+    assert torch.equal(frame_noise(torch.zeros(2, 1, 16, 16), 1, (3, 4)), torch.cat([drawn[1], drawn[3]]))
+
+
+def test_a_regression_learns_the_frame_after_its_window(monkeypatch):
+    from provenn.papers.temporal_residual_diffusion import model as of_model
+
+    asked = []
+
+    def noted(frame, truth, loss):
+        asked.append(truth)
+        return (frame - truth).square().mean()
+
+    monkeypatch.setattr(of_model, "frame_loss", noted)
+    voxels, frames = clip(2, 3)
+    Regression(E2VID(6, 4, 2), closed=True).training_loss([voxels, frames])
+    assert len(asked) == 3 and all(map(torch.equal, asked, frames[:, 1:].unbind(1)))
+
+
 def test_each_condition_reaches_the_frame_and_can_be_left_out():
     voxels, frames = clip(1, 2)
     grids = list(voxels.unbind(1))

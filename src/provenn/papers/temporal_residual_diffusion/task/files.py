@@ -344,9 +344,13 @@ def write_events(file: Path, events: Events) -> None:
             import h5py
         except ImportError:
             raise UserError(f"{file}: HDF5 needs h5py: {EXTRA}") from None
-        with atomic_write(file) as place, h5py.File(place, "w") as opened:
+        # In memory first: on a full disk HDF5 ends the process, and leaves what it had written.
+        content = io.BytesIO()
+        with h5py.File(content, "w") as opened:
             opened.attrs["width"], opened.attrs["height"] = wide, rows
             for name, column in whole.items():
                 opened.create_dataset(f"events/{name}", data=column, compression="gzip")
+        with atomic_write(file) as place:
+            place.write_bytes(content.getbuffer())
     else:
         raise UserError(f"events are written as .txt, .zip, .npy, .npz or .h5; got {file.name}")
