@@ -67,5 +67,5 @@ def pixel_accuracy(
 
 def small_pixels(images: Float[Tensor, "images channels height width"]) -> Float[Tensor, "images values"]:
     """Averages of 16×16 cells of each picture in a row; of a smaller one its pixels."""
-    size = [min(SMALL, side) for side in images.shape[2:]]
-    return F.adaptive_avg_pool2d(images, size).flatten(1)
+    height, width = (min(SMALL, side) for side in images.shape[2:])
+    return F.adaptive_avg_pool2d(images, (height, width)).flatten(1)

@@ -152,8 +152,9 @@ def floors(data: TaskData) -> dict[str, float]:
 
 def _pixels_of(dataset: Dataset) -> tuple[Float[Tensor, "images values"], Int64[Tensor, " images"]]:
     if isinstance(dataset, ImageFiles):
-        dataset = copy.copy(dataset)
-        dataset.augment = False
+        whole = copy.copy(dataset)
+        whole.augment = False
+        dataset = whole
     loader = DataLoader(dataset, batch_size=256)
     parts = [(small_pixels(images), labels.long()) for images, labels in progress.track(loader, "reading pixels")]
     pixels, labels = zip(*parts)
@@ -173,9 +174,11 @@ def _regions(seed: int) -> TaskData:
     sets = {split: Regions(*part, meta) for split, part in parts.items()}
     return TaskData(
         "regions",
-        **sets,
+        sets["train"],
+        sets["val"],
+        sets["test"],
         fingerprint=fingerprint(*(tensor for part in parts.values() for tensor in part)),
-        options={"num_classes": len(meta["classes"]), "in_channels": 3},
+        options={"num_classes": len(class_names()), "in_channels": 3},
         meta=meta,
         about=f"Views of {SIDE}×{SIDE} pixels of 64 regions in 16 photographs, four of each that lie 16 pixels apart "
         f"and overlap: {OF_CLASS['train']} to train on, {OF_CLASS['test']} to test, moved, turned, scaled, relit and "
@@ -199,7 +202,9 @@ def _listed(root: Path, parts: dict[str, dict[str, list[Path]]], size: int | Non
     chosen = (f"{split} {file.relative_to(root)} {label}" for split, listed in files.items() for file, label in listed)
     return TaskData(
         str(root),
-        **sets,
+        sets["train"],
+        sets["val"],
+        sets["test"],
         fingerprint=fingerprint(*sizes, *chosen),
         options={"num_classes": len(classes), "in_channels": 3},
         meta=meta,

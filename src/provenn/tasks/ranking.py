@@ -160,9 +160,21 @@ def nearest(
         block = _normalised(gallery[start : start + step])
         found, where = _search(queries, block, min(count, len(block)))
         similarity, place = torch.cat((best, found), 1), torch.cat((places, where + start), 1)
-        order = similarity.sort(dim=1, descending=True, stable=True).indices[:, :count]
+        order = _first(similarity, min(count, similarity.shape[1]))
         best, places = similarity.gather(1, order), place.gather(1, order)
     return best, places
+
+
+def _first(similarity: Tensor, count: int) -> Tensor:
+    """Places of the largest in each row, falling; of equal ones the earlier first, also where some are cut off."""
+    top = similarity.topk(count, dim=1)
+    places = top.indices.sort(dim=1).values
+    falling = similarity.gather(1, places).sort(dim=1, descending=True, stable=True).indices
+    places = places.gather(1, falling)
+    # Which of those that tie for the last place `topk` takes is not said: such rows, which are few, are sorted whole.
+    tied = (similarity >= top.values[:, -1:]).sum(1) > count
+    places[tied] = similarity[tied].sort(dim=1, descending=True, stable=True).indices[:, :count]
+    return places
 
 
 def _search(queries: Tensor, block: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -207,23 +219,20 @@ def _judge_rows(distances: Tensor, queries: Sightings, gallery: Sightings, area:
     judged = right.any(1)
     distances, right, junk = distances[judged], right[judged], junk[judged]
 
-    order = right.int().sort(dim=1, stable=True).indices  # the wrong ones first ...
-    order = order.gather(1, distances.gather(1, order).sort(dim=1, stable=True).indices)  # ... among equals
-    hit = right.gather(1, order)
-    place = (~junk.gather(1, order)).cumsum(1)  # what is left out takes no place
-    found = hit.cumsum(1)
-    precision = found / place.clamp(min=1).double()
+    total = right.sum(1)
+    most = int(total.max()) if len(total) else 0
+    nearest_right = distances.where(right, torch.inf).topk(most, dim=1, largest=False).values
+    wrong = distances.where(~(right | junk), torch.inf).sort(dim=1).values
+    found = torch.arange(1, most + 1, device=total.device)
+    # Before a right picture stand the right ones that are nearer, and the wrong ones that are no farther.
+    place = found + torch.searchsorted(wrong, nearest_right, right=True)
+    precision = found / place.double()
     if area == "trapezoid":
         before = (found - 1) / (place - 1).clamp(min=1).double()
         precision = (precision + before.where(place > 1, 1.0)) / 2
-    total = right.sum(1)
-    return Ranking(
-        judged,
-        (precision * hit).sum(1) / total,
-        place.where(hit, place.shape[1] + 1).amin(1) if len(hit) else total,
-        place.where(hit, 0).amax(1) if len(hit) else total,
-        total,
-    )
+    there = found <= total[:, None]
+    ends = place.gather(1, (total - 1)[:, None])[:, 0] if most else total
+    return Ranking(judged, precision.where(there, 0.0).sum(1) / total, place[:, 0] if most else total, ends, total)
 
 
 def _joined(parts: list[Ranking]) -> Ranking:

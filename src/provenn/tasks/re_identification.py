@@ -26,6 +26,7 @@ from provenn.core.files import atomic_write, check_no_input, is_stream, output_s
 from provenn.data.identities import PARTS, Identities, Seen, asked_for, read_identities
 from provenn.data.images import SUFFIXES, images_in, read_pixels, resize_pixels, size_of
 from provenn.data.regions import COUNTS, SIGHTING, SPLITS, region_sightings
+from provenn.data.regions import Seen as Sighted
 from provenn.data.tables import check_table, write_table
 from provenn.nn.embedding import MARGIN, Identified, identity_loss
 from provenn.tasks.base import (
@@ -463,8 +464,8 @@ def _seen(image: UInt8[Tensor, "3 h w"], meta: dict[str, Any]) -> UInt8[Tensor, 
 
 
 @lru_cache(maxsize=2)  # a study asks for them once a trial
-def _sightings(seed: int) -> dict[str, tuple[Tensor, Tensor, Tensor, Tensor]]:
-    return {split: tuple(region_sightings(split, seed=seed)) for split in SPLITS}
+def _sightings(seed: int) -> dict[str, Sighted]:
+    return {split: region_sightings(split, seed=seed) for split in SPLITS}
 
 
 def _drawn(
