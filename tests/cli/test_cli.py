@@ -470,6 +470,7 @@ def test_without_a_word_it_says_what_there_is(run):
         "inspect",
         "export",
         "convert",
+        "prune",
         "compare",
         "bench",
         "board",

@@ -15,6 +15,7 @@ from provenn.papers.dimap.layers import WindowAttention
 from provenn.papers.dimap.model import Swin, operations, swin_b, swin_digits, swin_s, swin_t
 from provenn.papers.dimap.pruning import find_layers, masks
 from provenn.papers.dimap.studies import (
+    CURVE,
     DENSE,
     PROBES,
     RANKED,
@@ -31,7 +32,8 @@ from provenn.papers.dimap.studies import (
 )
 from provenn.tasks import TaskData
 
-KINDS = ("dimap", "lamp", "magnitude", "uniform", "random", "taylor", "", "only magnitude", "only dimap", "kept")
+KINDS = ("dimap", "lamp", "magnitude", "uniform", "random", "taylor", "")
+SETS = ("only magnitude", "only dimap", "kept")
 ABOUT = "1,797 digits of 8×8 pixels (scikit-learn), enlarged to 32×32"
 NOTE = "One dense network a seed, 40 epochs at a rate of 2e-3, is cut in all ways."
 ONE_SHOT = {
@@ -39,10 +41,10 @@ ONE_SHOT = {
         f"cut once, C = {width}",
         "image-classification",
         data=digits,
-        variants=variants(KINDS, width=width),
+        variants=variants((*KINDS, *SETS) if name == "middle" else KINDS, width=width),
         build=network,
         recipe=DENSE,
-        probes=PROBES,
+        probes=PROBES if name == "middle" else CURVE,
         trained=pruned,
         about=ABOUT,
         kind="removed by",
