@@ -186,7 +186,9 @@ def test_a_sweep_is_tuned_from_the_first_at_other_prices_and_a_third_of_its_rate
 
     monkeypatch.setattr(studies, "fit", fit)
     recipe = Recipe(epochs=3, lr=0.03)
-    done = studies.swept(lambda: studies.codec("hyperprior"), studies.Sweeping(), None, recipe)
+    none = TensorDataset(torch.empty(0))
+    data = TaskData("x", none, none, none, fingerprint="x")
+    done = studies.swept(lambda: studies.codec("hyperprior"), studies.Sweeping(), data, recipe)
     first, *others = done.model.members
     assert [member.lam for member in (first, *others)] == [studies.LAM, *studies.PRICES] == [lam for *_, lam in calls]
     for state, tuning, _ in calls[1:]:

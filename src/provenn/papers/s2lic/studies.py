@@ -177,8 +177,7 @@ class Side(nn.Module):
         dim: channels decoded so far.
         sizes: of the network.
         channel: "own" for AC, "stack", or "" for none.
-        inter: "own" for AG, "fixed", "global", "window" or "pointwise" for its attention replaced, "stack", or "" for
-            none.
+        inter: "own" for AG; "fixed", "global", "window", "pointwise" for its attention replaced; "stack"; "" for none.
     """
 
     def __init__(self, dim: int, sizes: Sizes, channel: str, inter: str):
