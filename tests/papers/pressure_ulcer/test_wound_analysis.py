@@ -75,10 +75,26 @@ def test_edges_darken_lines_alone_and_jitter_lights_basins_alone():
     regions = augment.basins(image, 80)
     lines = find_boundaries(regions, mode="inner")
     edged = augment.watershed(image, "edges", regions=regions)
-    assert np.array_equal(edged[~lines], image[~lines]) and (edged[lines] <= image[lines]).all()
+    assert np.array_equal(edged[~lines], image[~lines])
+    assert np.array_equal(edged[lines], np.rint(0.8 * image[lines]).astype(np.uint8))
     grey = np.full_like(image, 120)
     jittered = augment.watershed(grey, "jitter", regions=regions)
     assert (augment.means(jittered, regions)[regions] == jittered).all() and len(np.unique(jittered)) > 5
+
+
+def test_strengths_of_the_watershed_are_those_that_are_named():
+    """The share of flat colours lies in 0.3…0.8, and a basin's brightness changes by a twentieth."""
+    image = np.zeros((40, 40, 3), np.uint8)
+    image[:, ::2] = 200
+    one = np.ones((40, 40), np.int32)
+    shares = []
+    for seed in range(40):
+        flat = augment.watershed(image, "flatten", rng=np.random.default_rng(seed), regions=one)
+        shares.append(1 - (int(flat[0, 0, 0]) - int(flat[0, 1, 0])) / 200)
+    assert 0.29 < min(shares) < 0.4 and 0.7 < max(shares) < 0.81
+    grey, many = np.full((40, 40, 3), 128, np.uint8), np.arange(1, 1601, dtype=np.int32).reshape(40, 40)
+    lit = augment.watershed(grey, "jitter", rng=np.random.default_rng(0), regions=many).astype(float) / 128
+    assert abs(lit[..., 0].std() - 0.05) < 0.005 and abs(lit.mean() - 1) < 0.005
 
 
 def test_a_rough_mask_snaps_to_basins_by_majority():

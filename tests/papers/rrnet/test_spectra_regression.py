@@ -663,6 +663,16 @@ def test_an_unknown_pixel_counts_as_the_mean_of_training(data):
     )
 
 
+def test_a_pixel_counts_by_the_square_of_its_error(data):
+    """s²/(s² + e²): a half where the error is the pixel's spread, a fifth where it is twice as large."""
+    known = SpectraMeta.model_validate(data.meta)
+    flux = synthetic.survey(1, 5)[0].astype(float)
+    plain = standardised(flux, known)
+    for factor, share in ((0.0, 1.0), (1.0, 0.5), (2.0, 0.2)):
+        told = standardised(flux, known, factor * np.array(known.flux_std)[None])
+        assert torch.allclose(told, share * plain, rtol=1e-5, atol=1e-7)
+
+
 def test_errors_of_a_folder_reach_training_and_prediction(tmp_path):
     folder = folder_of(tmp_path, hole=False)
     error = np.full((20, 96), 0.1)

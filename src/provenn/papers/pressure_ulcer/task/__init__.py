@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from provenn.papers.pressure_ulcer.task.photos import (
     standard,
     unframed,
 )
-from provenn.papers.pressure_ulcer.task.segmenting import Probabilities, segment, shrunk, wound_logits
+from provenn.papers.pressure_ulcer.task.segmenting import Looks, Probabilities, segment, shrunk, wound_logits
 from provenn.papers.pressure_ulcer.task.segmenting import overlay as overlaid
 from provenn.papers.pressure_ulcer.task.sources import embedded, photographs, with_splits
 from provenn.papers.pressure_ulcer.task.writing import as_bytes, in_a_line, last_report, places_of
@@ -61,6 +61,12 @@ class WoundMeta(Standardised):
 
     def width(self) -> int:
         return self.channels
+
+
+class Seen(Looks, total=False):
+    """As `Looks`, and whether photographs are crops and no full frames."""
+
+    crop: bool
 
 
 class WoundSegmentation(Task):
@@ -214,10 +220,8 @@ class WoundSegmentation(Task):
         *,
         scale: str | None = None,
         since: Path | None = None,
-        turns: bool = False,
         overlay: bool = False,
-        crop: bool = False,
-        anyway: bool = False,
+        **looks: Unpack[Seen],
     ) -> str:
         """The mask and the report of each photograph.
 
@@ -226,10 +230,8 @@ class WoundSegmentation(Task):
                 .json; to a .json the report alone; to a folder both of each photograph.
             scale: as `analysis.read_scale` takes it.
             since: the report of the last visit; the new one says what changed.
-            turns: average over eight turns and mirror images.
             overlay: also write the photograph with the wound's outline, as `…_overlay.png`.
-            crop: the photographs are crops; the report says so.
-            anyway: also outline what is unlike the wounds that the weights were trained on.
+            looks: `turns` and `anyway` as in `Looks`; `crop` says that the photographs are crops.
         """
         files = [file for given in inputs for file in (images_in(given) if given.is_dir() else [given])]
         if since is not None and len(files) > 1:
@@ -240,9 +242,9 @@ class WoundSegmentation(Task):
         for index, file in enumerate(progress.track(files, "measuring")):
             colour = as_bytes(read_image(file))
             name = f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters"
-            report, mask = segment(
-                colour, model, scale, meta=meta, turns=turns, frame=FRAMES[crop], name=name, anyway=anyway
-            )
+            frame = FRAMES[looks.get("crop", False)]
+            ways: Looks = {"turns": looks.get("turns", False), "anyway": looks.get("anyway", False)}
+            report, mask = segment(colour, model, scale, meta=meta, frame=frame, name=name, **ways)
             plain = report.as_json()
             plain["change"] = {} if last is None else analysis.change(plain, last)
             lines.append(f"{file}: {in_a_line(plain)}")

@@ -1,7 +1,7 @@
 """From a photograph to a probability, a mask and a report."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -18,6 +18,17 @@ from provenn.tasks import device_of
 THRESHOLD = 0.5
 OUTLINE = np.array([0, 235, 255], np.uint8)
 TURNS = tuple((quarters, mirrored) for quarters in range(4) for mirrored in (False, True))
+
+
+class Looks(TypedDict, total=False):
+    """How a photograph is looked at.
+
+    `turns`: average over eight turns and mirror images, as in `probability`. `anyway`: also draw an outline that is
+    unlike those that the network was trained on, see `task.likeness`.
+    """
+
+    turns: bool
+    anyway: bool
 
 
 def turned_logits(
@@ -56,10 +67,9 @@ def segment(
     *,
     meta: dict[str, Any] | None = None,
     body: Bool[np.ndarray, "height width"] | None = None,
-    turns: bool = False,
     frame: str = "full frame",
     name: str = "",
-    anyway: bool = False,
+    **looks: Unpack[Looks],
 ) -> tuple[analysis.WoundReport, Bool[np.ndarray, "height width"]]:
     """The report and the mask of a photograph.
 
@@ -69,10 +79,9 @@ def segment(
         scale: pixels a centimetre, or words as `read_scale` takes them.
         meta: as the network was trained; by default a frame of 224 pixels.
         body: where the body is; nothing outside it is wound.
-        turns: as in `probability`.
         frame: "full frame" or "crop", for the report.
         name: of the model, for the report.
-        anyway: also draw an outline that is unlike those that the network was trained on; see `task.likeness`.
+        looks: `turns` and `anyway`, as in `Looks`.
     """
     meta = default_meta(224) if meta is None else meta
     pixels = torch.from_numpy(np.ascontiguousarray(np.moveaxis(image, -1, 0)))
@@ -80,7 +89,8 @@ def segment(
         pixels = (
             (pixels.float() * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0, keepdim=True).round().byte()
         )
-    likely = probability(model, pixels, meta, turns=turns).cpu().numpy()
+    anyway = looks.get("anyway", False)
+    likely = probability(model, pixels, meta, turns=looks.get("turns", False)).cpu().numpy()
     mask = likely > THRESHOLD
     mask = analysis.clean(mask if body is None else mask & body)
     distance, withheld = unlike(image, mask, meta), ""

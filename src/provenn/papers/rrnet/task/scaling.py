@@ -70,8 +70,8 @@ def standardised(
 ) -> Float[Tensor, "spectra pixels"]:
     """Spectra in units of their pixels' spread s; with errors e, times s²/(s² + e²).
 
-    That is the mean of what the pixel may have been, if without errors it is normal: a pixel that is not known counts
-    as the mean of training, and so does one that is NaN.
+    That is the mean of what the pixel may have been, if without errors it is normal. A pixel that is not known, or NaN,
+    counts as the mean of training.
     """
     mean, spread = np.array(known.flux_mean), np.array(known.flux_std)
     x = (flux - mean) / spread
