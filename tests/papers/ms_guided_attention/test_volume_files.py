@@ -328,6 +328,9 @@ def test_a_set_is_read_as_it_lies_on_disk(name, tmp_path, monkeypatch):
     assert dict(zip(values, names)) == classes
     channels = source.options.get("channels", 1)
     assert channels == (4 if name in ("msd-brain", "brats-2018") else 1)
+    if name == "brats-2018":  # in the decathlon's order
+        ends = [[file.name.split("_")[-1] for file in one.image] for one in sources]
+        assert ends == 4 * [[f"{sequence}.nii.gz" for sequence in ("flair", "t1", "t1ce", "t2")]]
     for one in sources:
         subject = read_subject(one, values, channels)
         assert subject.image.shape[1] == channels and subject.mask.shape == subject.image[:, 0].shape
