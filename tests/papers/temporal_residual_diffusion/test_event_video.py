@@ -266,7 +266,7 @@ def test_frames_go_to_a_folder_an_array_or_a_strip(tmp_path):
     assert [p.name for p in sorted((tmp_path / "out").glob("*.png"))] == [f"frame_00000{i}.png" for i in range(5)]
     stamps = list(
         parts_of(
-            Events(*(np.zeros(1, np.int32),) * 2, np.zeros(1), np.ones(1, np.int8), (18, 26)),
+            Events(*(np.zeros(1, np.int32),) * 2, np.full(1, 0.15), np.ones(1, np.int8), (18, 26)),
             str(tmp_path / "out" / "timestamps.csv"),
         )
     )
@@ -388,7 +388,7 @@ def test_sequences_of_evreal_are_cut_into_parts_that_lose_nothing(tmp_path):
     assert torch.equal(clips[0].frames[-1], clips[1].frames[0])
     times = np.load(folder / "events_ts.npy")
     assert sum(float(clip.counts.sum()) for clip in clips) == len(times)
-    slider = evreal(tmp_path / "slider_depth_cut")
+    slider = evreal(tmp_path / "slider_depth")
     cut = list(clips_of(slider, 9, Sensor(), cut=True))
     assert len(cut) == 1 and len(cut[0].frames) == 2  # images at 1 s and at 2 s
 
