@@ -127,5 +127,5 @@ def test_a_needle_lies_anywhere_in_a_haystack_of_any_length(length):
 def test_there_are_no_files_to_read_or_to_predict(tmp_path):
     with pytest.raises(UserError, match="reads no files"):
         TASK.load(tmp_path)
-    with pytest.raises(UserError, match="nothing to predict"):
+    with pytest.raises(UserError, match="recall predicts nothing"):
         TASK.predict(nn.Identity(), {}, [], None)

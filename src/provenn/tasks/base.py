@@ -197,7 +197,8 @@ class Task(ABC):
         """
         return data
 
-    def predict(self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Path], output: Path | None) -> str:
+    # Any: words, of a task that takes them.
+    def predict(self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Any], output: Path | None) -> str:
         """Apply a trained model to files; write `output` where one is given; return text for the terminal.
 
         Raises:
