@@ -72,7 +72,7 @@ def predict(
     source = source_of(chosen, label, weights)
     shown = "the input" if kind.takes_words else ", ".join(map(str, inputs[:3])) + ", …" * (len(inputs) > 3)
     with _fitting(source), finite_outputs(model, source, shown or "the input"):
-        return kind.predict(model, label.meta, given, path, **options, **logging)  # type: ignore[arg-type]  # words, for a task that takes them
+        return kind.predict(model, label.meta, given, path, **options, **logging)
 
 
 def source_of(paper: Paper, label: "Label", weights: str | Path | None) -> str:

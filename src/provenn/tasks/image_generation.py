@@ -123,7 +123,7 @@ class ImageGeneration(Task):
             "std": [1.0] * channels,
         }
 
-    def predict(  # type: ignore[override]  # names its options
+    def predict(
         self,
         model: nn.Module,
         meta: dict[str, Any],

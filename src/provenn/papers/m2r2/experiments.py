@@ -236,7 +236,13 @@ async def beside_other_drafts(run: Run, rounds: int = 21, tokens: int = 64) -> M
         seconds = interleaved({label: _texts(write) for label, write in writers.items()}, rounds=rounds)
         return {label: [1e3 * s for s in times] for label, times in seconds.items()}
 
-    facts = {"rounds": rounds, "tokens": tokens, "temperature": TEMPERATURE, "texts a call": TEXTS, "lr": rates}
+    facts: dict[str, Any] = {
+        "rounds": rounds,
+        "tokens": tokens,
+        "temperature": TEMPERATURE,
+        "texts a call": TEXTS,
+        "lr": rates,
+    }
     code = DRAFTS.trial_setting(run, "medusa")["code"]
     times = await run.trial("other drafts, timed", measure, alone=True, code=code, **facts)
     rivals = [label for label in times if label != ours]

@@ -242,7 +242,8 @@ def write_by_medusa(
     """
     decoder, cache, written = _begin(model, prompt)
     most = 1 + max((rank for path in paths for rank in path), default=0)
-    token, start, chains = int(prompt[0, -1]), prompt.shape[1] - 1, []
+    chains: Chains = []
+    token, start = int(prompt[0, -1]), prompt.shape[1] - 1
     while len(written) < count:
         more, places, rows, own = laid_out(chains, 1)
         done = read_branches(decoder, cache, start, [token, *more], [0, *places], _behind_the_last(own))

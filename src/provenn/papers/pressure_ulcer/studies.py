@@ -69,7 +69,7 @@ def network(part: Variant, in_channels: int = 3) -> nn.Module:
         made = ResidualAttentionUNet(in_channels, **dict(part.options))
     made.plan = part  # type: ignore[assignment]  # a module takes any attribute
     # With channels last a processor convolves these few of them in about two thirds of the time.
-    return made.to(memory_format=torch.channels_last)
+    return made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as torch documents
 
 
 def wounds(seed: int, smoke: bool, images: int = COUNTS[0]) -> TaskData:

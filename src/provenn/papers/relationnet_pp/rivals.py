@@ -63,7 +63,7 @@ class JoinedPoints(Bridge):
     ) -> list[Tensor]:
         """A tower's levels with what is joined to them."""
         totals = list(features)
-        for name, join in self.join[tower].items():  # type: ignore[union-attr, operator]  # a ModuleDict
+        for name, join in self.join[tower].items():  # type: ignore[operator]  # a ModuleDict
             keys = self.keys_of(said[name], features, strides) if self.how != "maps" else None
             for number, (level, stride) in enumerate(zip(features, strides, strict=True)):
                 height, width = level.shape[2:]

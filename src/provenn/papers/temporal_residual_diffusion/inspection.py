@@ -35,6 +35,6 @@ def inspect(model: nn.Module, x: Float[Tensor, "1 bins height width"]) -> dict[s
     finally:
         for hook in hooks:
             hook.remove()
-    maps = {"low": estimate, "residual": frame - grey, "frame": frame}
-    shown = {name: made[0, 0, : x.shape[-2], : x.shape[-1]] for name, made in maps.items()}
+    drawn = {"low": estimate, "residual": frame - grey, "frame": frame}
+    shown = {name: made[0, 0, : x.shape[-2], : x.shape[-1]] for name, made in drawn.items()}
     return shown | {f"gate.{i}": gates[i] for i in range(len(attending))}

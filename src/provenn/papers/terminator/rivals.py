@@ -128,7 +128,7 @@ class FixedBottlenecks(Terminator2d):
     def __init__(self, **options: Any):
         super().__init__(**options)
         for block in self.blocks:
-            block.bottleneck.requires_grad_(False)  # type: ignore[union-attr]  # an SFNEBlock's
+            block.bottleneck.requires_grad_(False)
 
 
 class JoinedBlock(SFNEBlock):

@@ -376,8 +376,8 @@ def read_classes(root: Path, sources: Iterable[Source]) -> tuple[list[int], list
     values = sorted(seen)
     if len(values) < 2:
         raise UserError(f"{root}: the labels hold {len(values)} value(s); segmentation needs two or more")
-    names = _known_names(sources)
-    return values, [names.get(value, "background" if value == 0 else f"class {value}") for value in values]
+    known = _known_names(sources)
+    return values, [known.get(value, "background" if value == 0 else f"class {value}") for value in values]
 
 
 def _known_names(sources: Sequence[Source]) -> dict[int, str]:
