@@ -398,6 +398,17 @@ def test_probes_are_zero_at_the_truth():
 # Adaptation and tiles
 
 
+def test_each_scene_draws_tiles_of_its_own_and_always_the_same(monkeypatch):
+    seeds = []
+    network = model.LambdaPNN(3, sensor="photographs", width=8)
+    network.adaptation = model.Adaptation(steps=1, tiles=3, tile=80, choice="random")
+    monkeypatch.setattr(fusion, "adapt", lambda *_, seed: seeds.append(seed))
+    pans = torch.rand(3, 1, 1, 64, 64)
+    for pan in (*pans, *pans):
+        fusion.adapted(network, torch.rand(1, 3, 16, 16), pan)
+    assert seeds[:3] == seeds[3:] and len(set(seeds)) == 3
+
+
 def test_adaptation_is_adam_at_the_rate_that_is_given_with_the_authors_decay(monkeypatch):
     given = []
     real = torch.optim.Adam
