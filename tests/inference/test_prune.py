@@ -151,7 +151,7 @@ def test_methods_are_read_without_torch_and_resolve():
     "words, says",
     [
         (["nothing", "--ratio", "0.3"], "no preset, file or folder is called 'nothing'"),
-        (["swin_t", "--ratio", "0.3"], "no weights of swin_t come with dimap"),
+        (["swin_t", "--ratio", "0.3"], "no weights of swin_t ship: give a file"),
         (["RUN", "--ratio", "1"], "--ratio must be at least 0 and below 1, the share that goes, got '1'"),
         (["RUN", "--ratio", "-0.1"], "at least 0 and below 1"),
         (["RUN", "--ratio", "nan"], "at least 0 and below 1"),

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,12 +104,12 @@ def prune(
         raise UserError(f"{method}: {' '.join(str(error).split())}") from error
     masks.apply(given.model)
 
-    def run() -> object:
-        assert given.example is not None
+    def run(example: tuple[int, ...]) -> object:
         first = next(given.model.parameters())
-        return given.model(torch.zeros(given.example, dtype=first.dtype))
+        return given.model(torch.zeros(example, dtype=first.dtype))
 
-    summary = pruned.summarise(given.model.eval(), masks, None if given.example is None else run)
+    call = None if given.example is None else partial(run, given.example)
+    summary = pruned.summarise(given.model.eval(), masks, call)
     report = {
         "model": given.name,
         "method": method,
@@ -177,6 +178,8 @@ def _read(model: str | Path, preset: str | None, how: dict[str, Any]) -> _Given:
             "weight file, or a folder that transformers wrote"
         )
     card, facts = presets[str(model)]
+    if facts.name not in card.shipped:
+        raise UserError(f"no weights of {model} ship: give a file of its weights in its place, or the folder of a run")
     network, label = Paper(card).load(preset=facts.name)
     return _ours(network, label, str(model), how)
 
