@@ -163,16 +163,12 @@ def taylor(model: nn.Module, data: TaskData, examples: int = 64) -> dict[str, Te
     """|w · ∂loss/∂w| of one batch: what first-order pruning with data ranks by."""
     images, labels = (torch.stack([torch.as_tensor(data.train[i][part]) for i in range(examples)]) for part in (0, 1))
     model = copy.deepcopy(model).eval()
-    with torch.enable_grad():
-        nn.functional.cross_entropy(model(images), labels).backward()
     parameters = dict(model.named_parameters())
     names = [name for layer in find_layers(model) for name in layer.names]
-    return {name: _product(parameters[name]) for name in names}
-
-
-def _product(weight: nn.Parameter) -> Tensor:
-    assert weight.grad is not None
-    return (weight * weight.grad).detach().double().abs()
+    weights = [parameters[name] for name in names]
+    with torch.enable_grad():
+        slopes = torch.autograd.grad(nn.functional.cross_entropy(model(images), labels), weights)
+    return {n: (w * slope).detach().double().abs() for n, w, slope in zip(names, weights, slopes, strict=True)}
 
 
 def one_sided(model: nn.Module, kind: str, ratio: float, seed: int) -> dict[str, Tensor]:
