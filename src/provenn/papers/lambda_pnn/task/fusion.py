@@ -257,7 +257,7 @@ def report(
 
 
 def adapted(model: FusionNetwork, ms: Tensor, pan: Tensor) -> FusionNetwork:
-    """The network as it fuses a scene: adapted, where it says how. Each scene has a draw of its own, always the same."""
+    """The network as it fuses a scene: adapted, where it says how. Each scene has its own draw, always the same."""
     if model.adaptation is None:
         return model
     return adapt(model, ms, pan, model.adaptation, seed=zlib.crc32(pan.contiguous().cpu().numpy().tobytes()))
