@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import provenn
 from provenn.core import progress
@@ -25,6 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 from torch import nn
 
 LIMIT = 3
@@ -381,3 +383,25 @@ def test_an_object_that_is_replaced_within_a_process_counts(monkeypatch):
     before = digest(reads, packages=(__name__,))
     monkeypatch.setitem(globals(), "ONE", 7)
     assert digest(reads, packages=(__name__,)) != before
+
+
+def test_a_method_that_only_wraps_a_base_s_does_not_count():
+    """As torch puts a wrapped `step` into the class of an optimizer when the first one is made."""
+
+    class Signs(torch.optim.Optimizer):
+        def step(self):
+            return 1
+
+    class Small(Signs):
+        pass
+
+    class Own(Signs):
+        def step(self):
+            return 2
+
+    before = digest(Small, packages=(__name__,)), digest(Own, packages=(__name__,))
+    for kind in (Small, Own):
+        kind([nn.Parameter(torch.zeros(1))], defaults={"lr": 1.0})
+    assert "step" in vars(Small)
+    assert (digest(Small, packages=(__name__,)), digest(Own, packages=(__name__,))) == before
+    assert before[0] != before[1]

@@ -229,6 +229,8 @@ class _Walk:
         for name, value in sorted(vars(kind).items()):
             if name in UNREAD or (name.startswith("__") and name.endswith("__") and _is_made(value)):
                 continue
+            if _is_inherited(kind, name, value):
+                continue
             self.put(name)
             self.add(value, f"{path}.{kind.__name__}.{name}")
         return None
@@ -317,6 +319,12 @@ def _is_made(value: Any) -> bool:
     """Whether a method was written by a decorator such as `dataclass`, from fields that count themselves."""
     code = getattr(_unwrapped(value), "__code__", None)
     return code is None or code.co_filename.startswith("<")
+
+
+def _is_inherited(kind: type, name: str, value: Any) -> bool:
+    """Whether a method is a base's, wrapped: torch puts such a `step` into the class of each optimizer it makes."""
+    of_base = next((vars(base)[name] for base in kind.__mro__[1:] if name in vars(base)), None)
+    return isinstance(_unwrapped(value), types.FunctionType) and _unwrapped(value) is _unwrapped(of_base)
 
 
 def _is_typing(thing: Any) -> bool:
