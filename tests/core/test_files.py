@@ -162,6 +162,10 @@ WITHIN = {"atomic_write", "written"}
 ELSEWHERE = {
     # Calls of our own methods, which write through `atomic_write`.
     "inference/train.py:train": "weights.save",
+    "inference/embed.py:embed": "store.save",
+    "inference/prune.py:_ours": "weights.save, to the folder of `work_folder`",
+    "inference/prune.py:prune": "into the folder of `work_folder`",
+    "tasks/re_identification.py:_gallery": "known.save",
     "cli/measure.py:_own": "wanted.save",
     "cli/measure.py:_latency": "told.save",
     "cli/measure.py:compare": "result.save",
@@ -170,6 +174,7 @@ ELSEWHERE = {
     "data/frames.py:write_frame": "is given a place by write_table",
     "training/history.py:offer": "weights.save",
     # What takes no name of a user's in one go.
+    "inference/prune.py:save": "transformers writes the folder of a model in its own way, into that of `work_folder`",
     "cli/convert.py:convert": "transformers writes the folder of a model in its own way",
     "evidence/record.py:read_or_set_aside": "a damaged record gets another name",
     "evidence/report.py:svg": "to memory",
@@ -195,6 +200,7 @@ ELSEWHERE = {
         [
             *("web/worker.py:main", "web/worker.py:_inside", "tasks/demos.py:save_shown"),
             *("tasks/super_resolution.py:answer", "tasks/semantic_segmentation.py:answer"),
+            "tasks/re_identification.py:answer",
             "papers/lambda_pnn/task/__init__.py:answer",
             "papers/s2lic/task/__init__.py:answer",
             "papers/temporal_residual_diffusion/task/faces.py:answer",

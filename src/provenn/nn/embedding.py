@@ -1,7 +1,7 @@
 """Networks whose output is compared: an embedding of a picture, and the losses that bring one identity's together.
 
 The head is the one of Luo et al. (2019, arXiv:1903.07071), "Bag of Tricks and a Strong Baseline for Deep Person
-Re-identification": the triplet loss sees the pooled features, the classifier sees them after a batch norm (BNNeck).
+Re-identification". The triplet loss sees the pooled features. The classifier sees them after a batch norm (BNNeck).
 """
 
 import math

@@ -22,9 +22,9 @@ def mean_colour(images: UInt8[Tensor, "images 3 height width"]) -> Float[Tensor,
 def pixel_descriptor(images: UInt8[Tensor, "images 3 height width"]) -> Float[Tensor, "images values"]:
     """Pixels, colour and HOG of each picture: what can be compared by a cosine without anything learned.
 
-    Three parts of equal length: averages of 16×8 cells, each channel standardised over the picture; the roots of an
-    8-bin histogram of each channel; histograms of oriented gradients (Dalal and Triggs, 2005) in cells of 8×8 pixels of
-    the picture at 64×32. The last by scikit-image.
+    It has three parts of equal length. The first are averages of 16×8 cells, each channel standardised over the
+    picture. The second are the roots of an 8-bin histogram of each channel. The third are histograms of oriented
+    gradients (Dalal and Triggs, 2005) in cells of 8×8 pixels of the picture at 64×32, by scikit-image.
     """
     from skimage.feature import hog
 

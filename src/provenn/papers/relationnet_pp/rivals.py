@@ -21,9 +21,9 @@ class JoinedPoints(Bridge):
 
         f'_i = ReLU(f_i + Σ_t W_t' ReLU(W_t z_it))
 
-    "nearest": z is the feature of the nearest key, and where it lies from the cell. "mean": z is the mean feature of
-    all keys. "maps": z is the cell's own score of each class and its offsets, as if concatenated to the tower. Each
-    type has about as many parameters as its attention.
+    With "nearest", z is the feature of the nearest key, and where it lies from the cell. With "mean", z is the mean
+    feature of all keys. With "maps", z is the cell's own score of each class and its offsets, as if concatenated to the
+    tower. Each type has about as many parameters as its attention.
 
     Args:
         channels, num_classes, strides: as of `Bridge`.

@@ -1,6 +1,5 @@
 """RRNet (arXiv:2205.15490): residual stages, a recurrent network over sub-bands, a mean and a variance a label."""
 
-import copy
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -121,6 +120,12 @@ class SegmentRNN(nn.Module):
     ) -> Float[Tensor, "batch features"]:
         """Features of the same shape; `state`, (1, batch, width), is what a part before left."""
         return self.rnn(x.unflatten(1, (self.segments, -1)), state)[0].flatten(1)
+
+    def copied(self) -> "SegmentRNN":
+        """Another with these weights, frozen; what hooks this one does not hook it."""
+        other = SegmentRNN(self.segments * self.rnn.input_size, self.segments)
+        other.load_state_dict(self.state_dict())
+        return other.to(self.rnn.weight_ih_l0).requires_grad_(False)
 
 
 class Head(nn.Module):
@@ -359,9 +364,7 @@ class DeepEnsemble(nn.Module):
         first = members[0]
         self.count, self.length, self.labels, self.mode = len(members), first.length, first.labels, first.mode
         self.widths, self.names = first.widths, first.names
-        self.recurrent = nn.ModuleList(
-            copy.deepcopy(member.rnn).requires_grad_(False) for member in members if member.rnn is not None
-        )
+        self.recurrent = nn.ModuleList(member.rnn.copied() for member in members if member.rnn is not None)
         for name, _ in first.named_parameters():
             if name.startswith("rnn."):
                 continue

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from provenn.core.errors import UserError
+from provenn.core.finite import finite_outputs, is_finite
 from provenn.core.inputs import check_file
 from provenn.papers.rrnet.model import DeepEnsemble, Estimator, RRNet, mixture
 from provenn.papers.rrnet.spectra import LAMOST, Arm
@@ -117,6 +118,7 @@ class System:
     """
 
     def __init__(self, members: Sequence[Member]):
+        self.members = members
         self.known = members[0].known
         self.knowns = [member.known for member in members]
         self.network = members[0].network
@@ -139,6 +141,8 @@ class System:
             mean, variance = told.mean.cpu().double()[None], told.variance.cpu().double()[None]
         else:
             told = self.ensemble.each(torch.stack(x).to(device))
+            if not is_finite(told):
+                self._refuse(x)
             mean, variance = told.mean.cpu().double(), told.variance.cpu().double()
         middle, spread = (
             torch.tensor([getattr(known, name) for known in self.knowns], dtype=torch.float64)[:, None]
@@ -146,6 +150,12 @@ class System:
         )
         both = mixture(mean * spread + middle, variance * spread.square())
         return both.mean.numpy(), both.variance.sqrt().numpy()
+
+    def _refuse(self, x: Sequence[Tensor]) -> None:
+        """Call the members one by one: the first whose answer is not finite is named, with its layer."""
+        for number, (member, given) in enumerate(zip(self.members, x, strict=True), start=1):
+            with finite_outputs(member.network, f"member {number} of the ensemble"):
+                member.network(given.to(device_of(self.network)))
 
 
 def systems_of(members: Sequence[Member]) -> list[System]:
