@@ -2,7 +2,7 @@
 
 import math
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, cast, no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -20,22 +20,30 @@ def round_through(x: Tensor) -> Tensor:
 class _AtLeast(torch.autograd.Function):
     """max(x, bound), whose gradient passes below the bound too where a step against it lifts x."""
 
-    generate_vmap_rule = True
+    generate_vmap_rule = True  # no checks of types here: a compiler does not trace their making
 
     @staticmethod
+    @no_type_check
     def forward(x: Tensor, bound: float) -> Tensor:
         return x.clamp(min=bound)
 
     @staticmethod
+    @no_type_check
     def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
         ctx.save_for_backward(inputs[0] >= inputs[1])
         ctx.save_for_forward(inputs[0] >= inputs[1])
 
     @staticmethod
+    @no_type_check
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad * (ctx.saved_tensors[0] | (grad < 0)), None
 
+
+class _AtLeastForwards(_AtLeast):
+    """The same with derivatives in forward mode, which the compiler does not trace."""
+
     @staticmethod
+    @no_type_check
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
         return tangent * ctx.saved_tensors[0]
 
@@ -49,7 +57,7 @@ def at_least(x: Tensor, bound: float) -> Tensor:
     >>> (-at_least(x, 1.0)).sum().backward(); x.grad
     tensor([-1., -1.])
     """
-    return cast(Tensor, _AtLeast.apply(x, bound))
+    return cast(Tensor, (_AtLeast if torch.compiler.is_compiling() else _AtLeastForwards).apply(x, bound))
 
 
 def gaussian_likelihood(residual: Tensor, scale: Tensor) -> Tensor:
