@@ -61,7 +61,7 @@ EXPERIMENTS = {
     "unet_loses_less": BRAINS.against("unet", "guided", metric="lost by prediction"),
     "marker_over_unet": MARKERS.against("two steps", "deep unet", metric="twin confusion", may_guess=GUESS),
     "marker_over_dilated": MARKERS.against("two steps", "dilated", metric="twin confusion", may_guess=GUESS),
-    "attention_over_dilated": BRAINS.against("two steps", "dilated", shown=("position", "channel", "scales")),
+    "attention_over_dilated": BRAINS.against("two steps", "dilated", shown=("scales",)),
     "position_alone": BRAINS.against("position", "scales"),
     "channel_alone": BRAINS.against("channel", "scales"),
     "losses_help": BRAINS.against("guided", "semantic"),
