@@ -10,6 +10,7 @@ from torch.utils.data import TensorDataset
 
 from provenn.core.cost import count_parameters
 from provenn.data.photographs import NAMES, photograph
+from provenn.evidence.study import TUNING_SEED
 from provenn.papers.s2lic import studies
 from provenn.papers.s2lic.context import anchors
 from provenn.papers.s2lic.model import SMALL
@@ -195,6 +196,9 @@ def test_a_sweep_is_tuned_from_the_first_at_other_prices_and_a_third_of_its_rate
         assert all(torch.equal(state[name], value) for name, value in first.state_dict().items())
         assert (tuning.lr, tuning.max_steps) == (pytest.approx(0.01), studies.TUNING)
     assert not torch.equal(others[0].encoder[1].bias, first.encoder[1].bias)
+    before = len(calls)
+    done = studies.swept(lambda: studies.codec("hyperprior"), studies.Sweeping(), data, recipe, seed=TUNING_SEED)
+    assert len(calls) == before + 1 and not isinstance(done.model, studies.Sweep)  # a rate is chosen at the first λ
 
 
 def test_the_bits_of_a_latent_are_those_of_y_and_z():

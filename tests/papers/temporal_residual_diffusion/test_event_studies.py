@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from provenn.core.cost import count_parameters
+from provenn.evidence.study import TUNING_SEED
 from provenn.papers.temporal_residual_diffusion import model as of_model
 from provenn.papers.temporal_residual_diffusion.experiments import CLIPS, EXPERIMENTS
 from provenn.papers.temporal_residual_diffusion.model import Reconstructor, ResidualRegression
@@ -67,7 +68,7 @@ class Fixed(Reconstructor):
 
 
 def test_each_split_has_its_own_pictures_and_its_own_ways(data):
-    assert COUNTS == (240, 40, 60) and [len(part) for part in (data.train, data.val, data.test)] == list(SHORT)
+    assert COUNTS == (120, 20, 60) and [len(part) for part in (data.train, data.val, data.test)] == list(SHORT)
     for part, names, count, number in zip((data.train, data.val, data.test), (TRAIN, VALIDATE, TEST), SHORT, range(3)):
         assert all(map(torch.equal, part[count - 1], flights(names, count, 1021 + number)[count - 1]))
     other = moving(8, True)
@@ -194,6 +195,14 @@ def test_drift_is_of_the_last_ten_of_forty_frames_over_the_ten_before(data):
     grown = Fixed(torch.arange(1.0, LONG + 1).sqrt() / 100)
     assert drift(grown, data) == pytest.approx(np.arange(31, 41).mean() / np.arange(21, 31).mean(), rel=1e-4)
     assert drift(Fixed(torch.full((LONG,), 0.1)), data) == pytest.approx(1, rel=1e-4)
+
+
+def test_where_a_rate_is_chosen_nothing_is_tested(data):
+    one = replace(data, val=Clips(data.val.clips[:1]), test=Clips(data.test.clips[:1]))
+    done = {
+        seed: trained(lambda: built_plain("e2vid", one), TASK, one, SHORTEST, seed=seed) for seed in (7, TUNING_SEED)
+    }
+    assert done[7].metrics and not done[TUNING_SEED].metrics
 
 
 PAIRS, EARLIER = ("low and time", "low and high", "time and high"), ("e2vid", "firenet", "integration")

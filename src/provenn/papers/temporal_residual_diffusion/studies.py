@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from provenn.core.cost import count_parameters
 from provenn.core.narrowing import of_kind
+from provenn.evidence.study import TUNING_SEED
 from provenn.papers.temporal_residual_diffusion.layers import E2VID, FireNet
 from provenn.papers.temporal_residual_diffusion.model import (
     CONDITIONS,
@@ -27,7 +28,7 @@ from provenn.papers.temporal_residual_diffusion.task.metrics import fitted_thres
 from provenn.tasks import Task, TaskData, count_examples
 from provenn.training import Fit, Hardware, Recipe, fit
 
-COUNTS, SHORT = (240, 40, 60), (8, 4, 4)  # clips to train, validate and test; and where only the path is tried
+COUNTS, SHORT = (120, 20, 60), (8, 4, 4)  # clips to train, validate and test; and where only the path is tried
 CURVE = 8  # clips of the curve over epochs
 LONG, LONG_CLIPS = 40, 12
 DESIGN = SMALL._replace(width=12)
@@ -83,7 +84,7 @@ class Hold(Integration):
 
 
 def moving(seed: int, smoke: bool) -> TaskData:
-    """Clips over bundled pictures: 240 to train on, 40 to validate and 60 to test."""
+    """Clips over bundled pictures: 120 to train on, 20 to validate and 60 to test."""
     parts = [
         Clips(flights(names, count, 1000 + 3 * seed + number))
         for number, (names, count) in enumerate(zip((TRAIN, VALIDATE, TEST), SHORT if smoke else COUNTS, strict=True))
@@ -128,7 +129,10 @@ def trained(
     hardware: Hardware = ONE_CPU,
     title: str = "training",
 ) -> Fit:
-    """`fit`; a system's low-frequency module is trained before on the same clips, and frozen."""
+    """`fit`; a system's low-frequency module is trained before on the same clips, and frozen.
+
+    Where a rate is chosen nothing is tested.
+    """
     made = build()
     plan: Plan = made.plan  # type: ignore[assignment]  # `network` sets it
     if isinstance(made, Integration):
@@ -144,6 +148,8 @@ def trained(
             of_kind(model, TemporalResidualDiffusion, "the system").low.load_state_dict(state)
         return model
 
+    if seed == TUNING_SEED:
+        data = replace(data, test=Clips([]))
     done = fit(started, task, few_to_validate(data), recipe, seed=seed, hardware=hardware, title=title)
     return _remembered(done, data)
 
@@ -169,7 +175,7 @@ def low_state(seed: int, recipe: Recipe, hardware: Hardware) -> dict[str, Tensor
 
 @lru_cache(maxsize=16)  # the systems of a seed share it
 def _low_state(seed: int, recipe: Recipe, hardware: Hardware) -> dict[str, Tensor]:
-    data = few_to_validate(moving(seed, recipe.max_steps is not None))
+    data = replace(few_to_validate(moving(seed, recipe.max_steps is not None)), test=Clips([]))
     done = fit(lambda: _e2vid(12, "l1"), TASK, data, recipe, seed=seed, hardware=hardware, title="low frequencies")
     return {name: tensor.detach().clone() for name, tensor in done.model.state_dict().items()}
 
