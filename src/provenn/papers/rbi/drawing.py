@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN = 12  # images of a batch
-PROTOCOLS = ("single", "random", "ordered", "support")
+SHOWN_PROTOCOLS = {"accuracy": "as predicted", "single": "single", "random": "random", "ordered": "ordered"}
 
 
 def draw_batch(
@@ -108,10 +108,10 @@ def draw_protocols(model: nn.Module, dataset: Dataset, scores: Scores) -> "Figur
 
 
 def _bars(axes: "Axes", scores: Scores) -> None:
-    named = {name: scores[name] for name in PROTOCOLS if name in scores}
+    named = {label: scores[name] for name, label in SHOWN_PROTOCOLS.items()}
     values = [float(column.mean()) for column in named.values()]
     spread = [1.96 * float(column.std()) / max(len(column), 1) ** 0.5 for column in named.values()]
     axes.bar(
-        list(named), values, yerr=spread, capsize=4, color=["#1a5fb4", "#62a0ea", "#b00020", "#2e7d32"][: len(named)]
+        list(named), values, yerr=spread, capsize=4, color=["#2e7d32", "#1a5fb4", "#62a0ea", "#b00020"][: len(named)]
     )
     axes.set(ylim=(0, 1), ylabel="accuracy", title="the same images in each protocol")

@@ -33,6 +33,7 @@ from provenn.tasks.image_classification import IMAGENET_SIZE, ImageClassificatio
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+PROTOCOLS = ("single", "random", "ordered")
 SHUFFLES = 3  # of the protocol `random`, seeds 0, 1 and 2
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)  # of the batches of a sweep
 
@@ -44,13 +45,13 @@ class BatchRecognition(FineGrained):
     - `random`: batches of the training's size from a shuffled list, the mean of three shuffles.
     - `ordered`: batches from the list as it is. Lists of the field are sorted by class, so an image stands beside its
       class: this says more of the list than of the network.
-    - `support`: every image alone with the bank of training images, where a network has one.
 
-    A last batch that is not full is filled up from the front of the list. Networks that do not mix images have one
-    accuracy, given three times.
+    `accuracy` is that of what `predict` says: every image alone, with the bank of training images where a network has
+    one. A last batch that is not full is filled up from the front of the list. Networks that do not mix images have one
+    accuracy, given each time.
 
     Args:
-        metric: which of them a learning rate is chosen by.
+        protocol: what `accuracy` is instead, "single" or "random", where networks are compared by it.
     """
 
     name = "batch-recognition"
@@ -59,10 +60,10 @@ class BatchRecognition(FineGrained):
         "digits": ImageClassification.embedded["digits"],
     }
 
-    def __init__(self, metric: str = "single"):
-        if metric not in ("single", "random"):
-            raise ValueError(f"metric must be single or random, got {metric!r}")
-        self.metric = metric
+    def __init__(self, protocol: str | None = None):
+        if protocol not in (None, "single", "random"):
+            raise ValueError(f"protocol must be single or random, got {protocol!r}")
+        self.protocol = protocol
 
     def load(
         self,
@@ -105,8 +106,8 @@ class BatchRecognition(FineGrained):
         """Of each image whether it is right in each protocol; loss, top-5 and the predicted class are `predict`'s."""
         if not mixes(model):
             plain = super().scores(model, dataset, batch_size)
-            accuracy = {name: plain["accuracy"] for name in ("single", "random", "ordered")}
-            return {**accuracy, **{name: column for name, column in plain.items() if name != "accuracy"}}
+            plain_accuracy = plain["accuracy"]
+            return {"accuracy": plain.pop("accuracy"), **dict.fromkeys(PROTOCOLS, plain_accuracy), **plain}
         system, rows, features = Mixing(model), [], []
         for images, labels in DataLoader(dataset, batch_size=batch_size):
             images, labels = images.to(system.device), labels.to(system.device)
@@ -119,12 +120,16 @@ class BatchRecognition(FineGrained):
             right = likeliest == labels[:, None]
             columns = [alone.double(), right[:, 0].double(), wrong.double(), right.any(1).double(), labels]
             rows.append([*columns, likeliest[:, 0]])
-        first = join_scores(("single", "support", "loss", "top5", LABEL, PREDICTED), rows)
+        first = join_scores(("single", "accuracy", "loss", "top5", LABEL, PREDICTED), rows)
         system.features, system.labels = torch.cat(features), torch.from_numpy(first[LABEL])
-        scores: Scores = {"single": first.pop("single"), "random": system.shuffled(dataset, system.batch)}
-        scores["ordered"] = system.in_batches(dataset, torch.arange(len(system.features)), system.batch)
-        left_out = ({"support"} if not system.has_bank else set()) | ({"top5"} if logits.shape[1] <= 5 else set())
-        return scores | {name: column for name, column in first.items() if name not in left_out}
+        shuffled = system.shuffled(dataset, system.batch)
+        ordered = system.in_batches(dataset, torch.arange(len(system.features)), system.batch)
+        scores = {"accuracy": first.pop("accuracy"), "single": first.pop("single"), "random": shuffled}
+        if self.protocol is not None:
+            scores["accuracy"] = scores[self.protocol]
+        if logits.shape[1] <= 5:
+            del first["top5"]
+        return {**scores, "ordered": ordered, **first}
 
     def predict(
         self,
@@ -175,12 +180,6 @@ class Mixing:
         self.model, self.batch = model, getattr(model, "batch", BATCH)
         self.device = device_of(model)
         self.features, self.labels = torch.empty(0), torch.empty(0, dtype=torch.long)
-
-    @property
-    def has_bank(self) -> bool:
-        """Whether its bank holds anything."""
-        relation = getattr(self.model, "relation", None)
-        return bool(relation is not None and relation.support and relation.bank_counted.any())
 
     def embed(self, images: Tensor) -> Tensor:
         """N."""
