@@ -1,4 +1,4 @@
-"""RPE and RRA in models that exist already: ours, those of transformers, and an unknown one; in, out, saved and loaded."""
+"""RPE and RRA in models that exist already: ours, those of transformers, an unknown one; in, out, saved and loaded."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""Three protocols of the same images, predictions alone and together, pictures, what the experiments train and probe."""
+"""Three protocols of the same images, predictions alone and together, pictures, and what the experiments train."""
 
 import json
 import subprocess

@@ -94,8 +94,8 @@ def plug_in(model: nn.Module, where: str | None = None, *, residual: str = "add"
     """Put RPE and RRA before a model's classifier, in place; `unplug` takes them out.
 
     It works on any classifier of images whose last linear layer is given one vector an image: ours, and ViT, DeiT,
-    Swin, ConvNeXt, ResNet and others of transformers. Keys of the classifier's weights gain `.classifier`. A model that is
-    built and plugged in again takes the state dict of another.
+    Swin, ConvNeXt, ResNet and others of transformers. Keys of the classifier's weights gain `.classifier`. A model
+    that is built and plugged in again takes the state dict of another.
 
     Args:
         model: changed in place.
