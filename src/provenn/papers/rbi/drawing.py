@@ -84,7 +84,7 @@ def draw_protocols(model: nn.Module, dataset: Dataset, scores: Scores) -> "Figur
         _bars(figure.subplots(), scores)
         return figure
     figure = Figure(figsize=(13, 10), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[2, 3])
+    upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=[2, 3])[:, 0]
     left, right = upper.subplots(1, 2)
     _bars(left, scores)
     by_size = sweep(model, dataset)

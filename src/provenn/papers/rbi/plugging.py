@@ -53,7 +53,7 @@ class _ShowImages:
 class _ForgetImages(_ShowImages):
     """What takes them away again."""
 
-    def __call__(self, model: nn.Module, args: Any, output: Any) -> None:  # type: ignore[override]  # of a forward hook
+    def __call__(self, model: nn.Module, args: Any, output: Any) -> None:
         related: Any = model.get_submodule(self.name)
         related.images = None
 
@@ -156,7 +156,7 @@ def unplug(model: nn.Module) -> int:
     _put(model, name, related.classifier)
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
         for number in [key for key, hook in hooks.items() if isinstance(hook, _ShowImages)]:
-            del hooks[number]  # type: ignore[attr-defined]  # an OrderedDict
+            del hooks[number]
     for flags in (model._forward_pre_hooks_with_kwargs, model._forward_hooks_always_called):
         for number in [key for key in flags if key not in (*model._forward_pre_hooks, *model._forward_hooks)]:
             del flags[number]

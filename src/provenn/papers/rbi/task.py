@@ -65,7 +65,7 @@ class BatchRecognition(FineGrained):
             raise ValueError(f"protocol must be single or random, got {protocol!r}")
         self.protocol = protocol
 
-    def load(
+    def load(  # type: ignore[override]  # names its options
         self,
         source: str | Path,
         *,
@@ -79,7 +79,7 @@ class BatchRecognition(FineGrained):
         data = of.load(self, source, seed=seed, size=size, largest=largest, skip_broken=skip_broken)
         return replace(data, options={**data.options, "mean": data.meta["mean"], "std": data.meta["std"]})
 
-    def held_out(
+    def held_out(  # type: ignore[override]  # names its options
         self,
         source: str | Path,
         meta: dict[str, Any],
