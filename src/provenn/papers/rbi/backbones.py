@@ -310,8 +310,8 @@ DENSENETS: dict[int, dict[str, Any]] = {
     201: {"blocks": (6, 12, 48, 32)},
 }
 CONVNEXTS: dict[str, dict[str, Any]] = {
-    "tiny": {"depths": (3, 3, 9, 3), "dims": (96, 192, 384, 768), "drop_path": 0.1},
-    "base": {"depths": (3, 3, 27, 3), "dims": (128, 256, 512, 1024), "drop_path": 0.5},
+    "tiny": {"depths": (3, 3, 9, 3), "dims": (96, 192, 384, 768)},
+    "base": {"depths": (3, 3, 27, 3), "dims": (128, 256, 512, 1024)},
 }
 
 

@@ -102,7 +102,7 @@ def _precise(x: Tensor) -> Tensor:
 
 
 def _eye(scores: Tensor) -> Bool[Tensor, "n n"]:
-    at = torch.arange(len(scores), device=scores.device)
+    at = torch.arange(scores.shape[0], device=scores.device)
     return at[:, None] == at
 
 
@@ -334,8 +334,8 @@ class RRA(nn.Module):
             with without_autocast(x):
                 a, b = (F.normalize(_precise(rows), dim=1) for rows in (x, others.to(x)))
                 return (1 + a @ b.T) / 2
-        if given is not None and given.shape != (len(x), len(others)):
-            raise ValueError(f"relations must be {(len(x), len(others))}, got {tuple(given.shape)}")
+        if given is not None and given.shape != (x.shape[0], others.shape[0]):
+            raise ValueError(f"relations must be {(x.shape[0], others.shape[0])}, got {tuple(given.shape)}")
         return None if given is None else given.to(_precise(x))
 
     def _softmax(self, scores: Tensor) -> Tensor:
