@@ -1,7 +1,6 @@
 """GLCA, PWCA, the rollout and the loss, by the equations; and that inference has nothing of PWCA."""
 
 import copy
-import math
 import warnings
 
 import pytest

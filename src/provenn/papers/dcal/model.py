@@ -204,8 +204,8 @@ class DCAL(nn.Module):
     """A vision transformer with GLCA beside its last block, and with PWCA in training (section 3).
 
     The loss of a batch is ½ Σ (e^{−w_i} L_i + w_i) over self-attention (SA), GLCA and PWCA. L_i is the cross-entropy,
-    in re-identification plus the batch-hard triplet loss of the class token. Inference adds up the probabilities of SA and
-    GLCA, or joins their class tokens. PWCA is no part of it, and has no parameters.
+    in re-identification plus the batch-hard triplet loss of the class token. Inference adds up the probabilities of SA
+    and GLCA, or joins their class tokens. PWCA is no part of it, and has no parameters.
 
     Args:
         backbone: a `ViT` or a model of transformers; see `provenn.papers.dcal.hosts.host_of`. It is not changed.
