@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -321,7 +321,7 @@ class DCAL(nn.Module):
         """PWCA: the batch through all blocks, each image with its partner's keys and values beside its own."""
         other, plain = self.partner_keys(order), x
         for block in host.blocks:
-            x = attend_to_pair(block, x, other if self.pair_source == "pair" else _keys_of(block, plain, order))
+            x = attend_to_pair(block, x, other if self.pair_source == "pair" else keys_of(block, plain, order))
             if self.pair_source == "sa":
                 plain = attend_and_show(block, plain)[0]
         return x
@@ -385,9 +385,9 @@ class DCAL(nn.Module):
                     losses[name] = losses[name] + batch_hard_triplet(token, labels, self.margin)
         return losses
 
-    def training_loss(self, batch: tuple[Tensor, Tensor]) -> Float[Tensor, ""]:
+    def training_loss(self, batch: Sequence[Tensor]) -> Float[Tensor, ""]:
         """½ Σ (e^{−w_i} L_i + w_i) over the branches."""
-        losses = self.losses(*batch)
+        losses = self.losses(batch[0], batch[1])
         for name, loss in losses.items():
             value = float(loss.detach())
             self.averages[name] = MEMORY * self.averages.get(name, value) + (1 - MEMORY) * value
@@ -432,7 +432,7 @@ class DCAL(nn.Module):
         )
 
 
-def _keys_of(block: Parts, tokens: Tensor, order: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def keys_of(block: Parts, tokens: Tensor, order: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """K₂ and V₂ from other tokens of the partner."""
     _, k, v = block.project(block.norm1(tokens[order]))
     return lambda *_: (k, v)
