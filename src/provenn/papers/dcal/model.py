@@ -455,7 +455,7 @@ def add_dcal(model: nn.Module, num_classes: int | None = None, **options: Any) -
 
     >>> system = add_dcal(ViT(dim=8, depth=2, heads=2, num_classes=5, image=(8, 8), patch=4))
     >>> system.inserted()
-    {'log_variances': 3, 'glca': 872, 'glca_norm': 16, 'glca_head': 45}
+    {'glca': 872, 'glca_norm': 16, 'glca_head': 45, 'log_variances': 3}
     """
     return DCAL(model, num_classes, **options)
 

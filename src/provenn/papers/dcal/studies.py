@@ -223,7 +223,7 @@ def trained_before(kind: str, dim: int, seed: int, short: bool, hardware: Hardwa
 
 
 def start_from(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Take over what has the same name and shape: not classifiers and additions. Positions of other grids are resized."""
+    """Take over what has the same name and shape: not classifiers. Positions of other grids are resized."""
     own = model.state_dict()
     model.load_state_dict({**own, **{n: v for n, v in weights.items() if n in own and own[n].shape == v.shape}})
     if isinstance(getattr(model, "backbone", None), ViT) and "backbone.pos_embed" in weights:
