@@ -1,0 +1,149 @@
+"""What DCAL is set against: controls of its two attentions, a part selection, and what public copies make of PWCA."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from provenn.nn.embedding import Identified
+from provenn.papers.dcal.hosts import Host
+from provenn.papers.dcal.layers import attend, attend_to_pair, choose_patches
+from provenn.papers.dcal.model import DCAL, ViT, keys_of
+
+
+class Plain(DCAL):
+    """The backbone alone, by the plain loss."""
+
+    def __init__(self, backbone: nn.Module, **options: Any):
+        super().__init__(backbone, glca=False, pwca=False, **options)
+
+    def training_loss(self, batch: Sequence[Tensor]) -> Float[Tensor, ""]:
+        return self.losses(batch[0], batch[1])["sa"]
+
+
+class RandomQueries(DCAL):
+    """GLCA whose queries are drawn; in evaluation always the same ones of an image's place in its batch."""
+
+    def choose(self, row: Float[Tensor, "batch patches"]) -> Int[Tensor, "batch chosen"]:
+        generator = None if self.training else torch.Generator().manual_seed(0)
+        return choose_patches(torch.rand(row.shape, generator=generator).to(row), self.ratio)
+
+
+class LocalAttention(DCAL):
+    """In place of GLCA: the class token and the chosen patches attend to each other alone."""
+
+    def _attend_locally(self, x: Tensor, chosen: Tensor | None, prefix: int) -> Tensor:
+        assert self.glca is not None and chosen is not None
+        u = torch.cat([x[:, :1], x.gather(1, (chosen + prefix)[..., None].expand(-1, -1, x.shape[-1]))], dim=1)
+        for block in self.glca:
+            u = block(u, u)
+        return u[:, 0]
+
+
+class NoisePartner(DCAL):
+    """PWCA whose second image is Gaussian noise: keys and values with the mean and deviation of the batch's."""
+
+    def partner_keys(self, order: Int[Tensor, " batch"]) -> Any:
+        def drawn(x: Tensor) -> Tensor:
+            deviation, mean = torch.std_mean(x.detach(), dim=(0, 2), keepdim=True)
+            return torch.randn_like(x) * deviation + mean
+
+        return lambda k, v: (drawn(k), drawn(v))
+
+
+class SameClass(DCAL):
+    """PWCA whose second image is another of the same class, from the whole training data.
+
+    `bank` holds them: a row of images for each class. It is set before the training.
+    """
+
+    bank: Float[Tensor, "classes views channels height width"] | None = None
+
+    def streams(self, images: Tensor, labels: Tensor | None = None, *, show: bool = False) -> Any:
+        self.classes = labels
+        return super().streams(images, labels, show=show)
+
+    def _attend_pairs(self, host: Host, x: Tensor, order: Tensor) -> Tensor:
+        assert self.bank is not None and self.classes is not None
+        views = torch.randint(self.bank.shape[1], (len(x),))
+        partners = host.embed(self.bank[self.classes.cpu(), views].to(x.device))
+        count = torch.arange(len(x), device=x.device)
+        both = super()._attend_pairs(host, torch.cat([x, partners]), torch.cat([count + len(x), count]))
+        return both[: len(x)]
+
+
+class StalePartner(DCAL):
+    """PWCA as a public copy has it (mossbee/clau_duaL_cross_attention_learning, 6a4e6b6).
+
+    In every block the partner's keys and values are made of its patch embeddings, which no block has changed, and the
+    queries are those of the plain pass. So the last block's output alone counts.
+    """
+
+    def _attend_pairs(self, host: Host, x: Tensor, order: Tensor) -> Tensor:
+        first = plain = x
+        for block in host.blocks:
+            x = attend_to_pair(block, plain, keys_of(block, first, order))
+            plain = attend(block, plain)
+        return x
+
+
+class PartSelection(nn.Module):
+    """TransFG's part selection (He et al., 2022, arXiv:2103.07976).
+
+    The last block sees the class token and one patch of each head: that of the largest weight in the product of the
+    head's attention maps.
+
+    Args:
+        backbone: a `ViT`.
+        task: "fgvc" or "reid", as of `DCAL`.
+        margin: of the triplet loss.
+
+    Shapes: images (batch, channels, height, width) to logits (batch, classes), or to `Identified`.
+    """
+
+    def __init__(self, backbone: ViT, *, task: str = "fgvc", margin: float = 0.3):
+        super().__init__()
+        self.backbone, self.task, self.margin = backbone, task, margin
+
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Tensor | Identified:
+        x, row = self.backbone.embed(images), None
+        *first, last = self.backbone.blocks
+        maps = []
+        for block in first:
+            q, k, v = block.attn.project(block.norm1(x))  # type: ignore[operator,union-attr]  # a Block
+            weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+            x = x + block.keep(block.attn.join(weights @ v))  # type: ignore[operator,union-attr]
+            x = x + block.keep(block.mlp(block.norm2(x)))  # type: ignore[operator]
+            maps.append(weights.detach())
+        row = maps[-1][:, :, :1]
+        for weights in reversed(maps[:-1]):
+            row = row @ weights
+        parts = row[:, :, 0, 1:].argmax(-1) + 1
+        chosen = x.gather(1, parts[..., None].expand(-1, -1, x.shape[-1]))
+        token = self.backbone.norm(last(torch.cat([x[:, :1], chosen], dim=1)))[:, 0]
+        logits = self.backbone.head(token)
+        return logits if self.task == "fgvc" else Identified(token, token, logits)
+
+
+class ConvNet(nn.Module):
+    """A residual network for images, or for identities with the class token's place taken by the mean of the last map.
+
+    Args:
+        network: a backbone without a classifier, whose `forward` gives the mean of its last map.
+        width: of that.
+        num_classes: logits.
+        task: as of `DCAL`.
+    """
+
+    def __init__(self, network: nn.Module, width: int, num_classes: int, task: str = "fgvc"):
+        super().__init__()
+        self.network, self.task = network, task
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Tensor | Identified:
+        features = self.network(images)
+        logits = self.head(features)
+        return logits if self.task == "fgvc" else Identified(features, F.normalize(features), logits)

@@ -1,0 +1,206 @@
+"""What DCAL's experiments compare: each control does what its name says, and training starts from one network."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from provenn.papers.dcal.hosts import host_of
+from provenn.papers.dcal.layers import attend, attend_to_pair
+from provenn.papers.dcal.model import DCAL
+from provenn.papers.dcal.studies import (
+    AFTER,
+    OBJECT,
+    Variant,
+    background_share,
+    convolutional,
+    embedder,
+    network,
+    objects,
+    other_regions,
+    part_entropy,
+    regions,
+    trained_before,
+    tuned,
+    with_options,
+)
+from provenn.tasks import get_task
+from provenn.training import Hardware
+
+TASK = get_task("fine-grained")
+SHORT = replace(AFTER, epochs=1, max_steps=2, random_erasing=0.0)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return regions(0, True)
+
+
+def made(kind: str, **options) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = network(with_options(kind, 64, **options), 64).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.add_(0.2 * torch.randn(parameter.shape, dtype=parameter.dtype))
+    return model
+
+
+def images(count: int = 4) -> torch.Tensor:
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def test_the_networks_are_of_about_one_size():
+    count = {k: sum(p.numel() for p in network(Variant(k), 64).parameters()) for k in ("plain", "cnn", "dcal", "parts")}
+    block = sum(p.numel() for p in network(with_options("plain", layers=5), 64).parameters())
+    assert abs(count["cnn"] / count["plain"] - 1) < 0.2 and abs(block / count["dcal"] - 1) < 0.02
+    assert count["parts"] == pytest.approx(count["plain"], abs=4)
+
+
+def test_plain_has_the_plain_loss():
+    model, labels = made("plain").train(), torch.arange(4)
+    torch.manual_seed(0)
+    total = model.training_loss((images(), labels))
+    torch.manual_seed(0)
+    expected = torch.nn.functional.cross_entropy(model.backbone.head(model.streams(images(), labels).sa), labels)
+    torch.testing.assert_close(total, expected)
+
+
+def test_local_attention_does_not_see_what_was_not_chosen():
+    local, whole = made("local"), made("glca")
+    whole.load_state_dict(local.state_dict())
+    x = host_of(local.backbone).embed(images())
+    chosen = torch.arange(3, 10).expand(4, -1)
+    changed = x.clone()
+    changed[:, 40] = changed[:, 40].flip(-1)
+    assert torch.equal(local._attend_locally(x, chosen, 1), local._attend_locally(changed, chosen, 1))
+    assert not torch.allclose(whole._attend_locally(x, chosen, 1), whole._attend_locally(changed, chosen, 1))
+
+
+def test_random_queries_are_the_same_at_each_evaluation_and_others_in_training():
+    model = made("random", depth=2)
+    assert torch.equal(model.streams(images()).chosen, model.streams(images()).chosen)
+    assert torch.equal(model(images()), model(images()))
+    rollout = made("glca", depth=2)
+    rollout.load_state_dict(model.state_dict())
+    assert not torch.allclose(rollout(images()), model(images()))
+    model.train()
+    assert not torch.equal(
+        model.streams(images(), torch.arange(4)).chosen, model.streams(images(), torch.arange(4)).chosen
+    )
+
+
+def test_noise_has_the_batchs_mean_and_deviation_and_no_gradient():
+    model = made("noise")
+    k = torch.randn(8, 2, 65, 32, dtype=torch.float64, requires_grad=True) * 3 + 1
+    k2, _ = model.partner_keys(torch.arange(8))(k, k)
+    assert not k2.requires_grad and k2.mean().item() == pytest.approx(1, abs=0.1)
+    assert k2.std().item() == pytest.approx(3, rel=0.1)
+
+
+def test_partners_of_the_same_class_come_from_its_bank():
+    model, labels = made("same").train(), torch.tensor([5, 0, 5])
+    model.bank = torch.zeros(64, 1, 3, 32, 32, dtype=torch.float64)
+    model.bank[5], model.bank[0] = images(1), images(2)[1:]
+    for block in model.backbone.blocks:
+        block.drop.p = 0.0
+    x = images(3)
+    found = model.streams(x, labels).pwca
+    host = host_of(model.backbone)
+    both = host.embed(torch.cat([x, model.bank[labels, 0]]))
+    # Batch norms see the partners apart from the batch.
+    both = torch.cat([host.embed(x), host.embed(model.bank[labels, 0])])
+    order = torch.tensor([3, 4, 5, 0, 1, 2])
+    for block in host.blocks:
+        both = attend_to_pair(block, both, lambda k, v: (k[order], v[order]))
+    torch.testing.assert_close(found, host.norm(both[:3])[:, 0])
+
+
+def test_stale_partners_stay_embeddings():
+    """Only the last block's output counts, and its keys are those of the tokens before the first."""
+    model = made("stale").eval()
+    host, order = host_of(model.backbone), torch.tensor([1, 2, 3, 0])
+    x = first = host.embed(images())
+    for block in host.blocks[:-1]:
+        x = attend(block, x)
+    last = host.blocks[-1]
+    _, k, v = last.project(last.norm1(first[order]))
+    torch.testing.assert_close(model._attend_pairs(host, first, order), attend_to_pair(last, x, lambda *_: (k, v)))
+    fresh = DCAL._attend_pairs(model, host, first, order)
+    assert not torch.allclose(model._attend_pairs(host, first, order), fresh)
+
+
+def test_part_selection_takes_one_patch_of_each_head():
+    model = made("parts")
+    seen = []
+    model.backbone.blocks[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    assert model(images()).shape == (4, 64)
+    assert seen[0].shape == (4, 1 + 2, 64)
+
+
+def test_other_regions_are_other_classes():
+    before, after = other_regions(0, False), regions(0, False)
+    assert len(before.train) == 2 * len(after.train) and before.options["num_classes"] == 128
+    assert set(before.train.labels.tolist()) == set(range(128))
+    views = {view.numpy().tobytes() for view in after.test.images}
+    assert not views & {view.numpy().tobytes() for view in before.train.images}
+
+
+def test_all_ways_start_from_one_network(data):
+    weights = trained_before("plain", 64, 0, True, Hardware())
+    for kind, longer in (("plain", 1.0), ("dcal", 1.0), ("same", 1.0), ("plain", 2.0)):
+        variant = Variant(kind, 64, longer, faster=1e-30)
+        model = tuned(lambda variant=variant: network(variant, **data.options), TASK, data, SHORT, seed=0).model
+        for name in ("backbone.blocks.2.mlp.fc1.weight", "backbone.pos_embed"):
+            assert torch.equal(model.state_dict()[name], weights[name])
+    searched = embedder(Variant("dcal", 64), 60)
+    from provenn.papers.dcal.studies import start_from
+
+    start_from(searched, weights)
+    assert torch.equal(searched.backbone.blocks[0].attn.qkv.weight, weights["backbone.blocks.0.attn.qkv.weight"])
+    assert torch.equal(searched.backbone.pos_embed[:, 0], weights["backbone.pos_embed"][:, 0])
+    assert searched.backbone.pos_embed.shape == (1, 129, 64)
+
+
+def test_convolutional_networks_serve_both_tasks():
+    sizes = {"num_classes": 7, "image": (32, 32)}
+    assert convolutional(64, sizes, "fgvc")(images().float()).shape == (4, 7)
+    assert convolutional(64, sizes, "reid")(images().float()).embeddings.norm(dim=1).tolist() == pytest.approx([1] * 4)
+
+
+def test_objects_stand_where_they_are_noted():
+    data = objects(0, True)
+    again = objects(0, True)
+    assert data.fingerprint == again.fingerprint != objects(1, True).fingerprint
+    pictures, _ = data.test.tensors
+    for picture, (top, left) in zip(pictures, data.meta["corners"]):
+        inside = torch.zeros(32, 32, dtype=torch.bool)
+        inside[top : top + OBJECT, left : left + OBJECT] = True
+        assert picture[0][inside].std() > picture[0][~inside].std()
+
+
+def test_shares_of_the_rollout_are_read_off_objects():
+    """Attention on one quarter alone is all on the object and of no entropy; even attention of the object's area."""
+    data = objects(0, True)
+
+    class Told(torch.nn.Module):
+        def __init__(self, kind: str):
+            super().__init__()
+            self.kind, self.done = kind, 0
+
+        def streams(self, images: torch.Tensor, show: bool = False):
+            row = torch.zeros(len(images), 8, 8)
+            for place in range(len(images)):
+                top, left = (corner // 4 for corner in data.meta["corners"][self.done + place])
+                row[place, top : top + (2 if self.kind == "quarter" else 4), left : left + 2] = 1
+            self.done += len(images)
+            row = torch.ones_like(row) if self.kind == "even" else row
+            return type("S", (), {"row": row.flatten(1)})
+
+    assert background_share(Told("even"), data) == pytest.approx(0.75)
+    assert part_entropy(Told("even"), data) == pytest.approx(1.0, abs=1e-6)
+    assert background_share(Told("quarter"), data) == pytest.approx(0, abs=1e-6)
+    assert part_entropy(Told("quarter"), data) == pytest.approx(0, abs=1e-6)
+    assert part_entropy(Told("half"), data) == pytest.approx(0.5, abs=1e-6)
+    assert len(list(DataLoader(data.test, 16))) == 2
