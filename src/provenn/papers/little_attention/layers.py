@@ -5,7 +5,6 @@ globally pooled channels and its place in the late stages are known second-hand.
 the non-local block (Wang et al., 2018, arXiv:1711.07971): what is open has an option.
 """
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -31,8 +31,7 @@ def circle_loss(
         labels: the class of each.
         scale: γ.
         margin: m.
-        weighted: False puts all α to 1, and both margins to 0: cross-entropy of γ times the cosines, which is AM-Softmax
-            without its margin.
+        weighted: False puts all α to 1 and both margins to 0: cross-entropy of γ times the cosines.
 
     Raises:
         ValueError: a scale that is not positive, or a margin outside of 0…1.

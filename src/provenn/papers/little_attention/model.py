@@ -1,4 +1,4 @@
-"""Networks of Eisenbach et al. (2023, arXiv:2302.14574): a ResNet with a little attention, and the head of the field."""
+"""Networks of Eisenbach et al. (2023, arXiv:2302.14574): a ResNet with a little attention, and the field's head."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -126,7 +126,7 @@ def resnet101_reid(
     size: Sequence[int] = SIZE,
     **options: Any,
 ) -> EmbeddingNetwork:
-    """ResNet-101, the deeper network beside: its backbone has 42,500,160 parameters. Arguments as of `resnet50_reid`."""
+    """ResNet-101, the deeper network beside, of 42,500,160 parameters in its backbone; arguments of `resnet50_reid`."""
     return _large((3, 4, 23, 3), num_classes, placement, block, id_loss, last_stride, size, options)
 
 

@@ -134,8 +134,8 @@ def residual_blocks(model: nn.Module) -> list[list[str]]:
         ]
     if len(found) != 1:
         raise ValueError(
-            f"{type(model).__name__} has {len(found)} ResNets with stages layer1, layer2, … (of this library, torchvision "
-            "or timm) or of transformers; expected one"
+            f"{type(model).__name__} has {len(found)} ResNets with stages layer1, layer2, … (of this library, "
+            "torchvision or timm) or of transformers; expected one"
         )
     return next(iter(found.values()))
 
