@@ -16,6 +16,7 @@ from provenn.papers.little_attention.model import (
     with_head,
 )
 from provenn.papers.little_attention.placement import Placement, insert
+from provenn.papers.little_attention.tracking import Sighted, follow
 from provenn.papers.little_attention.zoo import (
     BAM,
     BLOCKS,
@@ -44,11 +45,13 @@ __all__ = [
     "Placement",
     "PositionAttention",
     "RelationAware",
+    "Sighted",
     "circle_loss",
     "cnl_regions",
     "cnl_resnet50_1",
     "cnl_resnet50_2",
     "cnl_resnet50_3",
+    "follow",
     "insert",
     "make_block",
     "pair_circle_loss",

@@ -181,7 +181,8 @@ def insert(
         placement = Placement.parse(placement, [len(stage) for stage in names])
     elif placement.depths != depths_of(model):
         raise ValueError(
-            f"the placement is for stages of {_listed(placement.depths)} blocks, the model has {_listed(depths_of(model))}"
+            f"the placement is for stages of {_listed(placement.depths)} blocks, "
+            f"the model has {_listed(depths_of(model))}"
         )
     targets: dict[str, nn.Module] = {}
     for (stage, index), side in sorted(placement.chosen.items()):

@@ -1,6 +1,6 @@
 """Data, networks and trainings of the experiments: regions of photographs as identities, seen by simulated cameras.
 
-Also the two steps by which a network is tuned to a small set: head and attention first, then all at a tenth of the rate.
+Also the two steps by which a network is tuned to a small set: head and attention, then all at a tenth of the rate.
 """
 
 import copy

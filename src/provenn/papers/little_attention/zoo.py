@@ -103,7 +103,7 @@ class CBAM(nn.Module):
 
 
 class BAM(nn.Module):
-    """x · (1 + σ(M_c + M_s)): a bottleneck on means, beside two dilated 3×3 convolutions (Park et al., arXiv:1807.06514).
+    """x · (1 + σ(M_c + M_s)): a bottleneck on means, and two dilated 3×3 convolutions (Park et al., arXiv:1807.06514).
 
     The sum is the paper's equation 2; its public code multiplies.
 
@@ -175,8 +175,8 @@ class GlobalContext(nn.Module):
 class NonLocal(nn.Module):
     """x + BN(W (A g)), A = θ φᵀ / N over N positions, or its softmax (Wang et al., 2018, arXiv:1711.07971).
 
-    Of "dot" the products are taken in the order that costs less: θ (φᵀ g) / N where C' is below N. Of "softmax" PyTorch's
-    fused attention is taken. BN starts with gain and bias of 0: a fresh block is the identity.
+    Of "dot" the products are taken in the order that costs less: θ (φᵀ g) / N where C' is below N. Of "softmax"
+    PyTorch's fused attention is taken. BN starts with gain and bias of 0: a fresh block is the identity.
 
     Args:
         channels: C.
