@@ -50,9 +50,9 @@ def sweep(
 
     Args:
         network: regions, resnet50 or resnet101.
-        blocks: names of blocks, with commas, such as cnl, se, rga_sc or all that a wrong one lists; of a search the first.
+        blocks: names with commas, such as cnl,se,rga_sc; a wrong one is answered with all; of a search the first.
         batch: pictures at once, with commas; of a search the first.
-        search: stages (every set of them), narrow (a space that rules make smaller) or blocks (off, pre, post, evolved).
+        search: stages (every set of them), narrow (rules make the space smaller) or blocks (off, pre, post, evolved).
         data: what a search trains on and validates with, cameras or a folder; its test split is never read.
         trials: of a search over narrow or blocks.
         epochs: of each short training.

@@ -1,8 +1,8 @@
 """The search for places: trials of an Optuna study, each a short training and a time, on identities of training alone.
 
 `stages` tries every set of stages. `blocks` lets NSGA-II evolve off, pre and post of every residual block. `narrow`
-does what the paper is reported to do, after "Designing Network Design Spaces" (Radosavovic et al., 2020, arXiv:2003.13678):
-sample the space, accept the rule that helps most, sample inside. How it does so is inferred.
+does what the paper is reported to do, after "Designing Network Design Spaces" (Radosavovic et al., 2020,
+arXiv:2003.13678): sample the space, accept the rule that helps most, sample inside. How it does so is inferred.
 """
 
 import random
@@ -278,6 +278,8 @@ class Search:
 
     def cost(self, placement: Placement) -> float:
         """The time of a forward pass over that of the plain network, in turns."""
+        if not len(placement):
+            return 1.0
         size = tuple(self.task_data.meta["size"])
         x = torch.randn(self.batch, 3, *size, device=self.device)
         models = [
