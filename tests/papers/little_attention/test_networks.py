@@ -69,7 +69,7 @@ def test_a_wrong_placement_is_refused():
             Placement.parse(text, DEPTHS)
     with pytest.raises(ValueError, match="expected 16 numbers from 0 to 2"):
         Placement.of_vector([0] * 15 + [3], DEPTHS)
-    with pytest.raises(ValueError, match="no block 5.1"):
+    with pytest.raises(ValueError, match=r"no block 5\.1"):
         Placement.of_stages([5], DEPTHS)
 
 
