@@ -163,7 +163,7 @@ def test_the_user_is_found_again_and_strangers_are_not():
         torch.tensor([[3.0, 0.0, 0.1], [0.0, 0.0, 1.0]]),
     ]
     seen = list(follow(user, frames, threshold=0.5))
-    assert [each.index for each in seen] == [1, None, None, 0]
+    assert [each.crop for each in seen] == [1, None, None, 0]
     assert seen[0].ranking == [1, 0] and seen[1].ranking == [0] and seen[2].ranking == []
     assert seen[2].similarity is None and seen[0].similarity == pytest.approx(0.9 / math.hypot(0.9, 0.1))
 
@@ -171,8 +171,8 @@ def test_the_user_is_found_again_and_strangers_are_not():
 def test_what_is_remembered_moves_with_the_user():
     turned = [torch.tensor([[math.cos(a), math.sin(a)]]) for a in (0.5, 1.0, 1.5)]
     user = torch.tensor([[1.0, 0.0]])
-    assert [s.index for s in follow(user, turned, threshold=0.8, momentum=0.2)] == [0, 0, 0]
-    assert [s.index for s in follow(user, turned, threshold=0.8, momentum=1.0)] == [0, None, None]
+    assert [s.crop for s in follow(user, turned, threshold=0.8, momentum=0.2)] == [0, 0, 0]
+    assert [s.crop for s in follow(user, turned, threshold=0.8, momentum=1.0)] == [0, None, None]
     with pytest.raises(ValueError, match="at least one picture"):
         follow(torch.zeros(0, 2), turned)
     with pytest.raises(ValueError, match="threshold"):

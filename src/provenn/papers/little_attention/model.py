@@ -48,12 +48,12 @@ class CircleNetwork(EmbeddingNetwork):
         """Of pictures and whom each shows."""
         images, labels = batch
         features, embeddings, _ = self(images)
-        options = {"scale": self.scale, "margin": self.circle_margin}
+        scale, margin = self.scale, self.circle_margin
         if self.form == "circle":
             cosines = F.linear(F.normalize(embeddings.float()), F.normalize(self.classifier.weight.float()))
-            identity = circle_loss(cosines, labels, **options)
+            identity = circle_loss(cosines, labels, scale=scale, margin=margin)
         else:
-            identity = pair_circle_loss(embeddings, labels, **options)
+            identity = pair_circle_loss(embeddings, labels, scale=scale, margin=margin)
         return identity + batch_hard_triplet(features, labels, self.margin)
 
 

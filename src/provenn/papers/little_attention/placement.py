@@ -128,10 +128,7 @@ def residual_blocks(model: nn.Module) -> list[list[str]]:
         else:
             continue
         root = f"{name}." if name else ""
-        found[name] = [
-            [f"{root}{stage}.{i}" for i in range(len(module.get_submodule(stage)))]  # type: ignore[arg-type]  # a Sequential
-            for stage in stages
-        ]
+        found[name] = [[f"{root}{stage}.{i}" for i in range(len(module.get_submodule(stage)))] for stage in stages]
     if len(found) != 1:
         raise ValueError(
             f"{type(model).__name__} has {len(found)} ResNets with stages layer1, layer2, … (of this library, "

@@ -15,12 +15,12 @@ class Sighted(NamedTuple):
     """What came of a frame.
 
     Args:
-        index: of the crop that shows the user; None where none is alike enough.
+        crop: the number of the crop that shows the user; None where none is alike enough.
         similarity: the cosine of the best crop; None of a frame without crops.
         ranking: the crops, the most alike first.
     """
 
-    index: int | None
+    crop: int | None
     similarity: float | None
     ranking: list[int]
 
