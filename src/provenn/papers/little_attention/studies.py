@@ -113,9 +113,9 @@ def robot(seed: int, smoke: bool) -> TaskData:
     data = get_task("re-identification").load("cameras", seed=seed)
     test: Any = data.test
     first = int(test.identities.min())
-    train, held = (_some(test, test.identities - first < 36), _some(test, test.identities - first >= 36))
-    parts = [_degraded(part, 3 * seed + i) for i, part in enumerate((train, data.val, held))]
-    return _of(replace(data, name="robot"), *parts) if smoke else _of(replace(data, name="robot"), *parts, count=None)
+    train, held = _some(test, test.identities - first < 36), _some(test, test.identities - first >= 36)
+    seen, val, asked = (_degraded(part, 3 * seed + i) for i, part in enumerate((train, data.val, held)))
+    return _of(replace(data, name="robot"), seen, val, asked, count=SHORT if smoke else None)
 
 
 def _of(data: TaskData, train: Any, val: Any, test: Any, count: int | None = SHORT) -> TaskData:
