@@ -272,7 +272,7 @@ def short_score(placement: str, seed: int, smoke: bool, device: str) -> float:
 async def searched(run: Run) -> dict[str, list[float]]:
     """Every placement's validation mAP for each of the search's seeds."""
     places, seeds = (SPACE[:3], SEARCH_SEEDS[:2]) if run.smoke else (SPACE, SEARCH_SEEDS)
-    setting = {"recipe": str(BRIEF), "space": "one block after each of four residual blocks, or none"}
+    setting: dict[str, Any] = {"recipe": str(BRIEF), "space": "one block after each of four residual blocks, or none"}
 
     async def one(place: str, seed: int) -> float:
         score = partial(short_score, place, seed, run.smoke, run.device)

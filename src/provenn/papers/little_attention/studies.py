@@ -5,7 +5,7 @@ Also the two steps by which a network is tuned to a small set: head and attentio
 
 import copy
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -300,7 +300,7 @@ def gate_on_occluder(model: nn.Module, data: TaskData) -> float:
     return float((gate[:, :, rows:].mean() - gate[:, :, :rows].mean()).item())
 
 
-def rules(scores: dict[str, Sequence[float]], places: Sequence[str] = SINGLE) -> list[list[Any]]:
+def rules(scores: Mapping[str, Sequence[float]], places: Sequence[str] = SINGLE) -> list[list[Any]]:
     """The marginal effect of each place: with it minus without it, over a full factorial, seed by seed.
 
     Returns: Rows of the place, the mean effect, and both ends of its interval of 95 % over seeds.

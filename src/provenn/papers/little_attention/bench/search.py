@@ -49,17 +49,31 @@ class Rule:
 
 def rules_of(depths: Sequence[int]) -> list[Rule]:
     """The rules that may make a space smaller: how many blocks, from which stage, which side, first or last."""
-    found = [Rule(f"at most {k} blocks", lambda p, k=k: len(p) <= k) for k in (1, 2, 3, 5)]
-    found += [
-        Rule(f"only from stage {s} on", lambda p, s=s: all(stage >= s for stage, _ in p.chosen))
-        for s in range(2, len(depths) + 1)
-    ]
-    found += [Rule(f"only {side}", lambda p, side=side: set(p.chosen.values()) <= {side}) for side in ("pre", "post")]
-    found.append(Rule("no first block of a stage", lambda p: all(block > 1 for _, block in p.chosen)))
-    found.append(
-        Rule("no last block of a stage", lambda p: all(block < p.depths[stage - 1] for stage, block in p.chosen))
-    )
+    found = [Rule(f"at most {count} blocks", partial(_at_most, count)) for count in (1, 2, 3, 5)]
+    found += [Rule(f"only from stage {stage} on", partial(_from, stage)) for stage in range(2, len(depths) + 1)]
+    found += [Rule(f"only {side}", partial(_only, side)) for side in ("pre", "post")]
+    found += [Rule("no first block of a stage", _no_first), Rule("no last block of a stage", _no_last)]
     return found
+
+
+def _at_most(count: int, placement: Placement) -> bool:
+    return len(placement) <= count
+
+
+def _from(first: int, placement: Placement) -> bool:
+    return all(stage >= first for stage, _ in placement.chosen)
+
+
+def _only(side: str, placement: Placement) -> bool:
+    return set(placement.chosen.values()) <= {side}
+
+
+def _no_first(placement: Placement) -> bool:
+    return all(block > 1 for _, block in placement.chosen)
+
+
+def _no_last(placement: Placement) -> bool:
+    return all(block < placement.depths[stage - 1] for stage, block in placement.chosen)
 
 
 def compare(inside: Sequence[float], outside: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
@@ -302,7 +316,7 @@ class Search:
             )
         ]
         scored = {i: (Placement.parse(row["placement"], self.depths), row["mAP"]) for i, row in enumerate(rows)}
-        effects = []
+        effects: list[list[Any]] = []
         for place in [(s, b) for s, depth in enumerate(self.depths, 1) for b in range(1, depth + 1)]:
             with_it, without = (
                 [m for p, m in scored.values() if (place in p.chosen) is there] for there in (True, False)
@@ -313,7 +327,7 @@ class Search:
         made.append(Table(caption="Marginal effect of each place on mAP", columns=columns, rows=effects))
         if self.kind == "narrow":
             accepted = self.rules_after(scored, len(rows))
-            cells = [[rule.name, *(round(value, 4) for value in effect)] for rule, effect in accepted]
+            cells: list[list[Any]] = [[rule.name, *(round(value, 4) for value in effect)] for rule, effect in accepted]
             made.append(Table(caption="Rules that were accepted", columns=["rule", *columns[1:]], rows=cells))
         return made
 
