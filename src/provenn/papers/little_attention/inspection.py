@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from provenn.papers.little_attention.placement import CHILD
 
 
-def inspect(model: nn.Module, x: Float[Tensor, "1 channels height width"]) -> dict[str, Float[Tensor, " channels"]]:
+def inspect(model: nn.Module, x: Float[Tensor, "1 channels height width"]) -> dict[str, Tensor]:
     """What each attention block does to each channel: the mean over space of what it gives, minus what it was given.
 
     C-NL is our reconstruction. Of C-NL that adds, it is what is added at every position; of a gate, the mean change.

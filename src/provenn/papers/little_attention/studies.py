@@ -159,9 +159,9 @@ def _degraded(pictures: Any, seed: int) -> Pictures:
 
 
 def attention_parameters(model: nn.Module) -> Iterable[nn.Parameter]:
-    """Those of head and attention: all that a pretrained backbone does not bring."""
+    """Those of head and attention that learn: all that a pretrained backbone does not bring."""
     for name, parameter in model.named_parameters():
-        if not name.startswith("backbone.") or f".{CHILD}." in name:
+        if parameter.requires_grad and (not name.startswith("backbone.") or f".{CHILD}." in name):
             yield parameter
 
 

@@ -27,7 +27,7 @@ class Sighted(NamedTuple):
 
 def follow(
     user: Float[Tensor, "pictures dim"],
-    frames: Iterable[Float[Tensor, "crops dim"]],
+    frames: Iterable[Tensor],
     *,
     threshold: float | int = 0.5,
     momentum: float | int = 0.9,
@@ -38,7 +38,7 @@ def follow(
 
     Args:
         user: embeddings of pictures that show him, as a robot takes them at the start; their mean is where it begins.
-        frames: embeddings of the crops of each frame, in time; a frame may have none.
+        frames: (crops, dim) embeddings of the crops of each frame, in time; a frame may have none.
         threshold: least cosine at which a crop counts as him.
         momentum: μ; 1 keeps the first memory.
 

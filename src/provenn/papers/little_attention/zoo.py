@@ -17,7 +17,7 @@ from provenn.nn.arguments import check_whole
 from provenn.nn.channel_gates import PooledGate, SqueezeExcitation, spatial_mean
 from provenn.ops.autograd import at_least_single, without_autocast
 from provenn.ops.softmax_attention import softmax_attention
-from provenn.papers.little_attention.layers import ChannelNonLocal
+from provenn.papers.little_attention.layers import FEWEST, ChannelNonLocal
 
 Map = Float[Tensor, "batch channels height width"]
 
@@ -148,7 +148,7 @@ class GlobalContext(nn.Module):
 
     Args:
         channels: C.
-        reduction: r of the bottleneck.
+        reduction: r of the bottleneck, which is never narrower than 4: a norm of one number is 0.
 
     Parameters: 2C²/r + 2C + 3C/r + 1. Slot: channel-gate.
     """
@@ -156,7 +156,7 @@ class GlobalContext(nn.Module):
     def __init__(self, channels: int, reduction: int = 16):
         _check(channels, reduction)
         super().__init__()
-        inner = max(channels // reduction, 1)
+        inner = max(channels // reduction, FEWEST)
         self.mask = nn.Conv2d(channels, 1, 1)
         self.squeeze, self.norm, self.excite = (
             nn.Linear(channels, inner),
