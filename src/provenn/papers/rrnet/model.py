@@ -125,7 +125,7 @@ class SegmentRNN(nn.Module):
         """Another with these weights, frozen; what hooks this one does not hook it."""
         other = SegmentRNN(self.segments * self.rnn.input_size, self.segments)
         other.load_state_dict(self.state_dict())
-        return other.to(self.rnn.weight_ih_l0).requires_grad_(False)
+        return other.to(next(self.parameters())).requires_grad_(False)
 
 
 class Head(nn.Module):
@@ -364,7 +364,7 @@ class DeepEnsemble(nn.Module):
         first = members[0]
         self.count, self.length, self.labels, self.mode = len(members), first.length, first.labels, first.mode
         self.widths, self.names = first.widths, first.names
-        self.recurrent = nn.ModuleList(member.rnn.copied() for member in members if member.rnn is not None)
+        self.recurrent = nn.ModuleList(member.rnn.copied() for member in members if isinstance(member.rnn, SegmentRNN))
         for name, _ in first.named_parameters():
             if name.startswith("rnn."):
                 continue
