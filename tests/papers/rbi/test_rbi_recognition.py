@@ -13,8 +13,6 @@ from torch.utils.data import Subset, TensorDataset
 
 import provenn
 from provenn.core.errors import UserError
-from provenn.papers.rbi.drawing import draw_batch, draw_protocols
-from provenn.papers.rbi.hosts import MixedNetwork, PerImage, Smoothing
 from provenn.papers.rbi.inspection import inspect
 from provenn.papers.rbi.layers import RRA
 from provenn.papers.rbi.model import RBI, rbi_regions
@@ -32,8 +30,9 @@ from provenn.papers.rbi.studies import (
     shuffled_pairs,
 )
 from provenn.papers.rbi.task import TASK, BatchRecognition, Mixing, mixes, sweep
+from provenn.papers.rbi.task.drawing import draw_batch, draw_protocols
+from provenn.papers.rbi.task.hosts import HOST, MixedNetwork, PerImage, Smoothing
 from provenn.tasks.base import LABEL, PREDICTED
-from provenn.tasks.hosts import Host
 
 PLAIN = {"mean": [0.0], "std": [1.0]}
 
@@ -329,8 +328,7 @@ def test_shares_of_mates_are_counted():
 
 
 def test_the_host_tests_each_image_alone():
-    host: Host = provenn.paper("rbi").card.resolve("hosts:HOST")
-    model = host.build(lambda dim: Smoothing(dim), {"num_classes": 4, "in_channels": 3}).eval()
+    model = HOST.build(lambda dim: Smoothing(dim), {"num_classes": 4, "in_channels": 3}).eval()
     x = torch.rand(3, 3, 32, 32)
     assert isinstance(model, MixedNetwork) and mixes(model)
     torch.testing.assert_close(model(x)[1:2], model(x[1:2]))

@@ -53,8 +53,8 @@ def normalised_psnr(
         others: what they are compared with; by default each other, and then S is symmetric with a diagonal of 1.
         floor: ε, the error below which two images count as one.
         norm: "cap" divides by the PSNR of ε, so that S_ij depends on the pair alone. "minmax" stretches the PSNR of
-            the pairs that are no image with itself from 0 to 1, so S_ij depends on the rest of the batch; with `others`
-            it stretches each row. Pairs that are all alike count as 1.
+            pairs of two images from 0 to 1. So S_ij depends on the rest of the batch, or with `others` of its row.
+            Pairs that are all alike count as 1.
 
     Raises:
         ValueError: an unknown norm, a floor outside (0, 1), or images of two shapes.
@@ -166,7 +166,9 @@ class RRA(nn.Module):
     """Residual Relationship Attention: every image of a batch attends to its batch mates (inferred from its words).
 
         q = W_q n, k = W_k n, v = W_v n,  e_ij = S_ij w_e
+
         a_ij = softmax_j q_i · (k_j + e_ij) / √d_h,  m_i = Σ_j a_ij (v_j + e_ij)
+
         r = W_r n,  β = σ(w_β · [m; r; m − r]),  h = β r + (1 − β) m
 
     n is the feature vector after a layer norm without weights. j runs over the whole batch, the image included. As e_ij

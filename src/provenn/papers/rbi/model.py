@@ -341,9 +341,8 @@ class RBI(nn.Module):
             raise ValueError(f"a bank of {relation.support} images cannot be built of 0")
         before = self.training
         self.eval()
-        device = self.head.weight.device
         with torch.no_grad():
-            stacked = torch.stack(kept).to(device)
+            stacked = torch.stack(kept).to(self.head.weight)  # which may have been trained in half precision
             rows = torch.cat([self.embed(part) for part in stacked.split(self.batch)])
             relation.fill(rows, stacked)
         self.train(before)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from provenn.papers.rbi.backbones import ConvNeXt, DenseNet, SmallCNN
-from provenn.papers.rbi.hosts import MixedNetwork, PerImage, Smoothing
 from provenn.papers.rbi.model import RBI, RelationLayer, View
 from provenn.papers.rbi.task import BatchRecognition, Mixing, mixes, sweep
+from provenn.papers.rbi.task.hosts import MixedNetwork, PerImage, Smoothing
 from provenn.tasks import TaskData, fingerprint
 from provenn.tasks.fine_grained import Regions
 from provenn.training import Recipe

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,9 +29,6 @@ from provenn.tasks.base import (
 )
 from provenn.tasks.fine_grained import FineGrained
 from provenn.tasks.image_classification import IMAGENET_SIZE, ImageClassification
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 PROTOCOLS = ("single", "random", "ordered")
 SHUFFLES = 3  # of the protocol `random`, seeds 0, 1 and 2
@@ -241,13 +238,6 @@ def sweep(model: nn.Module, dataset: Dataset, sizes: Sequence[int] = SIZES) -> d
         system = Mixing(model).read(dataset)
         fitting = [size for size in sizes if size <= count_examples(dataset)]
         return {size: float(system.shuffled(dataset, size).mean()) for size in fitting}
-
-
-def evaluated(model: nn.Module, dataset: Dataset, scores: Scores) -> "Figure":
-    """What `provenn evaluate --out` draws; see `provenn.papers.rbi.drawing`."""
-    from provenn.papers.rbi.drawing import draw_protocols
-
-    return draw_protocols(model, dataset, scores)
 
 
 TASK = BatchRecognition()
