@@ -24,6 +24,7 @@ from provenn.evidence.study import TUNING_SEED, Contrast, Reading, Study
 from provenn.tasks import TaskData, fingerprint
 from provenn.tasks.language_modelling import Windows as TextWindows
 from provenn.tasks.object_detection import Pictures
+from provenn.tasks.re_identification import Groups
 from provenn.tasks.semantic_segmentation import Flipped
 from provenn.tasks.series_forecasting import Windows as SeriesWindows
 from provenn.tasks.super_resolution import Crops, Whole
@@ -114,6 +115,8 @@ SHARED = {
 ENCODED = {"layers, patches", "layers, vowels", "layers, texts"}
 SPLITS = ("train", "val", "test")
 KINDS = ("variants", "splits", "probes", "read")
+# Tasks whose tests are no examples that a loss takes: episodes that are played, pictures that are searched.
+UNLIKE = ("reinforcement-learning", "re-identification")
 
 
 def data_of(study: Study, seed: int) -> TaskData:
@@ -126,6 +129,8 @@ def unmoved(dataset: Any) -> Any:
         return dataset.dataset
     if isinstance(dataset, Crops):
         return Whole(dataset.photos)
+    if isinstance(dataset, Groups):
+        return dataset.pictures
     return Pictures(dataset.sources, dataset.meta) if isinstance(dataset, Pictures) else dataset
 
 
@@ -187,8 +192,7 @@ def held_variants(study: Study) -> dict[str, list[float]]:
     torch.manual_seed(0)  # crops are drawn at random
     batch, tested = (
         next(iter(DataLoader(split, batch_size=4, collate_fn=data.collate)))  # type: ignore[arg-type]
-        # What tests reinforcement learning is episodes that are played.
-        for split in (data.train, data.train if task.name == "reinforcement-learning" else data.test)
+        for split in (data.train, data.train if task.name in UNLIKE else data.test)
     )
     values = {}
     for label, part in study.variants.values():

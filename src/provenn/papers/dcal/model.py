@@ -143,7 +143,7 @@ class ViT(nn.Module):
         if not images.shape[2] * images.shape[3]:
             raise ValueError(f"expected images of at least 1×1 pixels, got {tuple(images.shape)}")
         patches = self.patch_embed(pad_to_multiple(images, self.patch)).flatten(2).mT
-        tokens = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+        tokens = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1)
         return tokens + positions_for(self.pos_embed, self.sites, self.grid(images))
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
@@ -329,7 +329,7 @@ class DCAL(nn.Module):
     def _attend_locally(self, x: Tensor, chosen: Tensor | None, prefix: int) -> Tensor:
         """GLCA: the class token, and the chosen patches, by all tokens."""
         assert self.glca is not None
-        class_token = torch.zeros(len(x), 1, dtype=torch.long, device=x.device)
+        class_token = torch.zeros(x.shape[0], 1, dtype=torch.long, device=x.device)
         places = class_token if chosen is None else torch.cat([class_token, chosen + prefix], dim=1)
         index = places[..., None].expand(-1, -1, x.shape[-1])
         u = x.gather(1, index)
