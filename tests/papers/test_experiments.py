@@ -187,8 +187,11 @@ def held_variants(study: Study) -> dict[str, list[float]]:
     torch.manual_seed(0)  # crops are drawn at random
     batch, tested = (
         next(iter(DataLoader(split, batch_size=4, collate_fn=data.collate)))  # type: ignore[arg-type]
-        # What tests reinforcement learning is episodes that are played.
-        for split in (data.train, data.train if task.name == "reinforcement-learning" else data.test)
+        # What tests reinforcement learning is episodes that are played, and re-identification a search.
+        for split in (
+            data.train,
+            data.train if task.name in ("reinforcement-learning", "re-identification") else data.test,
+        )
     )
     values = {}
     for label, part in study.variants.values():
