@@ -72,10 +72,11 @@ def with_options(kind: str, dim: int = 96, **options: Any) -> Variant:
 # Data
 
 
+@lru_cache(maxsize=8)  # a study asks for them once a trial
 def regions(seed: int, smoke: bool) -> TaskData:
     """64 neighbouring regions of photographs; other views for each seed."""
     data = get_task("fine-grained").load("regions", seed=seed)
-    return replace(data, train=_first(data.train, 64)) if smoke else data
+    return replace(data, **{s: _first(getattr(data, s), 64) for s in ("train", "val", "test")}) if smoke else data
 
 
 def _first(part: Any, count: int) -> Regions:
@@ -84,6 +85,7 @@ def _first(part: Any, count: int) -> Regions:
     )
 
 
+@lru_cache(maxsize=8)  # a study asks for them once a trial
 def other_regions(seed: int, smoke: bool) -> TaskData:
     """128 regions that lie elsewhere in the same photographs."""
     parts = {}
@@ -106,6 +108,7 @@ def other_regions(seed: int, smoke: bool) -> TaskData:
     )
 
 
+@lru_cache(maxsize=8)  # a study asks for them once a trial
 def cameras(seed: int, smoke: bool) -> TaskData:
     """Identities as four cameras see them; other regions and views for each seed."""
     data = get_task("re-identification").load("cameras", seed=seed)
@@ -123,6 +126,7 @@ def _some(pictures: Any, identities: int = 8) -> Pictures:
     return Pictures(*(part[chosen] for part in parts), pictures.meta)
 
 
+@lru_cache(maxsize=8)  # a study asks for them once a trial
 def objects(seed: int, smoke: bool) -> TaskData:
     """Digits of 16×16 pixels on textures of 32×32, on a grid of 4 pixels; the corners of the test's are noted."""
     digits = get_task("image-classification").load("digits", seed=seed)
