@@ -83,6 +83,8 @@ ON_DIGITS = {
     )
     for name in BACKBONES
 }
+OF_DENSENET, OF_CONVNEXT = OTHERS["densenet"], OTHERS["convnext"]
+DIGITS_CNN, DIGITS_DENSENET, DIGITS_CONVNEXT = ON_DIGITS["cnn"], ON_DIGITS["densenet"], ON_DIGITS["convnext"]
 PHOTOGRAPHS = Study(
     "photographs",
     TASK,
