@@ -44,7 +44,11 @@ INPUTS = {  # of each kind of work: what is given, and where the answer goes
     "wound-segmentation": ("image.png", "answer.png"),
     "event-video": ("events.txt", "answer.npy"),
     "volume-segmentation": ("image.png", "answer.png"),
+    "fine-grained": ("image.png", "answer.csv"),
+    "re-identification": ("image.png", "answer.csv"),
+    "batch-recognition": ("image.png", "answer.csv"),
 }
+MORE = {"re-identification": " --gallery people"}  # of `predict` alone
 TRIED = {"pansharpening": "image.png", "event-video": "image.png"}  # in the browser, where that is something else
 # A factor under which every parameter has a square in float32, and every model that ships runs out of its range.
 FACTOR, BOUND = 1e18, 1e19
@@ -55,6 +59,10 @@ def inputs(tmp_path_factory) -> Path:
     """A file for each kind of work."""
     folder = tmp_path_factory.mktemp("inputs")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(folder / "image.png")
+    (folder / "people").mkdir()
+    for number in range(3):
+        picture = np.random.default_rng(number).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(folder / "people" / f"{number}.png")
     (folder / "series.csv").write_text("\n".join(["sales", *(str(100 + index % 12) for index in range(60))]))
     with wave.open(str(folder / "sound.wav"), "wb") as sound:
         sound.setparams((1, 2, 16_000, 0, "NONE", ""))
@@ -120,9 +128,10 @@ def refused(line: str, capsys: pytest.CaptureFixture) -> str:
 
 @pytest.mark.parametrize("slug, preset", SHIPPED)
 def test_no_prediction_is_made_by_weights_that_run_out_of_range(slug, preset, here, capsys):
-    given, output = INPUTS[catalog.card(slug).work_of(catalog.card(slug).preset(preset)) or ""]
+    work = catalog.card(slug).work_of(catalog.card(slug).preset(preset)) or ""
+    given, output = INPUTS[work]
     file, _ = damaged(slug, preset, "too large")
-    says = refused(f"predict {slug} {given} --weights {file} -o {output}", capsys)
+    says = refused(f"predict {slug} {given}{MORE.get(work, '')} --weights {file} -o {output}", capsys)
     assert says.startswith(f"provenn: {file}: the first layer whose output is not finite is ")
     model = dict(provenn.paper(slug).build(preset, pretrained=True).named_modules())
     name, _, kind = says.partition("finite is ")[2].partition(", with")[0].partition(" ")
