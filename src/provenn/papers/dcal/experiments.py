@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from provenn.core.cost import count_parameters, macs
+from provenn.core.narrowing import present
 from provenn.evidence import Measurement, Run, Study, Table, Timing, measures
 from provenn.papers.dcal.layers import choose_patches
 from provenn.papers.dcal.model import DCAL, ViT, dcal_deit_tiny, dcal_vit_base_veri
@@ -209,7 +210,7 @@ def pwca_removed(run: Run) -> Measurement:
     without.load_state_dict(model.eval().state_dict())
     same = torch.equal(model(images), without(images))
     equal = count_parameters(model) == count_parameters(without)
-    counts = [macs(lambda each=each: each(images)) for each in (model, without)]
+    counts = [macs(partial(each, images)) for each in (model, without)]
     plain = model.export_sa()
     model.mode = "sa"
     alone = type(plain) is ViT and torch.equal(model(images), plain(images))
@@ -220,14 +221,18 @@ def pwca_removed(run: Run) -> Measurement:
     )
 
 
+def _chosen_by(order: Callable[[Tensor], Tensor], row: Tensor) -> Tensor:
+    return choose_patches(order(row), 0.1)
+
+
 @measures("choice_reaches_nothing")
 def choice_reaches_nothing(run: Run) -> Measurement:
     """GLCA's class token when its other queries are the patches of the largest, of the least and of random shares."""
     model, images = small(pwca=False), torch.randn(4, 3, 32, 32, dtype=torch.float64)
     outputs, chosen = [], []
     for choose in (lambda row: row, lambda row: -row, torch.rand_like):
-        model.choose = lambda row, choose=choose: choose_patches(choose(row), 0.1)  # type: ignore[method-assign]
-        chosen.append(model.streams(images).chosen)
+        model.choose = partial(_chosen_by, choose)  # type: ignore[method-assign]
+        chosen.append(present(model.streams(images).chosen, "the choice"))
         outputs.append(model(images))
     apart = max(float((outputs[0] - other).abs().max()) for other in outputs[1:])
     differ = all(not torch.equal(chosen[0], other) for other in chosen[1:])
@@ -254,7 +259,7 @@ def added(name: str) -> tuple[float, float]:
 
 
 def _share(name: str, which: int, what: str) -> Measurement:
-    rows = [[each, *(round(share, 2) for share in added(each))] for each in PRESETS]
+    rows: list[list[Any]] = [[each, *(round(share, 2) for share in added(each))] for each in PRESETS]
     columns = ["network", "parameters, %", "multiply-adds, %"]
     table = Table(caption="What GLCA adds, with its classifier and its rollout", columns=columns, rows=rows)
     return Measurement.exact(round(added(name)[which], 2), unit=what, tables=[table])

@@ -44,8 +44,9 @@ def host_of(model: Any) -> Host:
         UserError: another network: windows, stages or class attention have no rollout, or no class token.
     """
     blocks = getattr(model, "blocks", None)
-    if isinstance(blocks, nn.ModuleList) and blocks and all(isinstance(block, Block) for block in blocks):
-        return _ours(model, list(blocks))
+    ours = [block for block in blocks if isinstance(block, Block)] if isinstance(blocks, nn.ModuleList) else []
+    if ours and isinstance(blocks, nn.ModuleList) and len(ours) == len(blocks):
+        return _ours(model, ours)
     for name in ("vit", "deit"):
         body = getattr(model, name, None)
         if hasattr(body, "layers") and hasattr(body, "embeddings") and hasattr(model, "classifier"):

@@ -76,7 +76,9 @@ def with_options(kind: str, dim: int = 96, **options: Any) -> Variant:
 def regions(seed: int, smoke: bool) -> TaskData:
     """64 neighbouring regions of photographs; other views for each seed."""
     data = get_task("fine-grained").load("regions", seed=seed)
-    return replace(data, **{s: _first(getattr(data, s), 64) for s in ("train", "val", "test")}) if smoke else data
+    if not smoke:
+        return data
+    return replace(data, train=_first(data.train, 64), val=_first(data.val, 64), test=_first(data.test, 64))
 
 
 def _first(part: Any, count: int) -> Regions:
@@ -123,7 +125,8 @@ def _some(pictures: Any, identities: int = 8) -> Pictures:
     """The first identities."""
     chosen = torch.isin(pictures.identities, pictures.identities.unique()[:identities])
     parts = (pictures.images, pictures.identities, pictures.cameras, pictures.queries)
-    return Pictures(*(part[chosen] for part in parts), pictures.meta)
+    images, names, cameras, queries = (part[chosen] for part in parts)
+    return Pictures(images, names, cameras, queries, pictures.meta)
 
 
 @lru_cache(maxsize=8)  # a study asks for them once a trial

@@ -52,7 +52,7 @@ class Shuffled(RelationLayer):
 
 def shuffled_pairs(scores: Float[Tensor, "batch batch"]) -> Float[Tensor, "batch batch"]:
     """The same scores at other pairs: symmetric, and the diagonal stays."""
-    rows, columns = torch.triu_indices(*scores.shape, offset=1, device=scores.device)
+    rows, columns = torch.triu_indices(len(scores), len(scores), offset=1, device=scores.device)
     order = torch.randperm(len(rows), device=scores.device)
     mixed = scores.clone()
     mixed[rows, columns] = scores[rows[order], columns[order]]
@@ -103,7 +103,7 @@ def network(part: Part, num_classes: int, in_channels: int, mean: list[float], s
 def regions(seed: int, smoke: bool) -> TaskData:
     """Views of 64 regions, another drawing for each seed."""
     data = _drawn(seed)
-    return replace(data, **{s: _few(getattr(data, s)) for s in ("train", "val", "test")}) if smoke else data
+    return replace(data, train=_few(data.train), val=_few(data.val), test=_few(data.test)) if smoke else data
 
 
 @lru_cache(maxsize=2)  # drawn once for all variants of a seed
@@ -122,10 +122,13 @@ def distinct(seed: int, smoke: bool) -> TaskData:
     data = regions(seed, smoke)
     names = [name.partition(",")[0] for name in data.meta["classes"][::4]]
     meta = {**data.meta, "classes": names}
-    parts = {s: getattr(data, s) for s in ("train", "val", "test")}
-    made = {s: Regions(views.images, views.labels // 4, meta) for s, views in parts.items()}
+    train, val, test = (_by_photograph(views, meta) for views in (data.train, data.val, data.test))
     options, stamp = {**data.options, "num_classes": len(names)}, fingerprint(data.fingerprint, "photographs")
-    return replace(data, **made, options=options, meta=meta, fingerprint=stamp)
+    return replace(data, train=train, val=val, test=test, options=options, meta=meta, fingerprint=stamp)
+
+
+def _by_photograph(views: Any, meta: dict[str, Any]) -> Regions:
+    return Regions(views.images, views.labels // 4, meta)
 
 
 def digits(seed: int, smoke: bool) -> TaskData:
