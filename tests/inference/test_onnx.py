@@ -495,6 +495,7 @@ def test_int8_is_calibrated_at_the_size_of_the_training():
 EXPORTED = {
     "super-resolution",
     "image-classification",
+    "fine-grained",
     "semantic-segmentation",
     "object-detection",
     "audio-classification",
@@ -504,6 +505,8 @@ QUICK = (  # one preset of every model family
     "bevanet_tiny",
     "bvr_retinanet_tiny",
     "craft_small",
+    "dcal_regions",
+    "swin_digits",
     "eca_resnet20",
     "emov2_small",
     "gaam_small",

@@ -53,8 +53,7 @@ def host_of(model: Any) -> Host:
             return _of_transformers(body, model.classifier)
     raise UserError(
         f"{type(model).__name__}: expected a vision transformer with a class token and global attention in all blocks: "
-        "ViT of this paper, or ViTForImageClassification or DeiTForImageClassification of transformers 5; "
-        "Swin and CaiT have no rollout of one class token"
+        "ViT of this paper, or ViTForImageClassification or DeiTForImageClassification of transformers 5"
     )
 
 

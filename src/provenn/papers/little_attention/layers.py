@@ -21,6 +21,7 @@ class ChannelNonLocal(nn.Module):
     """C-NL (reconstruction): each channel gathers from all channels, by their means over space.
 
         z = mean over space of x,   θ = W_θ z + b_θ,   φ = W_φ z + b_φ,   g = W_g z + b_g,   each of C' = C/r numbers
+
         A = softmax over columns of θ φᵀ,   w = W_o (A g) + b_o,   y = x + BN(w), the same at every position
 
     It costs 4CC' + 2C'² multiply-adds whatever the size of the map. A fresh block gives its input, to the bit, unless
