@@ -62,6 +62,8 @@ class WindowAttention(nn.Module):
             # One window after another of each image: the mask of a window is the same in every image.
             bias = bias.masked_fill(hidden[:, None], -100.0).repeat(batch, 1, 1, 1)
         y = softmax_attention(q, k, v, mask=bias.to(q.dtype))
+        if torch.compiler.is_exporting():  # its form in ONNX lays numbers out otherwise than fused attention does
+            y = y.clone(memory_format=torch.contiguous_format)
         y = self.project(y.transpose(1, 2).flatten(2)).view(batch, rows, columns, w, w, dim)
         y = y.transpose(2, 3).reshape(batch, rows * w, columns * w, dim)
         if shift:
