@@ -55,4 +55,5 @@ def test_a_name_that_two_papers_use_belongs_to_ours(monkeypatch):
     theirs = ours.model_copy(update={"slug": "theirs", "package": "elsewhere"})
     put_on_shelf(monkeypatch, lambda: {"theirs": theirs, "eca_net": ours})
     assert {"eca_resnet50", "theirs:eca_resnet50"} <= set(presets.list_presets("*eca_resnet50"))
-    assert presets.presets_by_name()["eca_resnet50"][0] is ours and presets.presets_by_name()["theirs:eca_resnet50"][0] is theirs
+    known = presets.presets_by_name()
+    assert known["eca_resnet50"][0] is ours and known["theirs:eca_resnet50"][0] is theirs

@@ -30,11 +30,13 @@ FEWEST_STEPS = 200  # of a training on the user's own data, where nobody says ho
 
 
 class TrainOptions(TypedDict, total=False):
-    """Where `train` runs, and what it writes: as `provenn.training.Hardware` and `Saving` say, with their defaults.
+    """What `train` starts from, where it runs, and what it writes: as `provenn.training.Hardware` and `Saving` say.
 
-    The run's folder is `out`, by default `runs/<slug>`; `device` may be auto, which is the default.
+    `weights` is a weight file, ours or the authors', or the folder of a run; by default weights are drawn. Of pruned
+    ones the zeros stay. The run's folder is `out`, by default `runs/<slug>`. `device` may be auto, the default.
     """
 
+    weights: str | Path | None
     device: str
     devices: int
     num_nodes: int
@@ -55,7 +57,6 @@ def train(
     *,
     preset: str | None = None,
     task: str | None = None,
-    weights: str | Path | None = None,
     seed: int = 0,
     overrides: dict[str, Any] | None = None,
     recipe: dict[str, Any] | None = None,
@@ -67,12 +68,10 @@ def train(
         slug: the paper.
         data: an embedded data set's name, or a path.
         preset, task: which system; by default the paper's first (for that task). `recall` takes language models.
-        weights: what the training starts from: a weight file, ours or the authors', or the folder of a run; by default
-            weights are drawn. Of pruned ones the zeros stay.
         seed: fixes everything random.
         overrides: to how the data is read or the preset is built, such as {"horizon": 24, "dim": 128}.
         recipe: overrides of the preset's recipe, such as {"epochs": 20}.
-        options: where it runs, and what it writes: see `TrainOptions`.
+        options: what it starts from, where it runs, and what it writes: see `TrainOptions`.
     """
     import json
     from dataclasses import asdict, fields, replace
@@ -88,10 +87,11 @@ def train(
     card = catalog.card(slug)
     # A paper of the task itself has presets for it; others lend theirs.
     presets_of = None if task is None or task in card.tasks else tasks.face_of(task).presets_of
+    given: dict[str, Any] = {**options}
+    weights = given.pop("weights", None)
     start = None if weights is None else _start(card, weights, preset)
     chosen = card.preset(preset if start is None else start.label.preset, presets_of or task)
     kind = tasks.get_task(card.task_of(chosen) if task is None or presets_of is None else task)
-    given: dict[str, Any] = {**options}
     folder = Path(given.pop("out", None) or Path("runs") / card.slug)
     on = {each.name: given.pop(each.name) for each in fields(training.Hardware) if each.name in given}
     hardware = training.Hardware(**{**on, "device": choose_device(on.get("device", "auto"))})

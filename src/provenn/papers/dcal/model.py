@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from provenn.core.narrowing import present
 from provenn.nn.arguments import check_finite, check_whole
 from provenn.nn.backbone import pad_to_multiple
 from provenn.nn.embedding import MARGIN, Identified, batch_hard_triplet
@@ -328,12 +329,12 @@ class DCAL(nn.Module):
 
     def _attend_locally(self, x: Tensor, chosen: Tensor | None, prefix: int) -> Tensor:
         """GLCA: the class token, and the chosen patches, by all tokens."""
-        assert self.glca is not None
+        blocks = present(self.glca, "GLCA")
         class_token = torch.zeros(x.shape[0], 1, dtype=torch.long, device=x.device)
         places = class_token if chosen is None else torch.cat([class_token, chosen + prefix], dim=1)
         index = places[..., None].expand(-1, -1, x.shape[-1])
         u = x.gather(1, index)
-        for number, block in enumerate(self.glca):
+        for number, block in enumerate(blocks):
             u = block(u, x if number == 0 else x.scatter(1, index, u))
         return u[:, 0]
 
@@ -425,8 +426,7 @@ class DCAL(nn.Module):
     def explain(self, image: Float[Tensor, "1 channels height width"]) -> Explanation:
         """The rollout of one image over its patches, and the patches that GLCA takes as queries."""
         streams, (rows, columns) = self.streams(image, show=True), host_of(self.backbone).grid(image)
-        row, chosen = streams.row, streams.chosen
-        assert row is not None and chosen is not None
+        row, chosen = present(streams.row, "the rollout"), present(streams.chosen, "the choice")
         return Explanation(
             row[0].unflatten(0, (rows, columns)), torch.stack([chosen[0] // columns, chosen[0] % columns], 1)
         )

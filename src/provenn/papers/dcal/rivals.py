@@ -8,10 +8,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from provenn.core.narrowing import present
 from provenn.nn.embedding import Identified
 from provenn.papers.dcal.hosts import Host
 from provenn.papers.dcal.layers import attend, attend_to_pair, choose_patches
-from provenn.papers.dcal.model import DCAL, ViT, keys_of
+from provenn.papers.dcal.model import DCAL, Streams, ViT, keys_of
 
 
 class Plain(DCAL):
@@ -22,6 +23,22 @@ class Plain(DCAL):
 
     def training_loss(self, batch: Sequence[Tensor]) -> Float[Tensor, ""]:
         return self.losses(batch[0], batch[1])["sa"]
+
+
+class Bare(nn.Module):
+    """The backbone alone, without a loss of its own: that of its task reaches labels that were mixed."""
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        self.backbone = backbone
+        self._looked_into = (Plain(backbone),)  # no part of its own: the same backbone
+
+    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
+        return self.backbone(x)
+
+    def streams(self, images: Tensor, *, show: bool = False) -> Streams:
+        """As of `DCAL`."""
+        return self._looked_into[0].streams(images, show=show)
 
 
 class RandomQueries(DCAL):
@@ -36,9 +53,9 @@ class LocalAttention(DCAL):
     """In place of GLCA: the class token and the chosen patches attend to each other alone."""
 
     def _attend_locally(self, x: Tensor, chosen: Tensor | None, prefix: int) -> Tensor:
-        assert self.glca is not None and chosen is not None
-        u = torch.cat([x[:, :1], x.gather(1, (chosen + prefix)[..., None].expand(-1, -1, x.shape[-1]))], dim=1)
-        for block in self.glca:
+        places = present(chosen, "the choice") + prefix
+        u = torch.cat([x[:, :1], x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))], dim=1)
+        for block in present(self.glca, "GLCA"):
             u = block(u, u)
         return u[:, 0]
 
@@ -67,9 +84,9 @@ class SameClass(DCAL):
         return super().streams(images, labels, show=show)
 
     def _attend_pairs(self, host: Host, x: Tensor, order: Tensor) -> Tensor:
-        assert self.bank is not None and self.classes is not None
-        views = torch.randint(self.bank.shape[1], (len(x),))
-        partners = host.embed(self.bank[self.classes.cpu(), views].to(x.device))
+        bank, classes = present(self.bank, "the bank"), present(self.classes, "the classes")
+        views = torch.randint(bank.shape[1], (len(x),))
+        partners = host.embed(bank[classes.cpu(), views].to(x.device))
         count = torch.arange(len(x), device=x.device)
         both = super()._attend_pairs(host, torch.cat([x, partners]), torch.cat([count + len(x), count]))
         return both[: len(x)]

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from provenn.nn.resnet import BasicBlock, ResNet
 from provenn.papers.dcal.model import DCAL, ViT, positions_for
 from provenn.papers.dcal.rivals import (
+    Bare,
     ConvNet,
     LocalAttention,
     NoisePartner,
@@ -157,7 +158,7 @@ def objects(seed: int, smoke: bool) -> TaskData:
         parts["test"],
         fingerprint=fingerprint(*(t for part in parts.values() for t in part.tensors), *corners.values()),
         options={"num_classes": 10, "in_channels": 3},
-        meta={"corners": corners["test"].tolist()},
+        meta={"corners": corners["test"].tolist(), "mean": [0.0] * 3, "std": [1.0] * 3},
     )
 
 
@@ -181,6 +182,10 @@ def _plain(dim: int, sizes: dict[str, Any], task: str, layers: int = LAYERS) -> 
     return Plain(backbone(dim, layers=layers, **sizes), task=task)
 
 
+def _bare(dim: int, sizes: dict[str, Any], task: str) -> nn.Module:
+    return Bare(backbone(dim, **sizes))
+
+
 def _parts(dim: int, sizes: dict[str, Any], task: str) -> nn.Module:
     return PartSelection(backbone(dim, **sizes), task=task)
 
@@ -194,6 +199,7 @@ def convolutional(dim: int, sizes: dict[str, Any], task: str) -> nn.Module:
 
 KINDS: dict[str, Callable[..., nn.Module]] = {
     "plain": _plain,
+    "bare": _bare,
     "parts": _parts,
     "cnn": convolutional,
     "dcal": _around(DCAL),

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from provenn.core.cost import count_parameters
-from provenn.evidence import Measurement, Run, Study, Table, Timing, measures
+from provenn.evidence import Measurement, Run, Skill, Study, Table, Timing, measures
 from provenn.papers.little_attention.model import THREE as LATE
 from provenn.papers.little_attention.model import cnl_resnet50_3, resnet50_reid, resnet101_reid
 from provenn.papers.little_attention.studies import (
@@ -317,6 +317,14 @@ async def ranks_repeat(run: Run) -> Measurement:
         data=ABOUT,
         setting={"recipe": str(BRIEF), "seeds of the search": list(SEARCH_SEEDS)},
         tables=tables,
+        skills=[
+            Skill(
+                variant=best_of(scores),
+                values=scores[best_of(scores)],
+                dummy_baseline=await CAMERAS.dummy_baseline(run),
+                higher_is_better=True,
+            )
+        ],
         note=f"Between the two halves of the seeds it is {whole:.2f}. {NOTE}",
     )
 

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from provenn.core.narrowing import present
 from provenn.nn.arguments import check_finite, check_whole
 from provenn.ops.autograd import without_autocast
 
@@ -325,8 +326,7 @@ class RRA(nn.Module):
         return [_precise(layer(n)).unflatten(1, (self.heads, -1)) for layer in layers]
 
     def _edge(self, q: Tensor) -> Float[Tensor, "heads width"]:
-        assert self.edge is not None
-        return self.edge.to(q.dtype).view(self.heads, -1)
+        return present(self.edge, "the edge").to(q.dtype).view(self.heads, -1)
 
     def _relations(self, x: Tensor, others: Tensor, given: Tensor | None) -> Tensor | None:
         if (given is not None) != (self.relation == "given"):
