@@ -404,14 +404,18 @@ def rbi_densenet169(**options: Any) -> RBI:
     return _around(lambda channels: densenet(169, num_classes=0, in_channels=channels), dim=1664, **options)
 
 
-def rbi_densenet201(**options: Any) -> RBI:
+def rbi_densenet201(*, plain: bool = False, **options: Any) -> RBI:
     """RBI after DenseNet-201, D = 1,920. `options` as of `rbi_densenet169`."""
-    return _around(lambda channels: densenet(201, num_classes=0, in_channels=channels), dim=1920, **options)
+    return _around(
+        lambda channels: densenet(201, num_classes=0, in_channels=channels), dim=1920, plain=plain, **options
+    )
 
 
-def rbi_convnext_b(**options: Any) -> RBI:
+def rbi_convnext_b(*, plain: bool = False, **options: Any) -> RBI:
     """RBI after ConvNeXt-B, D = 1,024. `options` as of `rbi_densenet169`."""
-    return _around(lambda channels: convnext("base", num_classes=0, in_channels=channels), dim=1024, **options)
+    return _around(
+        lambda channels: convnext("base", num_classes=0, in_channels=channels), dim=1024, plain=plain, **options
+    )
 
 
 def rbi_resnet50(**options: Any) -> RBI:
