@@ -42,7 +42,7 @@ MODELS = {
     "our mobilenet": lambda: MobileNetV2(num_classes=4),
     "our densenet": lambda: DenseNet((1, 2), growth=4, stem=8, num_classes=4, small=True),
     "our convnext": lambda: ConvNeXt((1, 1), (8, 16), num_classes=4),
-    "our vit": lambda: ViT(dim=16, depth=1, heads=2, image_size=32, patch=8, num_classes=4),
+    "our vit": lambda: ViT(dim=16, depth=1, heads=2, image=(32, 32), patch=8, num_classes=4),
     "unknown": unknown,
     **{f"transformers' {kind}": (lambda kind=kind: of_transformers(kind)) for kind in ("vit", "deit", "swin")},
     **{f"transformers' {kind}": (lambda kind=kind: of_transformers(kind)) for kind in ("convnext", "resnet")},

@@ -1,8 +1,7 @@
 """DCAL: dual cross-attention learning for fine-grained recognition and re-identification (arXiv:2205.02151)."""
 
+from provenn.nn.vit import Attention, Block, ViT
 from provenn.papers.dcal.layers import (
-    Attention,
-    Block,
     GlobalLocalBlock,
     attend_to_pair,
     choose_patches,
@@ -15,7 +14,6 @@ from provenn.papers.dcal.model import (
     DCAL,
     Explanation,
     Streams,
-    ViT,
     add_dcal,
     dcal_cameras,
     dcal_deit_small,

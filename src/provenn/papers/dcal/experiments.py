@@ -10,8 +10,9 @@ from torch import Tensor
 from provenn.core.cost import count_parameters, macs
 from provenn.core.narrowing import present
 from provenn.evidence import Measurement, Run, Study, Table, Timing, measures
+from provenn.nn.vit import ViT
 from provenn.papers.dcal.layers import choose_patches
-from provenn.papers.dcal.model import DCAL, ViT, dcal_deit_tiny, dcal_vit_base_veri
+from provenn.papers.dcal.model import DCAL, dcal_deit_tiny, dcal_vit_base_veri
 from provenn.papers.dcal.studies import (
     AFTER,
     SEARCH,

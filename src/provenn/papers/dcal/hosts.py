@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from provenn.core.errors import UserError
 from provenn.nn.attention import split_heads
-from provenn.papers.dcal.layers import Block, Parts
+from provenn.nn.vit import Block
+from provenn.papers.dcal.layers import Parts
 
 
 class Host(NamedTuple):

@@ -5,15 +5,10 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from provenn.nn.arguments import check_finite, check_whole
-from provenn.nn.attention import check_heads, split_heads
+from provenn.nn.vit import Block, Tokens
 from provenn.ops.softmax_attention import softmax_attention
-
-Tokens = Float[Tensor, "batch tokens dim"]
-Heads = Float[Tensor, "batch heads tokens head_dim"]
 
 
 def rollout(maps: Sequence[Float[Tensor, "batch tokens tokens"]]) -> Float[Tensor, "batch tokens tokens"]:
@@ -56,87 +51,6 @@ def count_chosen(patches: int, ratio: float | int) -> int:
 def choose_patches(row: Float[Tensor, "batch patches"], ratio: float | int) -> Int[Tensor, "batch chosen"]:
     """The R·N patches of the largest share in the rollout, the largest first; of equal ones the earlier first."""
     return row.argsort(dim=1, descending=True, stable=True)[:, : count_chosen(row.shape[1], ratio)]
-
-
-class Attention(nn.Module):
-    """Multi-head attention whose keys and values may be those of other tokens than its queries.
-
-    softmax(Q Kᵀ / √d) V through W_o, a head having d = dim / heads features.
-
-    Args:
-        dim: D.
-        heads: h; must divide D.
-
-    Shapes: (batch, tokens, dim) to the same. Parameters: 4·D² + 4·D, under DeiT's names.
-    """
-
-    def __init__(self, dim: int, heads: int):
-        check_whole(dim=dim, heads=heads)
-        super().__init__()
-        check_heads(dim, heads)
-        self.heads = heads
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-
-    def project(self, x: Tokens) -> tuple[Heads, Heads, Heads]:
-        """Queries, keys and values of the same tokens."""
-        q, k, v = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
-        return q, k, v
-
-    def join(self, y: Heads) -> Tokens:
-        """The heads' outputs side by side, through W_o."""
-        return self.proj(y.transpose(1, 2).flatten(2))
-
-    def forward(self, x: Tokens, seen: Float[Tensor, "batch seen dim"] | None = None) -> Tokens:
-        """Each token of `x` attends to those of `seen`, by default to those of `x`."""
-        if seen is None:
-            return self.join(softmax_attention(*self.project(x)))
-        dim = x.shape[-1]
-        maps = zip(self.qkv.weight.split([dim, 2 * dim]), self.qkv.bias.split([dim, 2 * dim]))
-        q, both = (F.linear(tokens, *linear) for tokens, linear in zip((x, seen), maps))
-        return self.join(softmax_attention(*(split_heads(part, self.heads) for part in (q, *both.chunk(2, dim=-1)))))
-
-
-class MLP(nn.Module):
-    """W₂ GELU(W₁ x), the exact GELU; parameters under DeiT's names."""
-
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-
-    def forward(self, x: Tokens) -> Tokens:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class Block(nn.Module):
-    """x ← x + attention(LN x); x ← x + MLP(LN x), as DeiT has it.
-
-    Args:
-        dim, heads: of the attention.
-        mlp_ratio: hidden width of the MLP over `dim`.
-        drop_path: probability with which a branch of an example is left out while training.
-
-    Shapes: (batch, tokens, dim) to the same. Parameters: 12·D² + 13·D.
-    """
-
-    def __init__(self, dim: int, heads: int, *, mlp_ratio: float | int = 4, drop_path: float | int = 0.0):
-        check_finite(mlp_ratio=mlp_ratio, drop_path=drop_path)
-        super().__init__()
-        if not 0 <= drop_path < 1:
-            raise ValueError(f"drop_path must lie between 0 and 1, below 1, got {drop_path}")
-        if int(dim * mlp_ratio) < 1:
-            raise ValueError(f"mlp_ratio must leave a hidden unit, got {mlp_ratio}")
-        self.attn = Attention(dim, heads)
-        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = MLP(dim, int(dim * mlp_ratio))
-        self.drop = nn.Dropout(drop_path)
-
-    def keep(self, branch: Tokens) -> Tokens:
-        """A branch, without those of the examples that are left out."""
-        return branch * self.drop(branch.new_ones(branch.shape[0], 1, 1))
-
-    def forward(self, x: Tokens) -> Tokens:
-        x = x + self.keep(self.attn(self.norm1(x)))
-        return x + self.keep(self.mlp(self.norm2(x)))
 
 
 class GlobalLocalBlock(Block):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from provenn.core.errors import UserError
-from provenn.papers.dcal.model import DCAL, ViT, positions_for
+from provenn.nn.vit import ViT, positions_for
+from provenn.papers.dcal.model import DCAL
 
 _PRESETS = {192: "deit_tiny", 384: "deit_small", 768: "deit_base"}  # by D
 # Of transformers, before its version 5 and since.

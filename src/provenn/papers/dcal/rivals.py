@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 from provenn.core.narrowing import present
 from provenn.nn.embedding import Identified
+from provenn.nn.vit import ViT
 from provenn.papers.dcal.hosts import Host
 from provenn.papers.dcal.layers import attend, attend_to_pair, choose_patches
-from provenn.papers.dcal.model import DCAL, Streams, ViT, keys_of
+from provenn.papers.dcal.model import DCAL, Streams, keys_of
 
 
 class Plain(DCAL):
@@ -31,14 +32,13 @@ class Bare(nn.Module):
     def __init__(self, backbone: nn.Module):
         super().__init__()
         self.backbone = backbone
-        self._looked_into = (Plain(backbone),)  # no part of its own: the same backbone
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         return self.backbone(x)
 
     def streams(self, images: Tensor, *, show: bool = False) -> Streams:
         """As of `DCAL`."""
-        return self._looked_into[0].streams(images, show=show)
+        return Plain(self.backbone).train(self.training).streams(images, show=show)
 
 
 class RandomQueries(DCAL):

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from provenn.nn.resnet import BasicBlock, ResNet
-from provenn.papers.dcal.model import DCAL, ViT, positions_for
+from provenn.nn.vit import ViT, positions_for
+from provenn.papers.dcal.model import DCAL
 from provenn.papers.dcal.rivals import (
     Bare,
     ConvNet,

@@ -1,6 +1,7 @@
 """RBI: images of a batch that attend to each other before they are classified (Le et al., 2024, arXiv:2412.19606)."""
 
-from provenn.papers.rbi.backbones import ConvNeXt, DenseNet, SmallCNN, ViT, convnext, densenet, vit_b16
+from provenn.nn.vit import ViT
+from provenn.papers.rbi.backbones import ConvNeXt, DenseNet, SmallCNN, convnext, densenet, vit_b16
 from provenn.papers.rbi.layers import RPE, RRA, Related, normalised_psnr
 from provenn.papers.rbi.model import (
     RBI,

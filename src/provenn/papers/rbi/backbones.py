@@ -1,4 +1,4 @@
-"""The backbones: DenseNet, ConvNeXt and ViT as they were published, and a small network of convolutions."""
+"""The backbones: DenseNet and ConvNeXt as they were published, and a small network of convolutions."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from provenn.nn.arguments import check_finite, check_whole
 from provenn.nn.backbone import crop_features, pad_to_multiple
+from provenn.nn.vit import ViT
 
 
 class DenseLayer(nn.Module):
@@ -127,20 +128,12 @@ class ConvNeXtBlock(nn.Module):
         super().__init__()
         self.dwconv, self.norm = nn.Conv2d(dim, dim, 7, padding=3, groups=dim), nn.LayerNorm(dim, eps=1e-6)
         self.pwconv1, self.pwconv2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
-        self.gamma, self.drop_path = nn.Parameter(torch.full((dim,), 1e-6)), drop_path
+        self.gamma, self.drop = nn.Parameter(torch.full((dim,), 1e-6)), nn.Dropout(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
         y = (self.gamma * self.pwconv2(F.gelu(self.pwconv1(y)))).permute(0, 3, 1, 2)
-        return x + _dropped(y, self.drop_path, self.training)
-
-
-def _dropped(branch: Tensor, rate: float, training: bool) -> Tensor:
-    """Stochastic depth: the branch of some images is left out."""
-    if not rate or not training:
-        return branch
-    keep = torch.rand(len(branch), *(1,) * (branch.dim() - 1), device=branch.device) >= rate
-    return branch * keep / (1 - rate)
+        return x + y * self.drop(y.new_ones(y.shape[0], 1, 1, 1))
 
 
 class MapNorm(nn.LayerNorm):
@@ -223,87 +216,6 @@ class ConvNeXt(nn.Module):
         return self.head(self.embed(x))
 
 
-class ViTBlock(nn.Module):
-    """x + attention(LN(x)), then x + W₂ GELU(W₁ LN(x))."""
-
-    def __init__(self, dim: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)})
-
-    def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
-        parts = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(*parts.unbind(0))
-        x = x + self.attn["proj"](attended.transpose(1, 2).flatten(2))
-        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
-
-
-class ViT(nn.Module):
-    """A vision transformer (Dosovitskiy et al., 2021, arXiv:2010.11929), under timm's parameter names.
-
-    Args:
-        dim, depth, heads: width of a token, blocks, and heads of each.
-        image_size: side of the image whose positions are learned; of another side they are interpolated.
-        patch: side of a patch.
-        num_classes: logits; 0 leaves the classifier out.
-        in_channels: of the image.
-
-    Shapes: (batch, in_channels, height, width), sides that are multiples of `patch`, to (batch, num_classes), or
-    without classes to the class token. `dim` is its width.
-
-    Raises:
-        ValueError: sizes below 1, heads that do not divide dim, or an image that is no multiple of a patch.
-    """
-
-    def __init__(
-        self,
-        *,
-        dim: int = 768,
-        depth: int = 12,
-        heads: int = 12,
-        image_size: int = 224,
-        patch: int = 16,
-        num_classes: int = 1000,
-        in_channels: int = 3,
-    ):
-        sizes = {"dim": dim, "depth": depth, "heads": heads, "image_size": image_size, "patch": patch}
-        check_whole(num_classes=num_classes, in_channels=in_channels, **sizes)
-        if min(*sizes.values(), in_channels) < 1 or num_classes < 0 or dim % heads or image_size % patch:
-            raise ValueError(f"heads must divide dim, patch image_size, and all be at least 1, got {sizes}")
-        super().__init__()
-        self.dim, self.patch, self.grid = dim, patch, image_size // patch
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(in_channels, dim, patch, patch)})
-        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.grid**2, dim))
-        self.blocks = nn.Sequential(*(ViTBlock(dim, heads) for _ in range(depth)))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
-        for values in (self.cls_token, self.pos_embed):
-            nn.init.trunc_normal_(values, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
-
-    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
-        if x.shape[2] % self.patch or x.shape[3] % self.patch or not x.shape[2] * x.shape[3]:
-            raise ValueError(f"expected sides that are multiples of {self.patch}, got {tuple(x.shape)}")
-        tokens = self.patch_embed["proj"](x)
-        rows, columns = tokens.shape[2:]
-        tokens = tokens.flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), tokens], 1) + self._positions(rows, columns)
-        return self.head(self.norm(self.blocks(tokens))[:, 0])
-
-    def _positions(self, rows: int, columns: int) -> Float[Tensor, "1 tokens dim"]:
-        if (rows, columns) == (self.grid, self.grid):
-            return self.pos_embed
-        first, rest = self.pos_embed[:, :1], self.pos_embed[:, 1:].unflatten(1, (self.grid, self.grid))
-        rest = F.interpolate(rest.permute(0, 3, 1, 2), size=(rows, columns), mode="bicubic", align_corners=False)
-        return torch.cat([first, rest.flatten(2).transpose(1, 2)], 1)
-
-
 DENSENETS: dict[int, dict[str, Any]] = {
     121: {"blocks": (6, 12, 24, 16)},
     169: {"blocks": (6, 12, 32, 32)},
@@ -325,9 +237,9 @@ def convnext(size: str, **options: Any) -> ConvNeXt:
     return ConvNeXt(**{**CONVNEXTS[size], **options})
 
 
-def vit_b16(**options: Any) -> ViT:
-    """ViT-B/16: 86,567,656 parameters."""
-    return ViT(**options)
+def vit_b16(image_size: int = 224, **options: Any) -> ViT:
+    """ViT-B/16 for square images: 86,567,656 parameters."""
+    return ViT(dim=768, depth=12, heads=12, patch=16, image=(image_size, image_size), **options)
 
 
 class SmallCNN(nn.Module):

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from provenn.core.cost import count_parameters
 from provenn.evidence import Measurement, Run, Study, Table, Timing, measures
-from provenn.papers.rbi.backbones import ConvNeXt, DenseNet, SmallCNN, ViT, densenet
+from provenn.nn.vit import ViT
+from provenn.papers.rbi.backbones import ConvNeXt, DenseNet, SmallCNN, densenet
 from provenn.papers.rbi.layers import RRA, normalised_psnr
 from provenn.papers.rbi.model import RBI, rbi_densenet169
 from provenn.papers.rbi.plugging import plug_in, unplug
@@ -247,7 +248,7 @@ def hosts() -> dict[str, Callable[[], nn.Module]]:
         "convolutions": lambda: nn.Sequential(SmallCNN(), nn.Linear(128, 5)),
         "DenseNet": lambda: DenseNet((2, 2), growth=8, stem=8, num_classes=5, small=True),
         "ConvNeXt": lambda: ConvNeXt((1, 1), (8, 16), num_classes=5),
-        "ViT": lambda: ViT(dim=16, depth=1, heads=2, image_size=32, patch=8, num_classes=5),
+        "ViT": lambda: ViT(dim=16, depth=1, heads=2, image=(32, 32), patch=8, num_classes=5),
         "unknown": lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)),
     }
 
