@@ -379,3 +379,16 @@ def test_a_picture_of_the_test_is_drawn():
     dataset = pictures([1, 1, 2, 2, 1, 2], [0, 1, 0, 1, 2, 2], [True, False, True, False, False, False])
     data = TaskData("few", dataset, dataset, dataset, "x", meta=META)
     assert len(TASK.picture(Coarse(), data).axes) == 18
+
+
+def test_some_pictures_are_chosen_of_memory_and_of_files():
+    meta, numbers = {"size": [64, 32]}, torch.arange(4)
+    chosen = numbers % 2 == 1
+    for images in (
+        torch.zeros(4, 3, 8, 4, dtype=torch.uint8) + numbers[:, None, None, None].byte(),
+        [*map(Path, "abcd")],
+    ):
+        some = Pictures(images, numbers, numbers + 10, numbers > 2, meta).some(chosen)
+        assert len(some) == 2 and some.identities.tolist() == [1, 3] and some.cameras.tolist() == [11, 13]
+        assert some.queries.tolist() == [False, True] and some.meta is meta
+        assert [int(i[0, 0, 0]) if isinstance(i, torch.Tensor) else "abcd".index(i.name) for i in some.images] == [1, 3]

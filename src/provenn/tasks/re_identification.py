@@ -91,6 +91,12 @@ class Pictures(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
+    def some(self, chosen: Bool[Tensor, " pictures"]) -> "Pictures":
+        """The chosen ones."""
+        images = self.images
+        kept = images[chosen] if isinstance(images, Tensor) else [images[i] for i in chosen.nonzero()[:, 0].tolist()]
+        return Pictures(kept, self.identities[chosen], self.cameras[chosen], self.queries[chosen], self.meta)
+
     def pixels(self, index: int) -> UInt8[Tensor, "3 height width"]:
         """A picture at the size that is seen."""
         if index in self.kept:

@@ -118,20 +118,15 @@ def cameras(seed: int, smoke: bool) -> TaskData:
     data = get_task("re-identification").load("cameras", seed=seed)
     if not smoke:
         return data
-    train, val, test = (_some(part) for part in (data.train.pictures, data.val, data.test))  # type: ignore[attr-defined]  # Groups
+    train, val, test = (_first_identities(part) for part in (data.train.pictures, data.val, data.test))  # type: ignore[attr-defined]  # Groups
     groups = Groups(train, augmentation="move")
     return replace(data, train=groups, val=val, test=test, options={"num_classes": len(groups)})
 
 
-def _some(pictures: Any, identities: int = 8) -> Pictures:
-    """The first identities."""
-    chosen = torch.isin(pictures.identities, pictures.identities.unique()[:identities])
-    parts = (pictures.images, pictures.identities, pictures.cameras, pictures.queries)
-    images, names, cameras, queries = (part[chosen] for part in parts)
-    return Pictures(images, names, cameras, queries, pictures.meta)
+def _first_identities(pictures: Any, count: int = 8) -> Pictures:
+    return pictures.some(torch.isin(pictures.identities, pictures.identities.unique()[:count]))
 
 
-@lru_cache(maxsize=8)  # a study asks for them once a trial
 def objects(seed: int, smoke: bool) -> TaskData:
     """Digits of 16×16 pixels on textures of 32×32, on a grid of 4 pixels; the corners of the test's are noted."""
     digits = get_task("image-classification").load("digits", seed=seed)

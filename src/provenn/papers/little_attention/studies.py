@@ -113,7 +113,7 @@ def robot(seed: int, smoke: bool) -> TaskData:
     data = get_task("re-identification").load("cameras", seed=seed)
     test: Any = data.test
     first = int(test.identities.min())
-    train, held = _some(test, test.identities - first < 36), _some(test, test.identities - first >= 36)
+    train, held = test.some(test.identities - first < 36), test.some(test.identities - first >= 36)
     seen, val, asked = (_degraded(part, 3 * seed + i) for i, part in enumerate((train, data.val, held)))
     return _of(replace(data, name="robot"), seen, val, asked, count=SHORT if smoke else None)
 
@@ -123,7 +123,7 @@ def _of(data: TaskData, train: Any, val: Any, test: Any, count: int | None = SHO
     parts = []
     for part in (train, val, test):
         people = part.identities.unique()[:count]
-        parts.append(_some(part, torch.isin(part.identities, people)))
+        parts.append(part.some(torch.isin(part.identities, people)))
     groups = Groups(parts[0], augmentation="move")
     return replace(
         data,
@@ -135,21 +135,11 @@ def _of(data: TaskData, train: Any, val: Any, test: Any, count: int | None = SHO
     )
 
 
-def _some(pictures: Any, chosen: Tensor) -> Pictures:
-    return Pictures(
-        pictures.images[chosen],
-        pictures.identities[chosen],
-        pictures.cameras[chosen],
-        pictures.queries[chosen],
-        pictures.meta,
-    )
-
-
 def _degraded(pictures: Any, seed: int) -> Pictures:
     """The first four views by each camera, as a worse one would have them: two thirds as bright, smeared, noisy."""
     views = len(pictures) // (len(pictures.identities.unique()) * 4)
-    kept = _some(pictures, torch.arange(len(pictures)) % views < 4)
-    images: UInt8[Tensor, "pictures 3 height width"] = kept.images  # type: ignore[assignment]  # drawn, not files
+    kept = pictures.some(torch.arange(len(pictures)) % views < 4)
+    images: UInt8[Tensor, "pictures 3 height width"] = kept.images
     smear = torch.full((3, 1, 1, 5), 0.2)
     pixels = F.conv2d(F.pad(images.float(), (2, 2, 0, 0), mode="replicate"), smear, groups=3)
     pixels = F.interpolate(F.avg_pool2d(pixels, 2), scale_factor=2, mode="bilinear")
