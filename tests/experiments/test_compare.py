@@ -272,7 +272,7 @@ def test_a_front_by_hand():
     "arguments, message",
     [
         ({"slot": "channel-gates"}, "no slot is called 'channel-gates'; there are: token-mixer"),
-        ({"slot": "batch-mixer"}, "no host has the slot 'batch-mixer' to compare in; these have: channel-gate"),
+        ({"slot": "cross-mixer"}, "no host has the slot 'cross-mixer' to compare in; these have: channel-gate"),
         (
             {"candidates": ["ecca", "none"]},
             r"no channel-gate is called 'ecca', did you mean 'eca'\?; there are: none, se",

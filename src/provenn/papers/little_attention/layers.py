@@ -43,6 +43,7 @@ class ChannelNonLocal(nn.Module):
     Raises:
         ValueError: an option that is none, or "map" with a gate.
 
+    >>> import torch
     >>> ChannelNonLocal(32)(torch.ones(2, 32, 8, 4)).shape
     torch.Size([2, 32, 8, 4])
     """
