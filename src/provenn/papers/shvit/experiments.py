@@ -13,11 +13,13 @@ from provenn.papers.shvit import model as presets
 from provenn.papers.shvit.layers import MultiHeadAttention, SingleHeadAttention
 from provenn.papers.shvit.studies import (
     BATCH,
+    FRONT,
     GPU_BATCH,
     MIXERS,
     alike_neighbours,
     as_built,
     attending,
+    batches_in_onnxruntime,
     four_stages,
     head_network,
     in_onnxruntime,
@@ -37,6 +39,7 @@ from provenn.papers.shvit.studies import (
     s4_pyramid,
     three_stages,
     traffic,
+    wide_patch_data,
 )
 from provenn.training import Recipe
 
@@ -176,6 +179,31 @@ S3_TIME = Timing(
     setting={"batch": BATCH, "form": "fused"},
 )
 
+# Whole networks of equal time.
+
+RIVALS = Study(
+    "whole networks of equal time",
+    "image-classification",
+    data=wide_patch_data,
+    variants={name.lower(): (name, build) for name, build in FRONT.items()},
+    build=made,
+    recipe=Recipe(epochs=6, batch_size=32, optimizer="adamw", weight_decay=0.025, schedule="onecycle"),
+    lrs=(1e-3, 3e-3, 1e-2),
+    smoke=MACRO.smoke,
+    about="64×64 grey patches of 13 photographs, split by columns: which photograph is it?",
+    columns={"parameters": lambda build: count_parameters(build(num_classes=13, in_channels=1))},
+    setting={"hosts": "published depths, widths of equal time, strides halved as for images of 128 pixels"},
+    note="Widths are such that the five take about as long for a batch of 16 by ONNX Runtime on one thread.",
+)
+RIVALS_TIME = Timing(
+    "a batch by ONNX Runtime",
+    {name: batches_in_onnxruntime(partial(build, num_classes=13)) for name, build in FRONT.items()},
+    sizes=(64,),
+    unit="pixels a side",
+    rounds=15,
+    setting={"batch": BATCH, "form": "all fused", "threads": 1},
+)
+
 # Whole models.
 
 MOBILEVIT = Timing(
@@ -233,6 +261,11 @@ EXPERIMENTS = {
     "shsa_against_eighth": RECALL.against("shsa", "eighth"),
     "module_time": MIXING.against("SHSA", "MHSA", at=7),
     "s3_time": S3_TIME.against("SHSA", "MHSA"),
+    "over_rivals": RIVALS.against("shvit", ("mobilenetv3", "efficientvit", "fasternet", "mobileone")),
+    "mobilenet_v3_time": RIVALS_TIME.against("SHViT", "MobileNetV3"),
+    "efficientvit_time": RIVALS_TIME.against("SHViT", "EfficientViT"),
+    "fasternet_time": RIVALS_TIME.against("SHViT", "FasterNet"),
+    "mobileone_time": RIVALS_TIME.against("SHViT", "MobileOne"),
     "mobilevit_time": MOBILEVIT.against("SHViT-S4", "MobileViTv2 ×1.0"),
     "mobilevit_onnx": MOBILEVIT_ONNX.against("SHViT-S4", "MobileViTv2 ×1.0"),
     "mobilevit_gpu": MOBILEVIT_GPU.against("SHViT-S4", "MobileViTv2 ×1.0"),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from itertools import combinations
 from typing import Any
 
@@ -16,11 +16,13 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from provenn.core.narrowing import present
 from provenn.core.progress import quiet_loggers
+from provenn.data.patches import BANDS, SOURCES, _band, _of_one
 from provenn.nn.fusion import fuse
 from provenn.nn.resnet import resnet50
 from provenn.papers.shvit import model as presets
 from provenn.papers.shvit.layers import MultiHeadAttention, SHViTBlock, SingleHeadAttention
 from provenn.papers.shvit.model import SHViT, four_stage_baseline
+from provenn.papers.shvit.rivals import EfficientViT, FasterNet, MobileNetV3, MobileOne
 from provenn.tasks import TaskData, fingerprint, get_task
 
 # Which glyph is it, and where is it once more? Nine cells; the first asks.
@@ -100,6 +102,39 @@ def patch_data(seed: int, smoke: bool, size: int = 32) -> TaskData:
 
 def large_patch_data(seed: int, smoke: bool) -> TaskData:
     return patch_data(seed, smoke, size=40)
+
+
+WIDE_SIDE, WIDE_COUNTS = 64, {"train": 250, "val": 40, "test": 100}
+NARROW = ("coins", "page", "chelsea")  # whose bands are too narrow for such patches
+
+
+def wide_patches(split: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Patches of 64 pixels, drawn as `photo_patches` draws its own, of the 13 photographs that are wide enough."""
+    generator = torch.Generator().manual_seed(seed * 3 + list(BANDS).index(split))
+    names = [name for name in SOURCES if name not in NARROW]
+    images = torch.cat([_of_one(_band(name, split), count, WIDE_SIDE, generator) for name in names])
+    images = (images - images.mean((2, 3), keepdim=True)) / images.std((2, 3), keepdim=True)
+    noise = 0.1 * torch.randn(images.shape, generator=generator)
+    return images + noise, torch.arange(len(names)).repeat_interleave(count)
+
+
+@lru_cache(maxsize=8)
+def wide_patch_data(seed: int, smoke: bool) -> TaskData:
+    """250 patches of each photograph to learn from, 40 to choose a rate by, and 100 to test."""
+    parts = {split: wide_patches(split, 2 if smoke else count, seed) for split, count in WIDE_COUNTS.items()}
+    train, val, test = (TensorDataset(*part) for part in parts.values())
+    options = {"num_classes": len(SOURCES) - len(NARROW), "in_channels": 1}
+    return TaskData("wide patches", train, val, test, fingerprint(*parts["train"]), options)
+
+
+# Widths of equal time for a picture of 64 pixels, to a few percent; strides are halved, as for 128 pixels.
+FRONT: dict[str, Callable[..., nn.Module]] = {
+    "SHViT": partial(SHViT, widths=(48, 88, 120), depths=(2, 4, 5), patch=8),
+    "MobileNetV3": partial(MobileNetV3, width=0.5, stride=2),
+    "EfficientViT": partial(EfficientViT, width=0.55, stride=2, windows=(4, 4, 2)),
+    "FasterNet": partial(FasterNet, width=0.225, stride=2),
+    "MobileOne": partial(MobileOne, width=0.175, stride=2),
+}
 
 
 FOUR: dict[str, Any] = {"widths": (32, 64, 128, 160), "depths": (1, 1, 2, 2)}
@@ -306,6 +341,26 @@ def in_onnxruntime(build: Callable[[], nn.Module]) -> Callable[[int, str], Calla
         options.log_severity_level = 3
         session = onnxruntime.InferenceSession(_as_onnx(build, side), options)
         name, value = session.get_inputs()[0].name, torch.randn(1, 3, side, side).numpy()
+        return lambda: session.run(None, {name: value})
+
+    return make
+
+
+def batches_in_onnxruntime(build: Callable[..., nn.Module]) -> Callable[[int, str], Callable[[], object]]:
+    """A batch of the paper's size by ONNX Runtime on one thread."""
+
+    def make(side: int, device: str) -> Callable[[], object]:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        images = torch.randn(BATCH, 3, side, side)
+        with quiet_loggers("torch.onnx", "onnxscript", "onnx_ir"):
+            program = torch.onnx.export(_fused(build), (images,), dynamo=True, verbose=False)
+        model = present(program, "program").model_proto.SerializeToString()
+        session = onnxruntime.InferenceSession(model, options)
+        name, value = session.get_inputs()[0].name, images.numpy()
         return lambda: session.run(None, {name: value})
 
     return make
