@@ -91,22 +91,26 @@ def test_a_clean_checkout_registers_and_a_changed_one_does_not():
     )
 
 
+def of_eca_net(days: int) -> Finding:
+    """A measurement so many days after it was chosen what decides the claims of that paper."""
+    one, card = replace(finding("abc123"), paper="eca_net"), catalog.card("eca_net")
+    date = datetime.combine(card.roles.chosen, time(12), UTC) + timedelta(days)
+    return replace(one, run=one.run.model_copy(update={"date": date}))
+
+
 def test_a_record_of_a_day_when_roles_were_chosen_is_registered_by_its_region_alone():
-    card = catalog.card("eca_net")
-    words = {in_words(each) for each in recorded(card) if not each.experiment.amended}
-    assert words and all("registered before measuring, at" in each and "the region alone" in each for each in words)
+    assert (
+        in_words(of_eca_net(0))
+        == in_words(of_eca_net(-1))
+        == "registered before measuring, at abc123, the region alone"
+    )
+    assert in_words(of_eca_net(1)) == "registered before measuring, at abc123"
 
 
 def test_what_was_amended_stands_beside_the_measurement_on_every_view():
     assert "amended afterwards: wider" in view.when(finding("abc123", "wider"), code=False)
     assert "not registered before measuring" in view.when(finding("abc123+"), code=False)
     assert "registered" not in view.when(finding("abc123"), code=False)
-
-
-def test_a_paper_says_when_its_roles_were_chosen():
-    card = catalog.card("eca_net")
-    words = tally(card, recorded(card))
-    assert "registered before measuring" in words and "chosen on 2026-11-23" in words
 
 
 def test_a_commit_is_marked_where_any_file_of_the_package_differs_but_a_record(tmp_path):
@@ -136,12 +140,12 @@ def test_a_commit_is_marked_where_any_file_of_the_package_differs_but_a_record(t
     assert commit(package) == f"{clean}+"
 
 
-def test_what_was_measured_on_the_day_of_the_choice_came_before_it():
-    card, one = catalog.card("eca_net"), finding("abc123")
+def test_a_paper_says_when_its_roles_were_chosen_where_it_was_measured_up_to_that_day():
+    card = catalog.card("eca_net")
     for days, said in ((-1, True), (0, True), (1, False)):
-        date = datetime.combine(card.roles.chosen, time(12), UTC) + timedelta(days)
-        run = one.run.model_copy(update={"date": date})
-        assert ("was chosen on" in tally(card, [replace(one, run=run)])) == said
+        words = tally(card, [of_eca_net(days)])
+        assert words.startswith("1 registered before measuring")
+        assert (f"was chosen on {card.roles.chosen}" in words) == said
 
 
 def test_what_was_not_measured_is_not_registered():

@@ -1,5 +1,6 @@
 """Patches of photographs, whose class is the photograph: a small set of real images other than digits."""
 
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -28,7 +29,7 @@ def _band(name: str, split: str) -> Float[Tensor, "1 1 height width"]:
 
 
 def photo_patches(
-    split: str, count: int, *, side: int = 32, seed: int = 0
+    split: str, count: int, *, side: int = 32, seed: int = 0, sources: Sequence[str] = SOURCES
 ) -> tuple[Float[Tensor, "patches 1 side side"], Int64[Tensor, " patches"]]:
     """Grey patches of every photograph, each scaled, turned, mirrored, brought to mean 0 and deviation 1, with noise.
 
@@ -37,14 +38,20 @@ def photo_patches(
     Args:
         split: "train", "val" or "test": from other columns of the photographs.
         count: patches of each photograph.
-        side: pixels; at most 40, or the narrowest band is too narrow.
+        side: pixels, at least 8, and at most what fits into the narrowest band at the largest scale, 51 of all sources.
         seed: of the drawing.
+        sources: the photographs, in the order of their classes.
+
+    Raises:
+        ValueError: a side that is too small, or that does not fit into every band.
     """
-    if not 8 <= side <= 40:
-        raise ValueError(f"side must be from 8 to 40 pixels, got {side}")
+    narrowest = min(min(_band(name, each).shape[2:]) for name in sources for each in BANDS)
+    largest = 1 + int((narrowest - 1) / SCALES[1])
+    if not 8 <= side <= largest:
+        raise ValueError(f"side must be from 8 to {largest} pixels for these photographs, got {side}")
     generator = torch.Generator().manual_seed(seed * 3 + list(BANDS).index(split))
-    patches = [_of_one(_band(name, split), count, side, generator) for name in SOURCES]
-    labels = torch.arange(len(SOURCES)).repeat_interleave(count)
+    patches = [_of_one(_band(name, split), count, side, generator) for name in sources]
+    labels = torch.arange(len(sources)).repeat_interleave(count)
     images = torch.cat(patches)
     images = (images - images.mean((2, 3), keepdim=True)) / images.std((2, 3), keepdim=True)
     return images + 0.1 * torch.randn(images.shape, generator=generator), labels

@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from provenn.core.narrowing import present
 from provenn.core.progress import quiet_loggers
-from provenn.data.patches import BANDS, SOURCES, _band, _of_one
 from provenn.nn.fusion import fuse
 from provenn.nn.resnet import resnet50
 from provenn.papers.shvit import model as presets
@@ -24,6 +23,7 @@ from provenn.papers.shvit.layers import MultiHeadAttention, SHViTBlock, SingleHe
 from provenn.papers.shvit.model import SHViT, four_stage_baseline
 from provenn.papers.shvit.rivals import EfficientViT, FasterNet, MobileNetV3, MobileOne
 from provenn.tasks import TaskData, fingerprint, get_task
+from provenn.tasks.image_classification import SOURCES, photo_patches
 
 # Which glyph is it, and where is it once more? Nine cells; the first asks.
 
@@ -105,25 +105,18 @@ def large_patch_data(seed: int, smoke: bool) -> TaskData:
 
 
 WIDE_SIDE, WIDE_COUNTS = 64, {"train": 250, "val": 40, "test": 100}
-NARROW = ("coins", "page", "chelsea")  # whose bands are too narrow for such patches
-
-
-def wide_patches(split: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Patches of 64 pixels, drawn as `photo_patches` draws its own, of the 13 photographs that are wide enough."""
-    generator = torch.Generator().manual_seed(seed * 3 + list(BANDS).index(split))
-    names = [name for name in SOURCES if name not in NARROW]
-    images = torch.cat([_of_one(_band(name, split), count, WIDE_SIDE, generator) for name in names])
-    images = (images - images.mean((2, 3), keepdim=True)) / images.std((2, 3), keepdim=True)
-    noise = 0.1 * torch.randn(images.shape, generator=generator)
-    return images + noise, torch.arange(len(names)).repeat_interleave(count)
+WIDE = tuple(name for name in SOURCES if name not in ("coins", "page", "chelsea"))  # whose bands such patches fit into
 
 
 @lru_cache(maxsize=8)
 def wide_patch_data(seed: int, smoke: bool) -> TaskData:
     """250 patches of each photograph to learn from, 40 to choose a rate by, and 100 to test."""
-    parts = {split: wide_patches(split, 2 if smoke else count, seed) for split, count in WIDE_COUNTS.items()}
+    parts = {
+        split: photo_patches(split, 2 if smoke else count, side=WIDE_SIDE, seed=seed, sources=WIDE)
+        for split, count in WIDE_COUNTS.items()
+    }
     train, val, test = (TensorDataset(*part) for part in parts.values())
-    options = {"num_classes": len(SOURCES) - len(NARROW), "in_channels": 1}
+    options = {"num_classes": len(WIDE), "in_channels": 1}
     return TaskData("wide patches", train, val, test, fingerprint(*parts["train"]), options)
 
 
