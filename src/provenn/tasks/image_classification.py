@@ -18,7 +18,9 @@ from provenn.core.errors import UserError
 from provenn.data.cifar import SIDE, files_in, read_cifar
 from provenn.data.class_folders import Splits, check_splits, given_splits
 from provenn.data.images import images_in, read_pixels, resize_pixels, size_of
+from provenn.data.patches import NARROW as NARROW  # for studies
 from provenn.data.patches import SOURCES, photo_patches
+from provenn.data.patches import wide_patches as wide_patches
 from provenn.tasks.base import (
     LABEL,
     PREDICTED,

@@ -11,7 +11,8 @@ from provenn.core.cost import count_parameters
 from provenn.nn.fusion import fuse
 from provenn.papers.shvit import rivals
 from provenn.papers.shvit.experiments import RIVALS
-from provenn.papers.shvit.studies import FRONT, wide_patch_data
+from provenn.papers.shvit.studies import FRONT
+from provenn.tasks.image_classification import NARROW, wide_patches
 
 
 def awake(module: nn.Module) -> nn.Module:
@@ -106,10 +107,9 @@ def test_cascaded_attention_by_hand():
 
 
 def test_patches_of_two_splits_share_no_pixel_and_every_photograph_is_wide_enough():
-    data = wide_patch_data(0, True)
-    train, labels = data.train.tensors
-    assert train.shape == (26, 1, 64, 64) and labels.max() == 12
-    assert not torch.equal(train, data.test.tensors[0])
+    train, labels = wide_patches("train", 2, 0)
+    assert train.shape == (26, 1, 64, 64) and labels.max() == 12 and not {"coins", "page"} - {*NARROW}
+    assert not torch.equal(train, wide_patches("test", 2, 0)[0])
     assert train.mean((1, 2, 3)).abs().max() < 0.02
 
 

@@ -23,7 +23,7 @@ from provenn.papers.shvit.layers import MultiHeadAttention, SHViTBlock, SingleHe
 from provenn.papers.shvit.model import SHViT, four_stage_baseline
 from provenn.papers.shvit.rivals import EfficientViT, FasterNet, MobileNetV3, MobileOne
 from provenn.tasks import TaskData, fingerprint, get_task
-from provenn.tasks.image_classification import SOURCES, photo_patches
+from provenn.tasks.image_classification import NARROW, SOURCES, wide_patches
 
 # Which glyph is it, and where is it once more? Nine cells; the first asks.
 
@@ -104,19 +104,15 @@ def large_patch_data(seed: int, smoke: bool) -> TaskData:
     return patch_data(seed, smoke, size=40)
 
 
-WIDE_SIDE, WIDE_COUNTS = 64, {"train": 250, "val": 40, "test": 100}
-WIDE = tuple(name for name in SOURCES if name not in ("coins", "page", "chelsea"))  # whose bands such patches fit into
+WIDE_COUNTS = {"train": 250, "val": 40, "test": 100}
 
 
 @lru_cache(maxsize=8)
 def wide_patch_data(seed: int, smoke: bool) -> TaskData:
     """250 patches of each photograph to learn from, 40 to choose a rate by, and 100 to test."""
-    parts = {
-        split: photo_patches(split, 2 if smoke else count, side=WIDE_SIDE, seed=seed, sources=WIDE)
-        for split, count in WIDE_COUNTS.items()
-    }
+    parts = {split: wide_patches(split, 2 if smoke else count, seed) for split, count in WIDE_COUNTS.items()}
     train, val, test = (TensorDataset(*part) for part in parts.values())
-    options = {"num_classes": len(WIDE), "in_channels": 1}
+    options = {"num_classes": len(SOURCES) - len(NARROW), "in_channels": 1}
     return TaskData("wide patches", train, val, test, fingerprint(*parts["train"]), options)
 
 
