@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 unexport PYTHONDONTWRITEBYTECODE  # without bytecode every worker would compile every file anew
 
-.PHONY: install reproduce test test-all lint format docs readme
+.PHONY: install reproduce test record test-all lint format docs readme
 
 install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -19,6 +19,9 @@ reproduce: install
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal --skip-passed --durations=20
+
+record: install
+	$(BIN)/python -m pytest -n 2 --dist worksteal --skip-passed --record-passed --durations=20
 
 test-all: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "" --record-passed --durations=50

@@ -1,15 +1,17 @@
 """What `make test` leaves out: checks of papers that passed on the code that stands, as `tests/passed.json` says.
 
 The checks of a paper are the tests under `tests/papers/`, those in its own folder and those of `tests/papers/test_*.py`
-that are asked of it, and the doctests of its code. `--record-passed` (`make test-all`) writes an entry for each paper
-all of whose checks ran and none failed: the digest of all that they reach (`closure.py`), the versions of torch and
-Python, and the date. `--skip-passed` (`make test`) leaves out the checks of every paper whose entry is of today's
-digest and versions, but for those marked `sample`.
+that are asked of it, and the doctests of its code. `--record-passed` (`make test-all`, `make record`) writes an entry
+for each paper all of whose checks ran and none failed: the digest of all that they reach (`closure.py`), the versions
+of torch and Python, and the date. An entry of today's digest and versions stays where none of its checks failed, so
+that the suite can be recorded in parts, by `-k`. `--skip-passed` (`make test`) leaves out the checks of every paper
+whose entry is of today's digest and versions, but for those marked `sample`.
 """
 
 import gc
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -89,7 +91,7 @@ def registered_methods_stay() -> Iterator[None]:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("provenn")
     group.addoption("--skip-passed", action="store_true", help=f"leave out checks that stand in {FILE}")
-    group.addoption("--record-passed", action="store_true", help=f"write {FILE}: a whole run, nothing left out")
+    group.addoption("--record-passed", action="store_true", help=f"write {FILE}: of the papers that are checked whole")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -105,13 +107,11 @@ def pytest_collection() -> Iterator[None]:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", f"sample: asked of a paper even where its checks stand in {FILE}")
     skips, records = config.getoption("--skip-passed"), config.getoption("--record-passed")
-    if skips and records:
-        raise pytest.UsageError("--skip-passed and --record-passed: give one of them")
     if skips:
         config.pluginmanager.register(SkipsPassed(config))
     if records:
         if not hasattr(config, "workerinput") and config.args_source is not config.ArgsSource.TESTPATHS:
-            raise pytest.UsageError("--record-passed: run the whole suite, without paths")
+            raise pytest.UsageError("--record-passed: without paths; give parts of the suite by -k")
         config.pluginmanager.register(RecordsPassed(config))
 
 
@@ -144,14 +144,17 @@ class SkipsPassed:
 
 
 class RecordsPassed:
-    """Writes an entry for each paper all of whose checks ran and none failed; workers tell what they collected."""
+    """Writes an entry for each paper all of whose checks ran and none failed; workers tell what they collected.
+
+    Those marked `exhaustive` are no part of what an entry stands for: it serves `make test`, which leaves them out.
+    """
 
     def __init__(self, config: pytest.Config):
         self.config = config
         self.worker = hasattr(config, "workerinput")
         self.digests = {} if self.worker else digests_of(config.rootpath)
         self.papers = {file.parent.name for file in config.rootpath.glob("src/provenn/papers/*/paper.toml")}
-        self.checks: dict[str, list[str]] = {}
+        self.checks: defaultdict[str, list[str]] = defaultdict(list)
         self.partial: set[str] = set()
         self.ended: set[str] = set()
         self.failed: set[str] = set()
@@ -160,10 +163,11 @@ class RecordsPassed:
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         for item in items:
             if paper := paper_of(item, self.papers):
-                self.checks.setdefault(paper, []).append(item.nodeid)
+                self.checks[paper].append(item.nodeid)
 
     def pytest_deselected(self, items: Iterable[pytest.Item]) -> None:
-        self.partial |= {paper for paper in (paper_of(item, self.papers) for item in items) if paper}
+        left = [item for item in items if not item.get_closest_marker("exhaustive")]
+        self.partial |= {paper for paper in (paper_of(item, self.papers) for item in left) if paper}
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
@@ -184,18 +188,25 @@ class RecordsPassed:
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self) -> None:
         if self.worker:
-            self.config.workeroutput |= {"checks": self.checks, "partial": sorted(self.partial)}  # type: ignore[attr-defined]  # of xdist
+            self.config.workeroutput |= {"checks": dict(self.checks), "partial": sorted(self.partial)}  # type: ignore[attr-defined]  # of xdist
             return
         root, today = self.config.rootpath, {**versions(), "date": datetime.now(UTC).date().isoformat()}
-        unmoved = self.digests.items() & digests_of(root).items()  # of code that changed meanwhile nothing is known
+        unmoved = dict(self.digests.items() & digests_of(root).items())  # of code that changed nothing is known
+        try:
+            earlier = read_entries(root / FILE)
+        except ValueError:
+            earlier = {}
+        entries = {slug: earlier[slug] for slug in standing(earlier, unmoved) if not self.failed & {*self.checks[slug]}}
         passed = [
-            (slug, digest)
-            for slug, digest in sorted(unmoved)
-            if slug not in self.partial and self.checks.get(slug) and {*self.checks[slug]} <= self.ended - self.failed
+            slug
+            for slug in unmoved
+            if slug not in self.partial and self.checks[slug] and {*self.checks[slug]} <= self.ended - self.failed
         ]
-        lines = (f'"{slug}": {json.dumps({"digest": digest, **today})}' for slug, digest in passed)
+        entries |= {slug: {"digest": unmoved[slug], **today} for slug in passed}
+        lines = (f'"{slug}": {json.dumps(entries[slug])}' for slug in sorted(entries))
         write_atomically(root / FILE, "{\n" + ",\n".join(lines) + "\n}\n")
-        _say(self.config, f"{FILE}: all checks of {len(passed)} of {len(self.digests)} papers passed")
+        stand = f"{len(entries)} of {len(self.digests)} stand in {FILE}"
+        _say(self.config, f"{FILE}: all checks of {len(passed)} papers passed; {stand}")
 
 
 def _say(config: pytest.Config, line: str) -> None:

@@ -185,7 +185,7 @@ def run(tree: Path, *options: str) -> str:
 @pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["one process", "workers"])
 def test_what_passed_is_recorded_and_left_out_until_it_changes(tree: Path, workers: tuple[str, ...]):
     (tree / "tests/papers/two/test_two.py").write_text("import shared\ndef test_two(): assert False\n")
-    assert "all checks of 2 of 3 papers passed" in run(tree, "--record-passed", *workers)
+    assert "all checks of 2 papers passed; 2 of 3 stand" in run(tree, "--record-passed", *workers)
     assert json.loads((tree / FILE).read_text()).keys() == {"one", "three"}  # a skip is no failure
 
     said = run(tree, "--skip-passed", *workers)
@@ -195,15 +195,41 @@ def test_what_passed_is_recorded_and_left_out_until_it_changes(tree: Path, worke
     assert "1 failed, 5 passed" in run(tree, "--skip-passed", *workers)
 
 
+def recorded(tree: Path) -> set[str]:
+    return {*json.loads((tree / FILE).read_text())}
+
+
 def test_a_run_in_part_records_no_paper_that_it_left_out(tree: Path):
     run(tree, "--record-passed", "--deselect", "tests/papers/test_checks.py::test_checks[two a]")
-    assert json.loads((tree / FILE).read_text()).keys() == {"one", "three"}
+    assert recorded(tree) == {"one", "three"}
+    (tree / FILE).write_text("{")
     run(tree, "--record-passed", "-x", "-k", "not three")
-    assert json.loads((tree / FILE).read_text()).keys() == {"one", "two"}
+    assert recorded(tree) == {"one", "two"}
     (tree / "tests/papers/one/test_more.py").write_text("import nothing_of_this_name\n")
+    (tree / FILE).unlink()
     run(tree, "--record-passed", "--continue-on-collection-errors")
-    assert json.loads((tree / FILE).read_text()) == {}
-    assert "run the whole suite, without paths" in run(tree, "--record-passed", "tests")
+    assert recorded(tree) == set()
+    assert "without paths" in run(tree, "--record-passed", "tests")
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["one process", "workers"])
+def test_a_suite_is_recorded_in_parts(tree: Path, workers: tuple[str, ...]):
+    """What stands stays and may be left out; what has changed goes."""
+    run(tree, "--record-passed", "-k", "one", *workers)
+    assert recorded(tree) == {"one"}
+    assert "all checks of 2 papers passed; 3 of 3 stand" in run(tree, "--skip-passed", "--record-passed", *workers)
+    (tree / "src/provenn/papers/one/weights/small.safetensors").write_text("1\n")
+    run(tree, "--record-passed", "-k", "three", *workers)
+    assert recorded(tree) == {"two", "three"}
+
+
+def test_checks_marked_exhaustive_are_no_part_of_an_entry(tree: Path):
+    more = "import pytest\ndef test_one(): ...\n@pytest.mark.exhaustive\ndef test_more(): assert False\n"
+    (tree / "tests/papers/one/test_one.py").write_text(more)
+    run(tree, "--record-passed", "-m", "not exhaustive")
+    assert recorded(tree) == ALL
+    run(tree, "--record-passed")
+    assert recorded(tree) == {"two", "three"}
 
 
 def test_a_corrupt_file_stops_the_run_in_one_line(tree: Path):
