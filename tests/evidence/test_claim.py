@@ -110,6 +110,8 @@ def test_a_printed_figure_never_stands_beside_a_verdict_as_if_it_had_been_tried(
     supported, small = quality(Verdict.SUPPORTED), quality(Verdict.CONTRADICTED)
     assert str(judge("quality", "", supported, figure="84.4 %")) == "supported in direction; 84.4 % not tried"
     assert str(judge("quality", "", small, figure="84.4 %")) == "contradicted; 84.4 % not tried"
+    mixed_kinds = [Outcome("exact", Verdict.VERIFIED, True), Outcome("cost", Verdict.SUPPORTED)]
+    assert str(judge("use", "", mixed_kinds, figure="96 GPUs")) == "supported in direction; 96 GPUs not tried"
     tried = [outcome._replace(at_paper_setting=True, missed_figure="7 published, ×3.3 here") for outcome in supported]
     assert str(judge("cost", "", tried, figure="7x")) == "supported in direction; 7 published, ×3.3 here"
     met = quality(Verdict.REPRODUCED, at_paper=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from functools import cache
 from hashlib import sha256
@@ -52,6 +53,17 @@ def studies(card: Card) -> list[Study]:
     read = [f.study for f in measuring_functions(module).values() if isinstance(f, (Contrast, Reading))]
     named = [value for value in vars(module).values() if isinstance(value, Study)]
     return list({id(study): study for study in (*read, *named)}.values())
+
+
+SHARES = {"half": 1 / 2, "third": 1 / 3, "quarter": 1 / 4, "fifth": 1 / 5, "tenth": 1 / 10, "twentieth": 1 / 20}
+
+
+def test_a_share_that_a_sentence_names_is_the_bound_that_decides(card: Card) -> None:
+    for experiment in card.experiments:
+        named = re.search(rf"less than (?:an? )?({'|'.join(SHARES)})\b", experiment.says)
+        below = experiment.expects.below if experiment.expects else None
+        if named and below:  # below 0 is of a difference from that share
+            assert below == pytest.approx(SHARES[named[1]], abs=2e-3), experiment.says
 
 
 @pytest.mark.parametrize("slug", PAPERS)
