@@ -6,14 +6,18 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from provenn.data.regions import SPLITS, region_classes
+from provenn.papers.dcal.experiments import EXPERIMENTS
 from provenn.papers.dcal.hosts import host_of
-from provenn.papers.dcal.layers import attend, attend_to_pair
+from provenn.papers.dcal.layers import attend_to_pair
 from provenn.papers.dcal.model import DCAL
 from provenn.papers.dcal.studies import (
     AFTER,
     OBJECT,
+    SEARCHED,
     Variant,
     background_share,
+    cameras,
     convolutional,
     embedder,
     network,
@@ -117,18 +121,61 @@ def test_partners_of_the_same_class_come_from_its_bank():
     torch.testing.assert_close(found, host.norm(both[:3])[:, 0])
 
 
-def test_stale_partners_stay_embeddings():
-    """Only the last block's output counts, and its keys are those of the tokens before the first."""
+def test_stale_partners_stay_embeddings_in_every_block_and_the_stream_goes_on():
+    """Each block's output reaches the next; the partner's keys are those of the tokens before the first."""
     model = made("stale").eval()
     host, order = host_of(model.backbone), torch.tensor([1, 2, 3, 0])
     x = first = host.embed(images())
-    for block in host.blocks[:-1]:
-        x = attend(block, x)
-    last = host.blocks[-1]
-    _, k, v = last.project(last.norm1(first[order]))
-    torch.testing.assert_close(model._attend_pairs(host, first, order), attend_to_pair(last, x, lambda *_: (k, v)))
-    fresh = DCAL._attend_pairs(model, host, first, order)
-    assert not torch.allclose(model._attend_pairs(host, first, order), fresh)
+    for block in host.blocks:
+        _, k, v = block.project(block.norm1(first[order]))
+        x = attend_to_pair(block, x, lambda *_, k=k, v=v: (k, v))
+    found = model._attend_pairs(host, first, order)
+    torch.testing.assert_close(found, x)
+    assert not torch.allclose(found, DCAL._attend_pairs(model, host, first, order))
+
+
+def test_the_unscaled_rate_is_not_tuned_away():
+    """Where a grid is tuned, its best rate undoes the factor: both are trained at their own rate, 32 apart."""
+    study = EXPERIMENTS["unscaled_rate"].study
+    assert not study.lrs
+    used = []
+
+    class Stop(Exception):
+        pass
+
+    def stop(begin, task, data, recipe, **options):
+        used.append(recipe.lr)
+        raise Stop
+
+    for name in ("both", "unscaled"):
+        variant = study.variants[name][1]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("provenn.papers.dcal.studies.trained_before", lambda *_: {})
+            patch.setattr("provenn.papers.dcal.studies.fit", stop)
+            with pytest.raises(Stop):
+                tuned(lambda variant=variant: network(variant, 64), TASK, regions(700, True), study.recipe)
+    assert used[1] == pytest.approx(32 * used[0])
+
+
+def test_a_search_is_trained_before_on_no_photograph_that_is_searched(monkeypatch):
+    drawn = []
+    other_regions.cache_clear()
+    whole = region_classes
+    monkeypatch.setattr(
+        "provenn.papers.dcal.studies.region_classes",
+        lambda split, **options: drawn.append(options["photographs"]) or whole(split, **options),
+    )
+    trained_before.cache_clear()
+    task = get_task("re-identification")
+    given = cameras(700, True)
+    variant = Variant("plain", 64)
+    tuned(lambda: embedder(variant, **given.options), task, given, replace(SHORT, batch_size=4), seed=700)
+    seen = {name for names in drawn for name in names}
+    assert seen and seen <= set(SPLITS["train"]) and not seen & {*SPLITS["val"], *SPLITS["test"]}
+    assert other_regions(700, False, **SEARCHED).options["num_classes"] == 128
+    assert other_regions(700, False, **SEARCHED).train.labels.unique().tolist() == list(range(128))
+    trained_before.cache_clear()
+    other_regions.cache_clear()
 
 
 def test_part_selection_takes_one_patch_of_each_head():

@@ -388,6 +388,24 @@ def test_the_bank_after_training_is_of_the_last_images():
     assert model.relation.bank_counted.all() and model.seen == [] and model.mates is None
 
 
+def test_a_training_that_is_resumed_with_no_step_left_has_its_bank():
+    """A checkpoint holds weights and buffers alone: what was seen is not in it."""
+    trained, resumed = (system(support=4, rpe_size=8) for _ in range(2))
+    batches = [pictures(3, seed=seed) for seed in range(3)]
+    for batch in batches:
+        loss(trained.train(), batch, torch.tensor([0, 1, 2]))
+    resumed.load_state_dict(copy.deepcopy(trained.state_dict()))
+    for model in (trained, resumed):
+        model.eval().before_saving()
+    assert resumed.relation.bank_counted.all()
+    same(resumed.relation.bank_pixels, trained.relation.bank_pixels, 1e-5)
+    same(resumed.relation.bank, trained.relation.bank)
+    same(resumed(pictures(2, seed=9)), trained(pictures(2, seed=9)), 1e-5)
+    few = system(support=4, rpe_size=8).train()
+    loss(few, pictures(3), torch.tensor([0, 1, 2]))
+    assert few.relation.bank_counted.tolist() == [True, True, True, False]
+
+
 def test_an_incomplete_batch_is_filled_up_from_the_one_before():
     model = system().train()
     first, rest = pictures(4), pictures(2, seed=1)

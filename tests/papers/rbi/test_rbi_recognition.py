@@ -13,6 +13,7 @@ from torch.utils.data import Subset, TensorDataset
 
 import provenn
 from provenn.core.errors import UserError
+from provenn.inference.export import export
 from provenn.papers.rbi.inspection import inspect
 from provenn.papers.rbi.layers import RRA
 from provenn.papers.rbi.model import RBI, rbi_regions
@@ -33,6 +34,7 @@ from provenn.papers.rbi.task import TASK, BatchRecognition, Mixing, mixes, sweep
 from provenn.papers.rbi.task.drawing import draw_batch, draw_protocols
 from provenn.papers.rbi.task.hosts import HOST, MixedNetwork, PerImage, Smoothing
 from provenn.tasks.base import LABEL, PREDICTED
+from provenn.tasks.portable import standardise
 
 PLAIN = {"mean": [0.0], "std": [1.0]}
 
@@ -211,6 +213,23 @@ def test_a_folder_of_pictures_trains_and_is_evaluated_in_all_protocols(files, tm
     assert {"accuracy", "single", "random", "ordered"} <= set(metrics)
     assert all(name in done.stdout for name in ("single", "random", "ordered"))
     assert (tmp_path / "out" / "evaluation.png").stat().st_size > 10_000
+
+
+def test_an_exported_file_answers_with_the_bank_at_any_number_of_pictures(shipped, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    model, label = shipped
+    assert model.relation.bank_counted.all()
+    file = tmp_path / "rbi.onnx"
+    export("rbi", None, file)
+    session = runtime.InferenceSession(file)
+    for count, side in ((1, 32), (5, 32), (3, 40)):
+        images = torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(count))
+        with torch.no_grad():
+            seen = standardise(images, label.meta)
+            expected, alone = model(seen).softmax(1), model(seen, "single").softmax(1)
+        found = torch.from_numpy(session.run(None, {"image": images.numpy()})[0])
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+        assert (expected - alone).abs().max() > 1e-3  # with a bank it is another answer
 
 
 def test_what_is_inspected_is_the_bank(shipped, files):

@@ -12,7 +12,7 @@ from provenn.core.narrowing import present
 from provenn.nn.embedding import Identified
 from provenn.nn.vit import ViT
 from provenn.papers.dcal.hosts import Host
-from provenn.papers.dcal.layers import attend, attend_to_pair, choose_patches
+from provenn.papers.dcal.layers import attend_to_pair, choose_patches
 from provenn.papers.dcal.model import DCAL, Streams, keys_of
 
 
@@ -93,17 +93,16 @@ class SameClass(DCAL):
 
 
 class StalePartner(DCAL):
-    """PWCA as a public copy has it (mossbee/clau_duaL_cross_attention_learning, 6a4e6b6).
+    """PWCA whose partner stays as it was embedded: in every block its keys and values are of tokens before the first.
 
-    In every block the partner's keys and values are made of its patch embeddings, which no block has changed, and the
-    queries are those of the plain pass. So the last block's output alone counts.
+    All else is PWCA: the image's own stream passes all blocks. A public copy has such partners
+    (mossbee/clau_duaL_cross_attention_learning, 6a4e6b6).
     """
 
     def _attend_pairs(self, host: Host, x: Tensor, order: Tensor) -> Tensor:
-        first = plain = x
+        first = x
         for block in host.blocks:
-            x = attend_to_pair(block, plain, keys_of(block, first, order))
-            plain = attend(block, plain)
+            x = attend_to_pair(block, x, keys_of(block, first, order))
         return x
 
 

@@ -28,11 +28,14 @@ from provenn.papers.dcal.rivals import (
 )
 from provenn.tasks import Task, TaskData, fingerprint, get_task
 from provenn.tasks.fine_grained import Regions, region_classes
-from provenn.tasks.image_classification import photo_patches
-from provenn.tasks.re_identification import Groups, Pictures
+from provenn.tasks.image_classification import SOURCES, photo_patches
+from provenn.tasks.re_identification import SPLITS, Groups, Pictures
 from provenn.training import Fit, Hardware, Recipe, fit
 
 OTHER = (0.0, 1.0)  # corners of the photographs whose regions a network is trained on before
+# The same for a search: photographs of its training identities alone, so that nobody who is searched for was seen.
+# There are half as many, so four corners of each: 128 classes again.
+SEARCHED: dict[str, Any] = {"photographs": SPLITS["train"], "corners": (0.0, 1 / 3, 2 / 3, 1.0)}
 LAYERS, PATCH, HEAD = 4, 4, 32  # blocks, side of a patch in pixels, width of a head
 WIDTHS = {"narrow": 64, "middle": 96, "wide": 128}
 BEFORE = Recipe(
@@ -90,13 +93,15 @@ def _first(part: Any, count: int) -> Regions:
 
 
 @lru_cache(maxsize=8)  # a study asks for them once a trial
-def other_regions(seed: int, smoke: bool) -> TaskData:
-    """128 regions that lie elsewhere in the same photographs."""
-    parts = {}
+def other_regions(
+    seed: int, smoke: bool, photographs: tuple[str, ...] = SOURCES, corners: tuple[float | int, ...] = OTHER
+) -> TaskData:
+    """128 regions that lie elsewhere in the same photographs, or in these."""
+    parts, each = {}, 4 * len(photographs)
     for split in ("train", "val", "test"):
-        drawn = [region_classes(split, corner=corner, seed=seed) for corner in OTHER]
+        drawn = [region_classes(split, photographs=photographs, corner=corner, seed=seed) for corner in corners]
         images = torch.cat([images for images, _ in drawn])
-        labels = torch.cat([labels + 64 * number for number, (_, labels) in enumerate(drawn)])
+        labels = torch.cat([labels + each * number for number, (_, labels) in enumerate(drawn)])
         parts[split] = (images[::24], labels[::24]) if smoke else (images, labels)
     pixels = parts["train"][0].float() / 255
     meta = {"size": 32, "channels": 3, "mean": pixels.mean((0, 2, 3)).tolist(), "std": pixels.std((0, 2, 3)).tolist()}
@@ -107,7 +112,7 @@ def other_regions(seed: int, smoke: bool) -> TaskData:
         sets["val"],
         sets["test"],
         fingerprint=fingerprint(*(tensor for part in parts.values() for tensor in part)),
-        options={"num_classes": 128, "in_channels": 3},
+        options={"num_classes": each * len(corners), "in_channels": 3},
         meta=meta,
     )
 
@@ -229,9 +234,12 @@ def _network(variant: Variant, sizes: dict[str, Any], task: str) -> nn.Module:
 
 
 @lru_cache(maxsize=32)  # trained once a seed, and tuned in many ways
-def trained_before(kind: str, dim: int, seed: int, short: bool, hardware: Hardware) -> Mapping[str, Tensor]:
-    """The weights of a network that was trained on other regions."""
-    data, recipe = other_regions(seed, short), replace(BEFORE, epochs=1, max_steps=2) if short else BEFORE
+def trained_before(
+    kind: str, dim: int, seed: int, short: bool, hardware: Hardware, searches: bool = False
+) -> Mapping[str, Tensor]:
+    """The weights of a network that was trained on other regions, for a search on those of its training photographs."""
+    data = other_regions(seed, short, **SEARCHED) if searches else other_regions(seed, short)
+    recipe = replace(BEFORE, epochs=1, max_steps=2) if short else BEFORE
     done = fit(
         lambda: network(Variant(kind, dim), **data.options),
         get_task("fine-grained"),
@@ -268,7 +276,7 @@ def tuned(
     first: Any = build()
     variant, short = first.variant, recipe.max_steps is not None
     kind = "cnn" if variant.kind == "cnn" else "plain"
-    weights = trained_before(kind, variant.dim, seed, short, hardware)
+    weights = trained_before(kind, variant.dim, seed, short, hardware, task.name == "re-identification")
 
     def begin() -> nn.Module:
         model: Any = build()

@@ -76,7 +76,7 @@ def normalised_psnr(
         if others is None:  # rounding of the product may differ on the two sides
             errors = (errors + errors.T) / 2
         # In units of the cap: log(MSE) / log(ε), between 0 and 1.
-        scores = (errors.clamp(floor, 1).log() / errors.new_full((), floor).log()).clamp(0, 1)
+        scores = (errors.clamp(floor, 1.0).log() / errors.new_full((), floor).log()).clamp(0.0, 1.0)
         if norm == "cap":
             return scores if others is not None else scores.masked_fill(_eye(scores), 1)
         itself = torch.zeros_like(scores, dtype=torch.bool) if others is not None else _eye(scores)

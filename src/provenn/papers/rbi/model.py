@@ -169,6 +169,20 @@ class RelationLayer(nn.Module):
             self.bank_pixels[:count] = self.encode.pixels(images[:count]).to(self.bank_pixels)
         self.bank_counted.copy_(torch.arange(self.support) < count)
 
+    @torch.no_grad()
+    def remember(self, features: Float[Tensor, "batch dim"], images: Tensor) -> None:
+        """Put a training batch before what the bank holds, the last image first; the oldest ones leave.
+
+        A checkpoint holds the bank, so a training that goes on with no step left has one.
+        """
+        images = images[: len(features)]
+        self.bank.copy_(torch.cat([features.flip(0).to(self.bank), self.bank])[: self.support])
+        if self.attend.relation == "given":
+            pixels = self.encode.pixels(images).flip(0).to(self.bank_pixels)
+            self.bank_pixels.copy_(torch.cat([pixels, self.bank_pixels])[: self.support])
+        there = self.bank_counted.new_ones(len(features))
+        self.bank_counted.copy_(torch.cat([there, self.bank_counted])[: self.support])
+
 
 def _shared() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -317,6 +331,8 @@ class RBI(nn.Module):
             kept = [*images.detach().flip(0).cpu(), *self.seen]
             self.seen = kept[: self.relation.support]
         features = self.embed(company)
+        if self.relation.support:
+            self.relation.remember(features[:count], images)
         logits = self.decide(features, company, "batch")[:count]
         if not self.aux_weight:
             return logits, None
@@ -349,7 +365,10 @@ class RBI(nn.Module):
         return len(kept)
 
     def before_saving(self) -> None:
-        """The bank of the last images that were trained on, and a word on a gate that has died."""
+        """The bank of the last images that were trained on, and a word on a gate that has died.
+
+        Where no step was trained, as when a finished training is resumed, the bank stays that of the checkpoint.
+        """
         if self.relation is None:
             return
         if self.relation.support and self.seen:
