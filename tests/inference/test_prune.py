@@ -182,3 +182,39 @@ def test_a_folder_that_is_not_empty_is_left_as_it_is(run, tmp_path, capsys):
     assert main(["prune", str(run), "--method", "dimap", "--ratio", "0.3", "-o", str(tmp_path)]) == 2
     assert "is not empty; name a new folder" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("options", [{}, {"metric": "random", "grouping": "layer"}, {"metric": "magnitude"}])
+@pytest.mark.parametrize("ratio", [0.6, 0.1, {"mlp": 0.5}])
+def test_a_second_pruning_keeps_the_zeros_of_the_first(ratio, options, sparse, tmp_path):
+    folder, summary = provenn.prune(sparse, tmp_path / "twice", method="dimap", ratio=ratio, overrides=options)
+    first, second, state = zeros_of(sparse), zeros_of(folder), load_file(folder / "weights.safetensors")
+    assert all(
+        not (removed & ~second[name]).any() and not state[name][removed].any() for name, removed in first.items()
+    )
+    for group, (kept, of) in summary.groups().items():
+        asked = max(0.4, ratio.get(group, 0) if isinstance(ratio, dict) else ratio)
+        assert of - kept == pytest.approx(asked * of, abs=1 if options.get("grouping") is None else 40)
+    said = provenn.paper("dimap").load(folder)[1].trained_on["pruned"]
+    assert said["before"] == {"method": "dimap", "ratio": 0.4} and said["ratio"] == ratio
+
+
+def test_a_second_pruning_of_a_folder_of_transformers_keeps_the_zeros(tmp_path):
+    t = pytest.importorskip("transformers")
+    sizes = {"image_size": 16, "patch_size": 4, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    t.ViTForImageClassification(t.ViTConfig(**sizes)).save_pretrained(tmp_path / "whole")
+    once, _ = provenn.prune(tmp_path / "whole", tmp_path / "once", method="dimap", ratio=0.5)
+    twice, _ = provenn.prune(once, tmp_path / "twice", method="dimap", ratio={"qkv": 0.7})
+    second, state = zeros_of(twice), t.ViTForImageClassification.from_pretrained(twice).state_dict()
+    for name, removed in zeros_of(once).items():
+        assert not (removed & ~second[name]).any() and not state[name][removed].any()
+
+
+def test_links_are_followed_to_the_masks_and_never_written_through(sparse, tmp_path):
+    (tmp_path / "link.safetensors").symlink_to(sparse / "weights.safetensors")
+    folder, _ = provenn.prune(tmp_path / "link.safetensors", tmp_path / "twice", method="dimap", ratio=0.1)
+    assert all(not (removed & ~zeros_of(folder)[name]).any() for name, removed in zeros_of(sparse).items())
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match="name a new folder"):
+        provenn.prune(sparse, tmp_path / "nowhere", method="dimap", ratio=0.5)
+    assert not (tmp_path / "gone").exists()

@@ -138,3 +138,51 @@ def test_masks_of_another_model_are_refused():
         Masks({"0.weight": torch.ones(2, 2, dtype=torch.bool)}).apply(network())
     with pytest.raises(ValueError, match="got float32"):
         Masks({"0.weight": torch.ones(8, 6)}).apply(network())
+
+
+def test_frozen_parameters_are_held_now_and_when_they_are_trained_again():
+    model = network()
+    masks = half(model)
+    model[0].requires_grad_(False)
+    masks.hold(model)
+    assert not model[0].weight.requires_grad and model[2].weight.requires_grad
+    with torch.no_grad():
+        model[0].weight.fill_(1)
+    torch.optim.SGD(model[2].parameters(), 0.1).step()  # which does not move it
+    assert not model[0].weight[~masks.kept["0.weight"]].any()
+    model[0].requires_grad_(True)
+    model(torch.randn(4, 6)).square().sum().backward()
+    assert not model[0].weight.grad[~masks.kept["0.weight"]].any() and model[0].weight.grad.any()
+
+
+def test_an_optimizer_of_another_model_puts_nothing_back():
+    model, other = network(), network()
+    half(model).hold(model)
+    with torch.no_grad():
+        model[0].weight.fill_(1)
+    torch.optim.SGD(other.parameters(), 0.1).step()
+    assert model[0].weight.all()
+
+
+def test_a_loaded_state_dict_fills_no_zeros_but_those_of_copies():
+    model, dense = network(), network().state_dict()
+    masks = half(model)
+    release = masks.hold(model)
+    copied = copy.deepcopy(model)
+    nn.ModuleDict({"inner": model})["inner"].load_state_dict(dense)
+    assert all(not model.get_parameter(name)[~mask].any() for name, mask in masks.kept.items())
+    copied.load_state_dict(dense)
+    assert torch.equal(copied[0].weight, dense["0.weight"])
+    release()
+    model.load_state_dict(dense)
+    assert torch.equal(model[0].weight, dense["0.weight"])
+
+
+def test_masks_within_earlier_ones_keep_what_both_keep():
+    first = Masks({"a": torch.tensor([True, False, True]), "b": torch.tensor([False])}, {"a": "x", "b": "x"})
+    second = Masks({"a": torch.tensor([True, True, False]), "c": torch.tensor([True])}, {"a": "y", "c": "z"})
+    both = second.within(first)
+    assert {name: mask.tolist() for name, mask in both.kept.items()} == {"a": [1, 0, 0], "b": [0], "c": [1]}
+    assert both.groups == {"a": "y", "b": "x", "c": "z"}
+    with pytest.raises(ValueError, match="the earlier mask of a has shape"):
+        Masks({"a": torch.ones(2, dtype=torch.bool)}).within(first)

@@ -48,17 +48,22 @@ def test_a_kept_weight_that_is_zero_is_kept_and_a_removed_one_that_is_not_is_gon
         assert not state["2.weight"].any(), form
 
 
-def test_counts_of_bytes_are_those_of_the_tensors_and_break_even_where_it_is_said():
-    for share, smaller in ((0.99, set()), (0.9, {"mask"}), (0.52, {"mask"}), (0.44, {"mask", "csr"})):
-        model = nn.Linear(512, 512, bias=False)
-        flat = torch.zeros(512 * 512, dtype=torch.bool)
-        flat[torch.randperm(len(flat))[: int(share * len(flat))]] = True
-        masks = Masks({"weight": flat.view(512, 512)})
-        sizes = pruned.summarise(model, masks).sizes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 3, 512])
+def test_counts_of_bytes_are_those_of_the_tensors_and_break_even_where_it_is_said(dtype, width):
+    model = nn.Linear(width, 512, bias=False).to(dtype)
+    count = 512 * width
+    for kept in {count, count - 1, *(int(share * count) for share in (0.98, 0.96, 0.92, 0.6, 0.52, 0.44, 0.3, 0.1)), 0}:
+        masks = Masks({"weight": (torch.randperm(count) < kept).view(512, width)})
+        summary = pruned.summarise(model, masks)
         for form in pruned.FORMS:
-            assert sizes[form] == sum(tensor.nbytes for tensor in pruned.pack(model, masks, form).values())
-        assert {form for form in ("mask", "csr") if sizes[form] < sizes["dense"]} == smaller
-        assert all((1 - share > even) == (form in smaller) for form, even in pruned.BREAK_EVEN.items())
+            assert summary.sizes[form] == sum(tensor.nbytes for tensor in pruned.pack(model, masks, form).values())
+        for form, even in summary.break_even.items():
+            gone = (count - kept) / count
+            assert (even is not None and gone > even) == (summary.sizes[form] < summary.sizes["dense"]), (form, kept)
+    assert (summary.break_even["csr"] is None) == (
+        (width == 1 and dtype != torch.float64) or (width < 3 and dtype == torch.bfloat16)
+    )
 
 
 def test_counts_of_weights_and_multiply_adds():

@@ -66,7 +66,6 @@ def prune(
     import provenn
     from provenn.cli import console
     from provenn.inference.prune import REPORT
-    from provenn.surgery.pruned import BREAK_EVEN
 
     shares = parse_ratio(ratio)
     with progress.shown():
@@ -98,8 +97,11 @@ def prune(
     dense = summary.sizes["dense"]
     sizes = ", ".join(f"{form} {size:,} ({100 * size / dense:.1f} %)" for form, size in summary.sizes.items())
     terminal.print(f"bytes    {sizes}", soft_wrap=True)
-    evens = ", ".join(f"{form} from {100 * share:.3g} % removed on" for form, share in BREAK_EVEN.items())
-    terminal.print(f"         smaller than dense: {evens}, of float32", soft_wrap=True)
+    evens = ", ".join(
+        f"{form} never" if share is None else f"{form} from {100 * share:.3g} % removed on"
+        for form, share in summary.break_even.items()
+    )
+    terminal.print(f"         smaller than dense: {evens}", soft_wrap=True)
     for file in sorted(file for file in folder.iterdir() if not file.name.startswith(".")):
         terminal.print(f"written  {console.escape(str(file))}", soft_wrap=True)
     terminal.print(f"         {REPORT} has every layer", soft_wrap=True)

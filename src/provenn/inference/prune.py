@@ -37,12 +37,14 @@ class _Given:
         name: what the user called it.
         save: writes the pruned model into a folder.
         example: shape of an image that it takes; None where it takes none.
+        earlier: what an earlier pruning kept; None of a model that was not pruned.
     """
 
     model: "nn.Module"
     name: str
     save: Callable[[Path], object]
     example: tuple[int, ...] | None
+    earlier: "Masks | None" = None
 
 
 def methods() -> dict[str, tuple[catalog.Card, catalog.Pruning]]:
@@ -71,7 +73,8 @@ def prune(
             `preset`, the authors'; or a folder that transformers wrote.
         out: a new folder.
         method: as `methods` names it.
-        ratio: the share of the weights that goes, or one for each group of layers.
+        ratio: the share of the weights that goes, or one for each group of layers. Zeros of an earlier pruning count,
+            and stay even if the ratio is below theirs.
         preset: of an authors' file, and of its options what the file does not say is in `overrides`.
         overrides: options of the method.
         packed: also write the model as "mask" or "csr"; see `provenn.surgery.pruned.pack`.
@@ -93,11 +96,15 @@ def prune(
         raise UserError(f"{method} takes no option {unknown[0]!r}{meant(unknown[0], taken)}; it takes: {listed(taken)}")
     if packed is not None and packed not in pruned.FORMS[1:]:
         raise UserError(f"packed must be one of {', '.join(pruned.FORMS[1:])}, got {packed!r}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if (folder.exists() or folder.is_symlink()) and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not empty; name a new folder for the pruned model")
     given = _read(model, preset, {"method": method, "ratio": ratio, **options})
     try:
+        if given.earlier is not None:
+            given.earlier.apply(given.model)
         masks = function(given.model, ratio, **options)
+        if given.earlier is not None:
+            masks = masks.within(given.earlier)
     except (TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -143,7 +150,10 @@ def masks_of(path: str | Path, label: "Label") -> "Masks | None":
 
     if PRUNED not in label.trained_on:
         return None
-    file = weights.locate(path).parent / MASKS
+    place = weights.locate(path)
+    file = place.parent / MASKS
+    if not file.is_file() and place.is_symlink():
+        file = place.resolve().parent / MASKS
     if not file.is_file():
         raise UserError(
             f"{path} was pruned, and {file} is not there: give the folder that the pruning wrote, or its weights "
@@ -194,7 +204,10 @@ def _of_file(path: Path, preset: str | None, how: dict[str, Any]) -> _Given:
     label = weights.label_of(path)
     if label is not None:
         network, label = paper(label.paper).load(path, preset=preset)
-        return _ours(network, label, str(path), how)
+        earlier = masks_of(path, label)
+        if earlier is not None:
+            how = {**how, "before": label.trained_on[PRUNED]}
+        return replace(_ours(network, label, str(path), how), earlier=earlier)
     if preset is None:
         raise UserError(
             f"{path} names no preset: say with --preset whose weights these are, such as --preset {_some()}"
@@ -247,4 +260,7 @@ def _of_transformers(path: Path) -> _Given:
     if "pixel_values" in inspect.signature(model.forward).parameters and isinstance(channels, int):
         side = size if isinstance(size, int) else 224
         example = (1, channels, side, side)
-    return _Given(model, str(path), save, example)
+    from provenn.surgery.pruned import load_masks
+
+    earlier = load_masks(path / MASKS) if (path / MASKS).exists() else None
+    return _Given(model, str(path), save, example, earlier)

@@ -52,6 +52,21 @@ class Masks:
             pairs[name] = (parameters[name], mask.to(parameters[name].device))
         return pairs
 
+    def within(self, earlier: "Masks") -> "Masks":
+        """What these masks and earlier ones of the same model both keep, of all parameters that either names.
+
+        Raises:
+            ValueError: masks of one parameter have different shapes.
+        """
+        kept = dict(earlier.kept)
+        for name, mask in self.kept.items():
+            if name in kept and kept[name].shape != mask.shape:
+                raise ValueError(
+                    f"the earlier mask of {name} has shape {tuple(kept[name].shape)}, not {(*mask.shape,)}"
+                )
+            kept[name] = mask & kept[name].to(mask.device) if name in kept else mask
+        return Masks({name: kept[name] for name in (*self.kept, *kept)}, {**earlier.groups, **self.groups})
+
     def apply(self, model: nn.Module) -> None:
         """Put the removed entries to zero, in place."""
         with torch.no_grad():
@@ -62,7 +77,8 @@ class Masks:
         """Put the removed entries to zero, and keep them there in every training of this model.
 
         Their gradients are zero from the first step on. So momentum, squared gradients and averages stay zero too, with
-        any precision, and decay changes nothing. What an optimizer moves all the same is put back after its step.
+        any precision, and decay changes nothing. What is moved all the same is put back after the next step of
+        any of the model's parameters, and what `load_state_dict` fills at once. Frozen parameters are held too.
 
         Returns:
             What lets go again; the zeros stay until somebody trains.
@@ -71,8 +87,13 @@ class Masks:
         """
         self.apply(model)
         pairs = list(self.of(model).values())
-        handles = [parameter.register_hook(partial(_silenced, ~mask)) for parameter, mask in pairs]
-        handles.append(register_optimizer_step_post_hook(partial(_put_back, pairs)))
+        handles: list[Any] = [_hooked(parameter, ~mask) for parameter, mask in pairs]
+        owned = {id(parameter) for parameter in model.parameters()}
+        handles.append(register_optimizer_step_post_hook(partial(_put_back, pairs, owned)))
+        for name, mask in self.kept.items():
+            owner, _, own = name.rpartition(".")
+            reload = _Reload(own, ~mask)
+            handles.append(model.get_submodule(owner).register_load_state_dict_post_hook(reload))
 
         def release() -> None:
             for handle in handles:
@@ -82,14 +103,39 @@ class Masks:
         return release
 
 
+class _Reload:
+    """Zeros again what a loaded state dict fills. In a copy of the model, which is not held, it does nothing."""
+
+    def __init__(self, name: str = "", removed: Tensor | None = None):
+        self.name, self.removed = name, removed
+
+    def __call__(self, module: nn.Module, _: Any) -> None:
+        if self.removed is not None:
+            parameter = getattr(module, self.name)
+            with torch.no_grad():
+                parameter.masked_fill_(self.removed.to(parameter.device), 0)
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _Reload, ()
+
+
+def _hooked(parameter: nn.Parameter, removed: Tensor) -> Any:
+    # A frozen parameter takes no hook, and keeps one that it has for when it is trained again.
+    trained = parameter.requires_grad
+    handle = parameter.requires_grad_(True).register_hook(partial(_silenced, removed))
+    parameter.requires_grad_(trained)
+    return handle
+
+
 def _silenced(removed: Tensor, gradient: Tensor) -> Tensor:
     # Not a product with the mask: an overflow under mixed precision would make NaN of it.
     return gradient.masked_fill(removed.to(gradient.device), 0)
 
 
-def _put_back(pairs: list[tuple[nn.Parameter, Tensor]], optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    with torch.no_grad():
-        for parameter, mask in pairs:
-            if id(parameter) in stepped:
+def _put_back(
+    pairs: list[tuple[nn.Parameter, Tensor]], owned: set[int], optimizer: torch.optim.Optimizer, *_: Any
+) -> None:
+    if any(id(parameter) in owned for group in optimizer.param_groups for parameter in group["params"]):
+        with torch.no_grad():
+            for parameter, mask in pairs:
                 parameter.masked_fill_(~mask.to(parameter.device), 0)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,7 +44,9 @@ class Summary:
         macs: multiply-adds of one example with zeros counted; None where no example was given.
         macs_kept: without those that multiply by a removed weight. Only kernels for sparse weights save them.
         sizes: bytes of the model's tensors in each of `FORMS`.
-        dense: names of the linear layers and convolutions that no mask is of.
+        dense: names of the linear layers, convolutions and `MultiheadAttention`s that no mask is of.
+        break_even: the share of the masked weights that must go before a form takes fewer bytes than the dense one, if
+            every layer loses the same; None where it never does.
     """
 
     layers: tuple[LayerKept, ...]
@@ -53,6 +55,7 @@ class Summary:
     macs_kept: int | None
     sizes: Mapping[str, int]
     dense: tuple[str, ...] = ()
+    break_even: Mapping[str, float | None] = field(default_factory=dict)
 
     @property
     def kept(self) -> int:
@@ -78,15 +81,10 @@ class Summary:
             },
             "groups": {name: {"kept": kept, "of": of} for name, (kept, of) in self.groups().items()},
             "bytes": dict(self.sizes),
-            "break_even": BREAK_EVEN,
+            "break_even": dict(self.break_even),
             "layers": [layer._asdict() for layer in self.layers],
             "dense": list(self.dense),
         }
-
-
-# Of float32: a mask costs a bit a weight; CSR a column of 32 bits for each that is kept, and a bound for each row.
-BREAK_EVEN = {"mask": 1 / 32, "csr": 1 / 2}
-"""The share of its weights that a matrix must lose before a form takes fewer bytes than the dense one."""
 
 
 def summarise(model: nn.Module, masks: Masks, example: Callable[[], object] | None = None) -> Summary:
@@ -107,10 +105,11 @@ def summarise(model: nn.Module, masks: Masks, example: Callable[[], object] | No
         with _counted_uses(model, masks) as uses, torch.no_grad():
             dense = macs(example)
         kept = dense - sum(uses[layer.name] * (layer.of - layer.kept) for layer in layers)
-    matrices = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    matrices = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
     left = (name for name, module in model.named_modules() if isinstance(module, matrices))
     untouched = tuple(name for name in left if f"{name}.weight" not in pairs)
-    return Summary(layers, count_parameters(model), dense, kept, _sizes(model, masks), untouched)
+    sizes, evens = _sizes(model, masks), _break_even(model, masks)
+    return Summary(layers, count_parameters(model), dense, kept, sizes, untouched, evens)
 
 
 @contextmanager
@@ -141,6 +140,19 @@ def _sizes(model: nn.Module, masks: Masks) -> dict[str, int]:
         sizes["mask"] += values + -(-mask.numel() // 8) - whole
         sizes["csr"] += values + 4 * kept + 4 * (mask.shape[0] + 1) - whole
     return sizes
+
+
+def _break_even(model: nn.Module, masks: Masks) -> dict[str, float | None]:
+    """Where the bytes of each form meet those of the dense one."""
+    tensors = model.state_dict()
+    whole = sum(tensors[name].nbytes for name in masks.kept)
+    bits = sum(-(-mask.numel() // 8) for mask in masks.kept.values())
+    columns = 4 * masks.prunable
+    bounds = sum(4 * (mask.shape[0] + 1) for mask in masks.kept.values())
+    return {
+        "mask": bits / whole if bits < whole else None,
+        "csr": (columns + bounds) / (columns + whole) if bounds < whole else None,
+    }
 
 
 def pack(model: nn.Module, masks: Masks, form: str = "mask") -> dict[str, Tensor]:

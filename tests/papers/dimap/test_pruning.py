@@ -13,6 +13,7 @@ from provenn.core.errors import UserError
 from provenn.papers.dimap import Swin, find_layers, importance, masks, prune, score, select, swin_digits
 from provenn.papers.dimap.official import renamed
 from provenn.papers.dimap.pruning import Layer
+from provenn.surgery import pruned
 
 SEEDS = st.integers(0, 2**31 - 1)
 
@@ -299,3 +300,70 @@ def test_a_common_call_warns_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         masks(small(), 0.35)
+
+
+NAMES = {  # of PVT, CLIP and torchvision: the layers by group, and those that stay dense
+    "pvt": ({"qkv": ["a.attn.q", "a.attn.kv"], "proj": ["a.attn.proj"], "mlp": ["a.mlp.fc1", "a.mlp.fc2"]}, ["head"]),
+    "clip": (
+        {
+            "qkv": ["l.self_attn.k_proj", "l.self_attn.v_proj", "l.self_attn.q_proj"],
+            "proj": ["l.self_attn.out_proj"],
+            "mlp": ["l.mlp.fc1", "l.mlp.fc2"],
+        },
+        ["visual_projection"],
+    ),
+    "openai clip": ({"mlp": ["l.mlp.c_fc", "l.mlp.c_proj"]}, ["proj"]),
+    "transformers pvt": (
+        {
+            "qkv": [f"l.attention.self.{part}" for part in ("query", "key", "value")],
+            "proj": ["l.attention.output.dense"],
+            "mlp": ["l.mlp.dense1", "l.mlp.dense2"],
+        },
+        ["classifier"],
+    ),
+    "torchvision swin": (
+        {"qkv": ["f.attn.qkv"], "proj": ["f.attn.proj"], "mlp": ["f.mlp.0", "f.mlp.3"]},
+        ["f.reduction", "head"],
+    ),
+    "torchvision convnext": ({"mlp": ["f.block.3", "f.block.5"]}, ["classifier.2"]),
+}
+
+
+def named(names) -> nn.Module:
+    root = nn.Module()
+    for name in names:
+        *parents, last = name.split(".")
+        place = root
+        for parent in parents:
+            if parent not in place._modules:
+                place.add_module(parent, nn.Module())
+            place = place._modules[parent]
+        place.add_module(last, nn.Linear(4, 4))
+    return root
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_of_other_libraries_are_grouped_whole(name):
+    groups, dense = NAMES[name]
+    model = named([*(layer for layers in groups.values() for layer in layers), *dense])
+    chosen = masks(model, 0.25)
+    found = {group: {n for n, g in chosen.groups.items() if g == group} for group in groups}
+    assert found == {group: {f"{layer}.weight" for layer in layers} for group, layers in groups.items()}
+    assert set(pruned.summarise(model, chosen).dense) == set(dense)
+    apart = [layer.names for layer in find_layers(model) if len(layer.names) > 1]
+    assert all([n.split(".")[-2][0] for n in names] == list("qkv")[: len(names)] for names in apart)
+    assert len(apart) == (len(groups.get("qkv", ())) > 1)
+
+
+def test_a_multihead_attention_stays_dense_and_is_said():
+    model = nn.ModuleDict({"self_attn": nn.MultiheadAttention(4, 1), "mlp": nn.ModuleDict({"fc1": nn.Linear(4, 4)})})
+    chosen = masks(model, 0.5)
+    assert set(chosen.kept) == {"mlp.fc1.weight"}
+    assert set(pruned.summarise(model, chosen).dense) == {"self_attn", "self_attn.out_proj"}
+
+
+def test_zeros_go_first_in_a_random_pruning_too():
+    model = small()
+    first = prune(model, 0.4)
+    second = masks(model, 0.5, metric="random")
+    assert all(not (second.kept[name] & ~mask).any() for name, mask in first.kept.items())

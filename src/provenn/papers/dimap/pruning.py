@@ -15,25 +15,26 @@ from torch import Tensor, nn
 from provenn.core.errors import UserError
 from provenn.nn.masks import Masks
 
-# Our own layers, Microsoft's and timm's, transformers' before and since its version 5. The first module that fits takes
-# a layer: `*.output.dense` of an MLP would else take that of an attention.
+# Our own layers, Microsoft's and timm's, transformers' before and since its version 5, PVT's, CLIP's and torchvision's.
+# The first module that fits takes a layer: `*.output.dense` of an MLP would else take that of an attention.
 MODULES: dict[str, tuple[str, ...]] = {
     "qkv": (
         *("*.attention.qkv", "*.attn.qkv", "*.attention.[qkv]_proj", "*.attn.[qkv]", "*.attn.[qkv]_proj"),
+        *("*.attn.kv", "*.self_attn.[qkv]_proj"),
         *(f"*.attention.{part}.{name}" for part in ("self", "attention") for name in ("query", "key", "value")),
         *(f"*.attention.{name}" for name in ("query", "key", "value")),
     ),
     "proj": (
         *("*.attention.project", "*.attention.out", "*.attention.o_proj", "*.attention.output.dense"),
-        *("*.attn.proj", "*.attn.o_proj"),
+        *("*.attn.proj", "*.attn.o_proj", "*.attention.proj", "*.self_attn.out_proj"),
     ),
     "mlp": (
-        *("*.mlp.fc1", "*.mlp.fc2", "*.mlp.[02]", "*.intermediate.dense", "*.output.dense"),
-        *("*.pwconv1", "*.pwconv2"),
+        *("*.mlp.fc1", "*.mlp.fc2", "*.mlp.[023]", "*.intermediate.dense", "*.output.dense"),
+        *("*.pwconv1", "*.pwconv2", "*.mlp.dense[12]", "*.mlp.c_fc", "*.mlp.c_proj", "*.block.[35]"),
     ),
 }
 """The modules of the paper by patterns over the names of linear layers; whatever none matches is never pruned (AUX)."""
-PARTS = ({"q", "k", "v"}, {"query", "key", "value"}, {"q_proj", "k_proj", "v_proj"})
+PARTS = ({"q", "k", "v", "kv"}, {"query", "key", "value"}, {"q_proj", "k_proj", "v_proj"})
 GROUPINGS = ("modules", "model", "layer")
 METRICS = ("imp", "magnitude", "random")
 
@@ -88,7 +89,8 @@ def find_layers(model: nn.Module, modules: Mapping[str, str | Sequence[str]] | N
     """The layers to prune, in the model's order.
 
     Args:
-        model: any; its linear layers and 1×1 convolutions are looked at, each parameter once.
+        model: any; its linear layers and 1×1 convolutions are looked at, each parameter once. What a
+            `torch.nn.MultiheadAttention` holds is never pruned.
         modules: by module, patterns over the names of layers, in which `*` stands for any characters; by default
             `MODULES`. The first module that fits takes a layer.
 
@@ -97,7 +99,13 @@ def find_layers(model: nn.Module, modules: Mapping[str, str | Sequence[str]] | N
     """
     given = MODULES if modules is None else modules
     table = {module: (p,) if isinstance(p, str) else tuple(p) for module, p in given.items()}
-    kinds = {name: module for name, module in model.named_modules() if _is_matrix(module)}
+    # A MultiheadAttention reads its matrices without calling a layer: it stays dense, its output projection too.
+    whole = {name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
+    kinds = {
+        name: module
+        for name, module in model.named_modules()
+        if _is_matrix(module) and name.rpartition(".")[0] not in whole
+    }
     groups: dict[tuple[str, str], list[str]] = {}
     for name in kinds:
         # With a dot before it, `*.mlp.fc1` matches a layer of that name at the top too.
@@ -168,7 +176,7 @@ def score(
         elif metric == "magnitude":
             values = whole.double().abs()
         else:
-            values = torch.rand(whole.numel(), generator=generator, dtype=torch.float64)
+            values = torch.rand(whole.numel(), generator=generator, dtype=torch.float64).masked_fill_(whole == 0, 0)
         parts = values.split([weight.numel() for weight in weights])
         scores |= {n: part.view(w.shape) for n, part, w in zip(layer.names, parts, weights, strict=True)}
     return scores
