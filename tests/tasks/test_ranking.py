@@ -171,7 +171,7 @@ class Faiss:
 
     def search(self, queries, count):
         similarity = queries @ self.vectors.T
-        order = np.argsort(similarity[:, ::-1], axis=1, kind="stable")[:, ::-1][:, :count]
+        order = np.argsort(-similarity[:, ::-1], axis=1, kind="stable")[:, :count]
         places = len(self.vectors) - 1 - order
         return np.take_along_axis(similarity, places, 1), places
 
