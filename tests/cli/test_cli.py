@@ -467,6 +467,7 @@ def test_without_a_word_it_says_what_there_is(run):
         "reproduce",
         "train",
         "predict",
+        "embed",
         "inspect",
         "export",
         "convert",

@@ -114,7 +114,7 @@ def test_what_is_left_out_is_said(tmp_path):
             "says no identity and camera",
         ),
         (("train/a/1/x.png", "query/b/1/x.png"), "none called 'gallery'"),
-        (("a/1/x.png", "a/2/x.png"), "the query part holds no pictures"),
+        (("a/1/x.png", "a/2/x.png"), "shows one identity"),
         (
             ("train/a/1/x.png", "train/a/1/y.png", "query/a/1/x.png", "gallery/a/2/x.png"),
             "identities a are in train and in the test",
@@ -148,3 +148,13 @@ def test_no_folder_and_an_empty_one(tmp_path):
         read_identities(tmp_path / "nowhere")
     with pytest.raises(UserError):
         read_identities(tmp_path)
+
+
+def test_a_folder_of_one_identity_says_so(tmp_path):
+    for camera in "12":
+        (tmp_path / "anna" / camera).mkdir(parents=True)
+        (tmp_path / "anna" / camera / "a b.jpg").touch()
+    with pytest.raises(UserError, match="shows one identity, 'anna': every second is for the test"):
+        read_identities(tmp_path)
+    parts = read_identities(tmp_path, whole=True).parts
+    assert [len(parts[part]) for part in ("train", "query", "gallery")] == [0, 2, 2]

@@ -109,3 +109,25 @@ def test_what_is_wrong_with_the_others_is_said_in_a_line(tmp_path):
     (root / "val" / "val_annotations.txt").unlink()
     with pytest.raises(UserError, match=r"has wnids.txt but no val.val_annotations.txt"):
         listed_splits(root)
+
+
+def test_an_image_that_the_lists_name_twice_is_refused(tmp_path):
+    """In two splits it would be tested on what it was trained on."""
+    root = miniature.write("stanford-dogs", tmp_path)
+    first = next(iter(listed_splits(root)["train"].values()))[0]
+    tested = [file for files in listed_splits(root)["test"].values() for file in files]
+    names = [f"{file.parent.name}/{file.name}" for file in (*tested, first)]
+    savemat(root / "lists" / "test_list.mat", {"file_list": np.array([[name] for name in names], dtype=object)})
+    with pytest.raises(UserError, match=f"{first.name} twice"):
+        listed_splits(root)
+    root = miniature.write("cub-200-2011", tmp_path)
+    lines = (root / "images.txt").read_text().splitlines()
+    lines[1] = f"{lines[1].split()[0]} {lines[0].split()[1]}"
+    (root / "images.txt").write_text("\n".join(lines))
+    with pytest.raises(UserError, match="twice"):
+        listed_splits(root)
+    root = miniature.write("tiny-imagenet", tmp_path)
+    with (root / "val" / "val_annotations.txt").open("a") as listing:
+        listing.write((root / "val" / "val_annotations.txt").read_text().splitlines()[0] + "\n")
+    with pytest.raises(UserError, match="twice"):
+        listed_splits(root)

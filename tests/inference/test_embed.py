@@ -96,6 +96,40 @@ def test_embed_writes_what_a_search_takes(trained, people, tmp_path, ending):
         provenn.predict("tiny_search", query, weights=tmp_path / "other.safetensors", overrides={"store": file})
 
 
+def test_the_verb_writes_a_store_that_a_search_takes_and_another_model_refuses(trained, people, tmp_path, capsys):
+    gallery, file, table = people / "bounding_box_test", tmp_path / "a b.npz", tmp_path / "found.csv"
+    query = next((people / "query").iterdir())
+    code, out, _ = run(f"embed {trained} {gallery} -o '{file}' --json", capsys)
+    said = json.loads(out)
+    assert code == 0 and said["pictures"] == len(list(gallery.iterdir())) and said["files"] == [str(file)]
+    assert read_store(file).checksum == said["checksum"]
+    code, out, _ = run(f"embed tiny_search {gallery} --weights {trained} -o '{file}'", capsys)
+    assert code == 0 and "6 numbers each" in out and said["checksum"] in out
+    assert run(f"predict {trained} {query} --store '{file}' -o {table}", capsys)[0] == 0 and table.exists()
+    other = provenn.paper("tiny_search").build("tiny_search")
+    label = replace(weights.label_of(trained), options={"num_classes": 4})
+    weights.save(other, tmp_path / "other.safetensors", label)
+    code, _, err = run(f"predict {tmp_path / 'other.safetensors'} {query} --store '{file}'", capsys)
+    assert code == 2 and "holds embeddings of another network" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{run} {gallery} -o {tmp}/a.csv", "kept in .npz or .parquet"),
+        ("{run} {gallery} -o -", "kept in .npz or .parquet, got -"),
+        ("{run} {gallery}/nothing -o {tmp}/a.npz", "is no folder"),
+        ("{run} {tmp} -o {tmp}/a.npz", "no "),
+        ("eca_net {gallery} -o {tmp}/a.npz", "gives no embeddings that are compared"),
+        ("nobody {gallery} -o {tmp}/a.npz", "nobody"),
+    ],
+)
+def test_the_verb_says_in_a_line_what_is_wrong(trained, people, tmp_path, capsys, line, says):
+    words = line.format(run=trained, gallery=people / "bounding_box_test", tmp=tmp_path)
+    code, _, err = run(f"embed {words}", capsys)
+    assert code == 2 and says in err and "Traceback" not in err and not list(tmp_path.glob("*.npz"))
+
+
 def test_what_cannot_be_embedded_is_said(trained, people, tmp_path):
     with pytest.raises(UserError, match=r"kept in \.npz or \.parquet"):
         provenn.embed("tiny_search", people, output=tmp_path / "a.csv", weights=trained)

@@ -171,7 +171,7 @@ class Faiss:
 
     def search(self, queries, count):
         similarity = queries @ self.vectors.T
-        order = np.argsort(similarity[:, ::-1], axis=1, kind="stable")[:, ::-1][:, :count]
+        order = np.argsort(-similarity[:, ::-1], axis=1, kind="stable")[:, :count]
         places = len(self.vectors) - 1 - order
         return np.take_along_axis(similarity, places, 1), places
 
@@ -188,3 +188,20 @@ def test_faiss_where_it_is_installed_finds_the_same(monkeypatch, block):
     monkeypatch.setitem(sys.modules, "faiss", module)
     found = nearest(query, gallery, 31)
     assert torch.equal(found[1], expected[1]) and torch.allclose(found[0], expected[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("block", [12, 2**22])
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
+def test_faiss_keeps_the_earlier_of_pictures_that_tie_for_the_last_place(monkeypatch, block, count):
+    query = torch.eye(3)[:2]
+    gallery = torch.eye(3)[[2, 0, 0, 1, 0, 0, 1, 1, 2, 0, 1]]
+    monkeypatch.setattr(ranking, "BLOCK", block)
+    monkeypatch.setattr(ranking, "find_spec", lambda name: None)
+    expected = nearest(query, gallery, count)
+    assert expected[1][0, :5].tolist() == [1, 2, 4, 5, 9][:count]
+    monkeypatch.setattr(ranking, "find_spec", lambda name: object())
+    module = types.ModuleType("faiss")
+    module.IndexFlatIP = Faiss
+    monkeypatch.setitem(sys.modules, "faiss", module)
+    found = nearest(query, gallery, count)
+    assert torch.equal(found[1], expected[1]) and torch.equal(found[0], expected[0])

@@ -282,6 +282,21 @@ def test_a_query_does_not_find_itself(searched):
     assert said.count("0.png 1.000") == 0 or "p0/c0/0.png: 1.png" in said
 
 
+def test_no_query_is_refused_and_a_copy_of_the_query_is_found(searched, tmp_path):
+    with pytest.raises(UserError, match="a search needs a query"):
+        TASK.predict(Coarse(), META, [], None, gallery=searched[0])
+    for name in ("a query.png", "gal lery/its copy.png", "gal lery/another copy.png", "gal lery/other.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shown = "p1/c0/0.png" if name.endswith("other.png") else "p0/c0/0.png"
+        (tmp_path / name).write_bytes((searched[0] / shown).read_bytes())
+    (tmp_path / "link").symlink_to(tmp_path / "gal lery", target_is_directory=True)
+    for gallery in ("gal lery", "link"):
+        said = TASK.predict(Coarse(), META, [tmp_path / "a query.png"], None, gallery=tmp_path / gallery)
+        assert "another copy.png 1.000, its copy.png 1.000, other.png" in said
+    said = TASK.predict(Coarse(), META, [tmp_path / "gal lery/other.png"], None, gallery=tmp_path / "link")
+    assert "other.png" not in said.split(": ", 1)[1], "through the link it is the same file"
+
+
 def test_embeddings_are_kept_and_those_of_another_network_refused(searched, tmp_path, monkeypatch):
     root, query = searched
     store, model = tmp_path / "gallery.npz", network().eval()

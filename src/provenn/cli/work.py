@@ -219,7 +219,7 @@ def pairs(texts: Sequence[str], option: str = "--set", example: str = "horizon=2
     return pairs
 
 
-def _named(slug: str, weights: Path | None) -> tuple[str, Path | None]:
+def named_model(slug: str, weights: Path | None) -> tuple[str, Path | None]:
     """The paper and its weights; a run's folder or a weight file of ours, given instead of the paper, names both."""
     if weights is not None or catalog.slug_of(slug) in catalog.cards() or not Path(slug).exists():
         return slug, weights
@@ -233,7 +233,7 @@ def _named(slug: str, weights: Path | None) -> tuple[str, Path | None]:
     return label.paper, Path(slug)
 
 
-def _say_what_ships(slug: str, weights: Path | None, preset: str | None, needed: bool = True) -> bool:
+def say_what_ships(slug: str, weights: Path | None, preset: str | None, needed: bool = True) -> bool:
     """Where no weights are given, say which come with the paper, on stderr; False where none do and none are needed."""
     card = catalog.card(slug)
     if weights is not None or not (needed or (preset in card.shipped if preset else card.shipped)):
@@ -282,7 +282,7 @@ def predict(
     """
     import provenn
 
-    slug, weights = _named(slug, weights)
+    slug, weights = named_model(slug, weights)
     options = {**pairs(overrides or []), **of_tasks.given()}
     streamed = False
 
@@ -295,7 +295,7 @@ def predict(
         print(without_controls(piece), end="", flush=True, file=said)
 
     with progress.shown():
-        _say_what_ships(slug, weights, preset)
+        say_what_ships(slug, weights, preset)
         text = provenn.predict(
             slug, inputs or [], weights=weights, preset=preset, output=output, overrides=options, log=print_piece
         )
@@ -349,10 +349,10 @@ def evaluate(
     from provenn.cli import console
     from provenn.evidence.measurement import Measurement
 
-    slug, weights = _named(slug, weights)
+    slug, weights = named_model(slug, weights)
     if split not in SPLITS:
         raise UserError(f"--split must be one of {', '.join(SPLITS)}, got {split!r}")
-    _say_what_ships(slug, weights, preset)
+    say_what_ships(slug, weights, preset)
     with progress.shown():
         evaluation = provenn.evaluate(
             slug,
@@ -399,14 +399,14 @@ def inspect(
     from provenn.evidence.measurement import Measurement
     from provenn.inference import inspection
 
-    slug, weights = _named(slug, weights)
+    slug, weights = named_model(slug, weights)
     if output is not None:
         inspection.check_png(output, file)
     with progress.shown():
         inspected = provenn.inspect(slug, file, preset=preset, weights=weights)
         if output is not None:
             inspected.save(output)
-    if weights is None and not _say_what_ships(slug, weights, preset, needed=False):
+    if weights is None and not say_what_ships(slug, weights, preset, needed=False):
         log("the weights are random and untrained: give trained ones with --weights")
     if json:
         layers = {name: row.tolist() for name, row in inspected.layers.items()}
@@ -441,8 +441,8 @@ def export(
     """
     import provenn
 
-    slug, weights = _named(slug, weights)
-    _say_what_ships(slug, weights, preset)
+    slug, weights = named_model(slug, weights)
+    say_what_ships(slug, weights, preset)
     with progress.shown(), progress.bar(f"{slug}: tracing", 1) as advance:
         text = provenn.export(slug, weights, output, preset=preset, int8=int8, data=data)
         advance()

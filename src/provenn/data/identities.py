@@ -141,6 +141,11 @@ def _folders(root: Path, whole: bool) -> Identities:
         for part, tree in files.items()
     }
     if not given:
+        if len(people) < 2 and not whole:
+            raise UserError(
+                f"{root} shows one identity, {people[0]!r}: every second is for the test and the others for training, "
+                "so give more, or folders train, query and gallery"
+            )
         test = [seen for seen in parts["all"] if whole or seen.identity % 2]
         train = [] if whole else [seen for seen in parts["all"] if not seen.identity % 2]
         parts = {"train": train, **asked_for(test)}

@@ -110,12 +110,15 @@ def _pairs(file: Path) -> Iterator[tuple[str, str]]:
 def _divided(root: Path, classes: list[str], rows: Iterable[tuple[str, str, Path]]) -> Splits:
     """Files by split and class, with all classes in each split in the same order."""
     parts: Splits = {}
-    inside = root.resolve()
+    inside, listed = root.resolve(), set()
     for split, name, file in rows:
         if not file.resolve().is_relative_to(inside):
             raise UserError(f"{root}: the lists name {file}, which lies outside of it")
         if not file.is_file():
             raise UserError(f"{root}: the lists name {file}, which is not there")
+        if file in listed:
+            raise UserError(f"{root}: the lists name {file} twice, and an image may be in one split alone")
+        listed.add(file)
         parts.setdefault(split, {name: [] for name in classes})[name].append(file)
     for split in ("train", *(set(parts) - {"train"})):
         if lacking := [name for name in classes if not parts.get(split, {}).get(name)]:

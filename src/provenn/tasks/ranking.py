@@ -138,8 +138,8 @@ def nearest(
     """The most alike pictures of a gallery of any size, by the cosine of their embeddings.
 
     The gallery is taken in blocks, and after each only the best so far are kept. At equal similarity the earlier
-    picture comes first. On a CPU the blocks are searched by faiss where it is installed. Then, of pictures that tie for
-    the last place, another one may be among those that are returned.
+    picture comes first. On a CPU the blocks are searched by faiss where it is installed. Where faiss cuts through a
+    tie, it does not say which it keeps, so such queries are ranked by the plain product.
 
     Args:
         query, gallery: one embedding a picture.
@@ -184,9 +184,16 @@ def _search(queries: Tensor, block: Tensor, count: int) -> tuple[Tensor, Tensor]
 
         index = faiss.IndexFlatIP(block.shape[1])
         index.add(block.numpy())
-        similarity, places = (torch.from_numpy(part) for part in index.search(queries.numpy(), count))
-        places, order = places.sort(dim=1)
-        return similarity.gather(1, order), places
+        wanted = min(count + 1, len(block))  # one more shows whether a tie is cut at the last place
+        similarity, places = (torch.from_numpy(part) for part in index.search(queries.numpy(), wanted))
+        cut = (similarity[:, count - 1] <= similarity[:, wanted - 1]) & (wanted > count)
+        places, order = places[:, :count].sort(dim=1)
+        similarity = similarity[:, :count].gather(1, order)
+        if cut.any():
+            whole = queries[cut] @ block.T
+            kept = _first(whole, count).sort(dim=1).values
+            similarity[cut], places[cut] = whole.gather(1, kept), kept
+        return similarity, places
     similarity = queries @ block.T
     return similarity, torch.arange(block.shape[0], device=block.device).expand(len(queries), -1)
 

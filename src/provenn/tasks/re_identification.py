@@ -337,6 +337,8 @@ class ReIdentification(Task):
             count: how many are named for each query.
         """
         files = [file for given in inputs for file in (images_in(given) if given.is_dir() else [given])]
+        if not files:
+            raise UserError("a search needs a query: give a picture, or a folder of some")
         if count < 1:
             raise UserError(f"count must be at least 1, got {count}")
         sheet, table = _targets(output, [*inputs, *files])
