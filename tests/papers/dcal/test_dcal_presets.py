@@ -9,6 +9,7 @@ from provenn.core.cost import count_parameters, macs
 from provenn.core.errors import UserError
 from provenn.papers import dcal
 from provenn.papers.dcal import DCAL, ViT, add_dcal, load_backbone
+from provenn.papers.dcal.hybrid import ResNetStem
 from provenn.papers.dcal.official import convert, renamed
 
 SIZES = {"dim": 12, "depth": 2, "heads": 2, "num_classes": 5, "image": (16, 16), "patch": 4}
@@ -17,6 +18,7 @@ COUNTS = {
     "dcal_deit_tiny": ((448, 448), 5_675_912, 483_848, 7.12, 0.111),
     "dcal_deit_small": ((448, 448), 21_968_456, 1_852_232, 22.58, 0.396),
     "dcal_vit_base": ((448, 448), 86_404_040, 7_243_208, 78.49, 1.487),
+    "dcal_r50_vit_base": ((448, 448), 98_495_496, 7_243_208, 94.38, 1.487),
     "dcal_vit_base_veri": ((256, 256), 86_287_680, 7_532_352, 23.20, 0.788),
     "dcal_vit_base_msmt17": ((256, 128), 86_546_961, 7_889_937, 11.34, 0.390),
 }
@@ -42,6 +44,41 @@ def test_counts_of_deit_are_its_authors():
     with torch.device("meta"):
         counts = [count_parameters(make()) for make in (dcal.deit_tiny, dcal.deit_small, dcal.deit_base)]
     assert counts == [5_717_416, 22_050_664, 86_567_656]
+
+
+def test_the_hybrid_has_the_count_of_timm():
+    """vit_base_r50_s16_384: images of 384², 1,000 classes."""
+    with torch.device("meta"):
+        model = dcal.r50_vit_base()
+    assert count_parameters(model) == 98_950_952
+    assert count_parameters(model.patch_embed.backbone) == 11_894_848
+    preset, options, state = convert(model.state_dict())
+    assert (preset, options) == ("r50_vit_base", {"num_classes": 1000, "in_channels": 3})
+    assert state.keys() == model.state_dict().keys()
+    with pytest.raises(ValueError, match="patch must be 16 with the ResNet's stem, got 8"):
+        dcal.dcal_r50_vit_base(patch=8)
+    with pytest.raises(UserError, match=r"no backbone of the paper has D = 12, 1 blocks, patches of 16"):
+        convert(dcal.R50ViT(dim=12, depth=1, heads=2, image=(32, 32)).state_dict())
+
+
+def test_the_stem_of_the_hybrid_is_that_of_transformers():
+    """Its BiT with bottlenecks after the norms, as its ViT hybrid and DPT hybrid have it."""
+    t = pytest.importorskip("transformers")
+    sizes = {"hidden_sizes": [256, 512, 1024], "depths": [3, 4, 9], "layer_type": "bottleneck"}
+    padding = {"global_padding": "same", "embedding_dynamic_padding": True}
+    theirs, ours = stirred(t.BitModel(t.BitConfig(**sizes, **padding)).double().eval()), ResNetStem(3).double()
+    table = (
+        ("embedder.convolution", "stem.conv"), ("embedder.norm", "stem.norm"), ("encoder.stages", "stages"),
+        (".layers.", ".blocks."),
+    )  # fmt: skip
+    state = {}
+    for name, value in theirs.state_dict().items():
+        for pattern, new in table:
+            name = name.replace(pattern, new)
+        state[name] = value
+    ours.load_state_dict(state)
+    x = images(2, 32, 48)
+    torch.testing.assert_close(ours(x), theirs(x).last_hidden_state, rtol=1e-6, atol=1e-6)
 
 
 def stirred(module: torch.nn.Module) -> torch.nn.Module:

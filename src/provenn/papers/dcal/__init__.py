@@ -1,6 +1,7 @@
 """DCAL: dual cross-attention learning for fine-grained recognition and re-identification (arXiv:2205.02151)."""
 
 from provenn.nn.vit import Attention, Block, ViT
+from provenn.papers.dcal.hybrid import R50ViT
 from provenn.papers.dcal.layers import (
     GlobalLocalBlock,
     attend_to_pair,
@@ -18,6 +19,7 @@ from provenn.papers.dcal.model import (
     dcal_cameras,
     dcal_deit_small,
     dcal_deit_tiny,
+    dcal_r50_vit_base,
     dcal_regions,
     dcal_vit,
     dcal_vit_base,
@@ -26,6 +28,7 @@ from provenn.papers.dcal.model import (
     deit_base,
     deit_small,
     deit_tiny,
+    r50_vit_base,
     scaled_rate,
 )
 from provenn.papers.dcal.official import load_backbone
@@ -36,6 +39,7 @@ __all__ = [
     "Block",
     "Explanation",
     "GlobalLocalBlock",
+    "R50ViT",
     "Streams",
     "ViT",
     "add_dcal",
@@ -45,6 +49,7 @@ __all__ = [
     "dcal_cameras",
     "dcal_deit_small",
     "dcal_deit_tiny",
+    "dcal_r50_vit_base",
     "dcal_regions",
     "dcal_vit",
     "dcal_vit_base",
@@ -54,6 +59,7 @@ __all__ = [
     "deit_small",
     "deit_tiny",
     "load_backbone",
+    "r50_vit_base",
     "rollout",
     "rollout_row",
     "scaled_rate",

@@ -17,6 +17,7 @@ from provenn.nn.arguments import check_finite, check_whole
 from provenn.nn.embedding import MARGIN, Identified, batch_hard_triplet
 from provenn.nn.vit import ViT, initialise
 from provenn.papers.dcal.hosts import Host, host_of
+from provenn.papers.dcal.hybrid import R50ViT
 from provenn.papers.dcal.layers import (
     GlobalLocalBlock,
     Parts,
@@ -340,6 +341,7 @@ BASE: dict[str, Any] = {"dim": 768, "heads": 12}
 deit_tiny = partial(ViT, **TINY)
 deit_small = partial(ViT, **SMALL)
 deit_base = partial(ViT, **BASE)
+r50_vit_base = partial(R50ViT, **BASE, image=(384, 384))
 
 
 def dcal_vit(
@@ -366,12 +368,14 @@ def dcal_vit(
     """DCAL around a `ViT`.
 
     Args:
-        dim, heads, num_classes, image, in_channels, patch, stem, mlp_ratio, drop_path: as of `ViT`; GLCA's block has
-            the same `drop_path` as the last one.
+        dim, heads, num_classes, image, in_channels, patch, mlp_ratio, drop_path: as of `ViT`; GLCA's block has the same
+            `drop_path` as the last one.
+        stem: as of `ViT`, or "r50" for the ResNet of `R50ViT`.
         layers: its blocks.
         task, ratio, glca, pwca, mode, lean, pair_source, margin: as of `DCAL`.
     """
-    backbone = ViT(
+    build = R50ViT if stem == "r50" else partial(ViT, stem=stem)
+    backbone = build(
         dim=dim,
         depth=layers,
         heads=heads,
@@ -379,7 +383,6 @@ def dcal_vit(
         in_channels=in_channels,
         image=image,
         patch=patch,
-        stem=stem,
         mlp_ratio=mlp_ratio,
         drop_path=drop_path,
     )
@@ -401,6 +404,7 @@ FGVC: dict[str, Any] = {"num_classes": 200, "image": (448, 448)}  # CUB-200-2011
 dcal_deit_tiny = partial(dcal_vit, **TINY, **FGVC)
 dcal_deit_small = partial(dcal_vit, **SMALL, **FGVC)
 dcal_vit_base = partial(dcal_vit, **BASE, **FGVC)
+dcal_r50_vit_base = partial(dcal_vit, **BASE, **FGVC, stem="r50")
 # Identities of training.
 dcal_vit_base_veri = partial(dcal_vit, **BASE, num_classes=576, image=(256, 256), task="reid")
 dcal_vit_base_msmt17 = partial(dcal_vit, **BASE, num_classes=1041, image=(256, 128), task="reid")

@@ -1,6 +1,7 @@
 """Checkpoints of the backbones: the names of facebookresearch/deit and timm, and of transformers, to ours.
 
-DCAL's own code was never released. Its networks start from DeiT (ImageNet-1k) and from ViT-B (ImageNet-21k).
+DCAL's own code was never released. Its networks start from DeiT (ImageNet-1k), and from ViT-B and R50-ViT-B
+(ImageNet-21k).
 """
 
 import re
@@ -37,29 +38,35 @@ LAYERS, PATCH = 12, 16
 
 
 def convert(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
-    """From the state dict of a DeiT or ViT to ours: the preset, its options and what `load_state_dict` takes.
+    """From the state dict of a DeiT, ViT or R50-ViT to ours: the preset, its options and what `load_state_dict` takes.
 
     Queries, keys and values may be one matrix or three. Height and width of the image follow from the positions, if
     these are a square.
 
     Raises:
-        UserError: the parameters are not those of a DeiT-T, -S or -B with 12 blocks, patches of 16 and a classifier.
+        UserError: the parameters are not those of a DeiT-T, -S or -B, or R50-ViT-B, with 12 blocks, patches of 16 and a
+            classifier.
     """
     ours = renamed(state)
     try:
         dim, in_channels, patch = ours["patch_embed.proj.weight"].shape[:3]
+        stem = ours.get("patch_embed.backbone.stem.conv.weight")
         num_classes, sites = len(ours["head.weight"]), ours["pos_embed"].shape[1] - 1
     except (KeyError, ValueError, IndexError):
         raise UserError("expected a state dict of a DeiT or ViT with a classifier, found other parameters") from None
     layers = len({name.split(".")[1] for name in ours if name.startswith("blocks.")})
     side = round(sites**0.5)
-    if dim not in _PRESETS or (layers, patch) != (LAYERS, PATCH) or side**2 != sites:
+    preset, trained = _PRESETS.get(dim), 14
+    if stem is not None:
+        preset, trained = ("r50_vit_base", 24) if (dim, patch) == (768, 1) else (None, 24)
+        in_channels, patch = stem.shape[1], PATCH
+    if preset is None or (layers, patch) != (LAYERS, PATCH) or side**2 != sites:
         raise UserError(
             f"no backbone of the paper has D = {dim}, {layers} blocks, patches of {patch} and {sites} positions: "
-            "expected DeiT-T, -S or -B with 12 blocks, patches of 16 and a square of positions"
+            "expected DeiT-T, -S or -B, or R50-ViT-B, with 12 blocks, patches of 16 and a square of positions"
         )
     options: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels}
-    return _PRESETS[dim], options if side == 14 else {**options, "image": (16 * side, 16 * side)}, ours
+    return preset, options if side == trained else {**options, "image": (16 * side, 16 * side)}, ours
 
 
 def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
