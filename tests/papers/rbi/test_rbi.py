@@ -1,6 +1,7 @@
 """RPE and RRA: their closed forms, their invariances, their gradients; the system, its bank and its counts."""
 
 import copy
+import inspect
 import math
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from provenn import catalog
 from provenn.core import progress
 from provenn.core.cost import count_parameters
 from provenn.core.errors import UserError
+from provenn.inference.options import options_of
 from provenn.papers.rbi import (
     RBI,
     RPE,
@@ -29,6 +32,7 @@ from provenn.papers.rbi import (
     rbi_vit_b16,
     vit_b16,
 )
+from provenn.papers.rbi import model as rbi_model
 from provenn.papers.rbi.model import loss
 
 DOUBLE = torch.float64
@@ -514,6 +518,39 @@ def test_presets_add_one_attention(preset, dim: int):
         assert whole - plain == 4 * (dim**2 + dim) + 4 * dim
         model = preset(num_classes=200)
         assert model(torch.zeros(2, 3, 224, 224), "batch").shape == (2, 200)
+
+
+OPTIONS = {
+    "num_classes": 7, "residual": "linear", "heads": 2, "d": 4, "norm": False, "dropout": 0.1, "rpe": "features",
+    "rpe_norm": "minmax", "rpe_floor": 1e-3, "rpe_size": 4, "mean": [0.1] * 3, "std": [0.2] * 3, "support": 5,
+    "gather": True, "aux_weight": 0.5, "batch": 9, "plain": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", [preset.name for preset in catalog.card("rbi").presets])
+def test_every_option_of_the_system_is_one_of_its_presets(preset: str, monkeypatch):
+    """`show` names it with its default, and what a user sets arrives."""
+    assert {*OPTIONS} == {*inspect.signature(RBI).parameters} - {"backbone", "feat_dim"}
+    card = catalog.card("rbi")
+    shown = {option.name: option for option in options_of(card, preset)}
+    assert {*OPTIONS, "in_channels"} <= {*shown} and shown["rpe_norm"].default == "cap"
+    given = {}
+
+    class Recorder(RBI):
+        def __init__(self, backbone, num_classes, *, feat_dim, **options):
+            given.update(options, num_classes=num_classes)
+
+    monkeypatch.setattr(rbi_model, "RBI", Recorder)
+    with torch.device("meta"):
+        card.resolve(card.preset(preset).build)(**OPTIONS)
+        assert given == OPTIONS
+        card.resolve(card.preset(preset).build)(in_channels=2)
+    assert (given["mean"], given["std"]) == ((0.0, 0.0), (1.0, 1.0))
+
+
+def test_the_small_preset_refuses_widths_of_nothing():
+    with pytest.raises(ValueError, match="widths and in_channels must be at least 1"):
+        rbi_regions(widths=[])
 
 
 def test_the_width_of_an_unknown_backbone_is_what_it_gives():

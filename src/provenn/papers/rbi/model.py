@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,8 @@ ENCODINGS = ("npsnr", "features", "none")
 BATCH = 32  # images that attend to each other, where batches are asked for
 SATURATED = 0.99  # β: beyond, one of the two paths has died
 MEMORY = 0.99  # of the mean of β
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+Channels = tuple[float, ...] | list[float]  # a number for each
 
 
 class View(NamedTuple):
@@ -247,8 +250,8 @@ class RBI(nn.Module):
         rpe_norm: str = "cap",
         rpe_floor: float = FLOOR,
         rpe_size: int | None = None,
-        mean: Sequence[float] = (0.485, 0.456, 0.406),
-        std: Sequence[float] = (0.229, 0.224, 0.225),
+        mean: Sequence[float] = MEAN,
+        std: Sequence[float] = STD,
         support: int = 0,
         gather: bool = False,
         aux_weight: float | int = 0.0,
@@ -418,61 +421,177 @@ def loss(model: nn.Module, images: Tensor, labels: Tensor, smoothing: float = 0.
     return value + model.aux_weight * F.cross_entropy(plain, labels, label_smoothing=smoothing)
 
 
-def rbi_densenet169(**options: Any) -> RBI:
-    """RBI after DenseNet-169, D = 1,664. `options`: those of `RBI`, `num_classes` (1000) and `in_channels` (3)."""
-    return _around(lambda channels: densenet(169, num_classes=0, in_channels=channels), dim=1664, **options)
+def rbi_after(
+    backbone: Callable[[int], nn.Module],
+    dim: int,
+    *,
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    residual: str = "gated",
+    heads: int = 1,
+    d: int | None = None,
+    norm: bool = True,
+    dropout: float | int = 0.0,
+    rpe: str = "npsnr",
+    rpe_norm: str = "cap",
+    rpe_floor: float = FLOOR,
+    rpe_size: int | None = None,
+    mean: Channels | None = None,
+    std: Channels | None = None,
+    support: int = 0,
+    gather: bool = False,
+    aux_weight: float | int = 0.0,
+    batch: int = BATCH,
+    plain: bool = False,
+) -> RBI:
+    """RBI after a backbone that is built here.
 
-
-def rbi_densenet201(*, plain: bool = False, **options: Any) -> RBI:
-    """RBI after DenseNet-201, D = 1,920. `options` as of `rbi_densenet169`."""
-    return _around(
-        lambda channels: densenet(201, num_classes=0, in_channels=channels), dim=1920, plain=plain, **options
+    Args:
+        backbone: makes it, from the channels of the image.
+        dim: D, the width of what it gives.
+        num_classes: logits.
+        in_channels: of the image.
+        mean, std: of the standardised images; by default ImageNet's of three channels, and else 0 and 1.
+        residual, heads, d, norm, dropout, rpe, rpe_norm, rpe_floor, rpe_size, support, gather, aux_weight, batch: as of
+            `RBI`.
+        plain: as of `RBI`.
+    """
+    check_whole(in_channels=in_channels)
+    if mean is None:
+        mean = MEAN if in_channels == 3 else (0.0,) * in_channels
+    if std is None:
+        std = STD if in_channels == 3 else (1.0,) * in_channels
+    return RBI(
+        backbone(in_channels),
+        num_classes,
+        feat_dim=dim,
+        residual=residual,
+        heads=heads,
+        d=d,
+        norm=norm,
+        dropout=dropout,
+        rpe=rpe,
+        rpe_norm=rpe_norm,
+        rpe_floor=rpe_floor,
+        rpe_size=rpe_size,
+        mean=mean,
+        std=std,
+        support=support,
+        gather=gather,
+        aux_weight=aux_weight,
+        batch=batch,
+        plain=plain,
     )
 
 
-def rbi_convnext_b(*, plain: bool = False, **options: Any) -> RBI:
-    """RBI after ConvNeXt-B, D = 1,024. `options` as of `rbi_densenet169`."""
-    return _around(
-        lambda channels: convnext("base", num_classes=0, in_channels=channels), dim=1024, plain=plain, **options
-    )
+# D is 1,664 and 1,920, 1,024 and 2,048.
+rbi_densenet169 = partial(rbi_after, lambda channels: densenet(169, num_classes=0, in_channels=channels), 1664)
+rbi_densenet201 = partial(rbi_after, lambda channels: densenet(201, num_classes=0, in_channels=channels), 1920)
+rbi_convnext_b = partial(rbi_after, lambda channels: convnext("base", num_classes=0, in_channels=channels), 1024)
+rbi_resnet50 = partial(rbi_after, lambda channels: resnet50(num_classes=0, in_channels=channels), 2048)
 
 
-def rbi_resnet50(**options: Any) -> RBI:
-    """RBI after ResNet-50, D = 2,048. `options` as of `rbi_densenet169`."""
-    return _around(lambda channels: resnet50(num_classes=0, in_channels=channels), dim=2048, **options)
+def rbi_vit_b16(
+    image_size: int = 224,
+    *,
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    residual: str = "gated",
+    heads: int = 1,
+    d: int | None = None,
+    norm: bool = True,
+    dropout: float | int = 0.0,
+    rpe: str = "npsnr",
+    rpe_norm: str = "cap",
+    rpe_floor: float = FLOOR,
+    rpe_size: int | None = None,
+    mean: Channels | None = None,
+    std: Channels | None = None,
+    support: int = 0,
+    gather: bool = False,
+    aux_weight: float | int = 0.0,
+    batch: int = BATCH,
+    plain: bool = False,
+) -> RBI:
+    """RBI after ViT-B/16, D = 768.
 
-
-def rbi_vit_b16(image_size: int = 224, **options: Any) -> RBI:
-    """RBI after ViT-B/16, D = 768. `options` as of `rbi_densenet169`; `image_size` as of `ViT`."""
-    return _around(
-        lambda channels: vit_b16(num_classes=0, in_channels=channels, image_size=image_size), dim=768, **options
+    Args:
+        image_size: side of the square images that the positions are made for.
+        num_classes, in_channels, residual, heads, d, norm, dropout, rpe, rpe_norm, rpe_floor, rpe_size, mean, std,
+            support, gather, aux_weight, batch, plain: as of `rbi_after`.
+    """
+    return rbi_after(
+        lambda channels: vit_b16(num_classes=0, in_channels=channels, image_size=image_size),
+        768,
+        num_classes=num_classes,
+        in_channels=in_channels,
+        residual=residual,
+        heads=heads,
+        d=d,
+        norm=norm,
+        dropout=dropout,
+        rpe=rpe,
+        rpe_norm=rpe_norm,
+        rpe_floor=rpe_floor,
+        rpe_size=rpe_size,
+        mean=mean,
+        std=std,
+        support=support,
+        gather=gather,
+        aux_weight=aux_weight,
+        batch=batch,
+        plain=plain,
     )
 
 
 def rbi_regions(
     *,
-    widths: Sequence[int] = (32, 64, 128),
-    rpe_size: int = 16,
+    widths: tuple[int, ...] | list[int] = (32, 64, 128),
+    num_classes: int = 64,
+    in_channels: int = 3,
+    residual: str = "gated",
+    heads: int = 1,
+    d: int | None = None,
+    norm: bool = True,
+    dropout: float | int = 0.0,
+    rpe: str = "npsnr",
+    rpe_norm: str = "cap",
+    rpe_floor: float = FLOOR,
+    rpe_size: int | None = 16,
+    mean: Channels | None = None,
+    std: Channels | None = None,
     support: int = 64,
+    gather: bool = False,
     aux_weight: float | int = 1.0,
-    **options: Any,
+    batch: int = BATCH,
+    plain: bool = False,
 ) -> RBI:
     """RBI after a small network of convolutions, for images of 8 to 64 pixels. Not a model of the paper.
 
     Args:
-        widths: as of `SmallCNN`.
-        rpe_size, support, aux_weight: as of `RBI`.
-        options: others of `RBI`, `num_classes` (64) and `in_channels` (3).
+        widths: as of `SmallCNN`; the last is D.
+        num_classes, in_channels, residual, heads, d, norm, dropout, rpe, rpe_norm, rpe_floor, rpe_size, mean, std,
+            support, gather, aux_weight, batch, plain: as of `rbi_after`.
     """
-    options |= {"rpe_size": rpe_size, "support": support, "aux_weight": aux_weight}
-    options = {"num_classes": 64, **options}
-    return _around(lambda channels: SmallCNN(widths, in_channels=channels), dim=widths[-1], **options)
-
-
-def _around(
-    backbone: Callable[[int], nn.Module], *, dim: int, num_classes: int = 1000, in_channels: int = 3, **options: Any
-) -> RBI:
-    check_whole(in_channels=in_channels)
-    if in_channels != 3 and "mean" not in options:
-        options |= {"mean": [0.0] * in_channels, "std": [1.0] * in_channels}
-    return RBI(backbone(in_channels), num_classes, feat_dim=dim, **options)
+    return rbi_after(
+        lambda channels: SmallCNN(widths, in_channels=channels),
+        widths[-1] if widths else 0,  # which SmallCNN refuses
+        num_classes=num_classes,
+        in_channels=in_channels,
+        residual=residual,
+        heads=heads,
+        d=d,
+        norm=norm,
+        dropout=dropout,
+        rpe=rpe,
+        rpe_norm=rpe_norm,
+        rpe_floor=rpe_floor,
+        rpe_size=rpe_size,
+        mean=mean,
+        std=std,
+        support=support,
+        gather=gather,
+        aux_weight=aux_weight,
+        batch=batch,
+        plain=plain,
+    )
