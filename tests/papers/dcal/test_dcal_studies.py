@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from provenn.data.regions import SPLITS, region_classes
 from provenn.papers.dcal.experiments import EXPERIMENTS
@@ -16,10 +16,12 @@ from provenn.papers.dcal.studies import (
     OBJECT,
     SEARCHED,
     Variant,
+    _bank,
     background_share,
     cameras,
     convolutional,
     embedder,
+    gap,
     network,
     objects,
     other_regions,
@@ -29,7 +31,7 @@ from provenn.papers.dcal.studies import (
     tuned,
     with_options,
 )
-from provenn.tasks import get_task
+from provenn.tasks import TaskData, get_task
 from provenn.training import Hardware
 
 TASK = get_task("fine-grained")
@@ -192,6 +194,8 @@ def test_other_regions_are_other_classes():
     assert set(before.train.labels.tolist()) == set(range(128))
     views = {view.numpy().tobytes() for view in after.test.images}
     assert not views & {view.numpy().tobytes() for view in before.train.images}
+    splits = [{view.numpy().tobytes() for view in part.images} for part in (before.train, before.val, before.test)]
+    assert not splits[0] & splits[1] and not splits[0] & splits[2] and not splits[1] & splits[2]
 
 
 def test_all_ways_start_from_one_network(data):
@@ -208,6 +212,45 @@ def test_all_ways_start_from_one_network(data):
     assert torch.equal(searched.backbone.blocks[0].attn.qkv.weight, weights["backbone.blocks.0.attn.qkv.weight"])
     assert torch.equal(searched.backbone.pos_embed[:, 0], weights["backbone.pos_embed"][:, 0])
     assert searched.backbone.pos_embed.shape == (1, 129, 64)
+
+
+def test_partners_of_the_same_class_are_training_images_of_it():
+    colours = torch.tensor([0, 1, 2, 0, 1, 2, 2])
+    train = TensorDataset(colours.float()[:, None, None, None].expand(-1, 3, 2, 2), colours)
+    other = TensorDataset(torch.full((3, 3, 2, 2), 9.0), torch.arange(3))
+    bank = _bank(TaskData("colours", train, other, other, "", options={"num_classes": 3}))
+    assert bank.shape == (3, 2, 3, 2, 2)
+    assert torch.equal(bank, torch.arange(3.0)[:, None, None, None, None].expand_as(bank))
+
+
+def test_the_gap_is_what_training_images_have_more():
+    """Right about bright images, and only those are trained on."""
+
+    class Bright(torch.nn.Module):
+        def forward(self, x):
+            return torch.nn.functional.one_hot((x.mean((1, 2, 3)) > 0).long(), 2).float()
+
+    sets = [TensorDataset(torch.full((4, 3, 2, 2), value), torch.ones(4, dtype=torch.long)) for value in (1.0, -1.0)]
+    assert gap(Bright(), TaskData("bright", sets[0], sets[1], sets[1], "")) == 1
+
+
+def test_a_variant_changes_its_own_recipe_alone(data, monkeypatch):
+    used = []
+
+    class Stop(Exception):
+        pass
+
+    def stop(build, task, data, recipe, **_):
+        used.append(recipe)
+        raise Stop
+
+    monkeypatch.setattr("provenn.papers.dcal.studies.trained_before", lambda *_: {})
+    monkeypatch.setattr("provenn.papers.dcal.studies.fit", stop)
+    for variant in (Variant("bare", 64), Variant("bare", 64, 1.85, 32.0, 0.8)):
+        with pytest.raises(Stop):
+            tuned(lambda variant=variant: network(variant, **data.options), TASK, data, AFTER)
+    assert used[0] == AFTER
+    assert used[1] == replace(AFTER, epochs=15, lr=32 * AFTER.lr, mixup=0.8, cutmix=0.8)
 
 
 def test_convolutional_networks_serve_both_tasks():

@@ -29,6 +29,7 @@ from provenn.papers.rbi.studies import (
     same_class,
     same_class_shares,
     shuffled_pairs,
+    sizes,
 )
 from provenn.papers.rbi.task import TASK, BatchRecognition, Mixing, mixes, sweep
 from provenn.papers.rbi.task.drawing import draw_batch, draw_protocols
@@ -325,6 +326,40 @@ def test_company_is_what_the_class_in_the_batch_gains():
     data = type(data)("mates", data.train, data.val, TensorDataset(images, labels), "", {}, {})
     assert company(Mates(), data) == 1
     assert company(trained(plain=True), data) == 0
+
+
+def test_company_is_of_32_different_images():
+    """And four of them, or none, are mates of the first."""
+    drawn = []
+
+    class Watcher(Leaky):
+        def embed(self, images):
+            return images[:, 0, 0]
+
+        def decide(self, features, images, protocol=None):
+            if protocol == "batch":
+                drawn.append((len(features.unique(dim=0)), int((features[1:, 0] == features[0, 0]).sum())))
+            return torch.zeros(len(features), 12)
+
+    labels = torch.arange(12).repeat_interleave(6)
+    images = torch.stack([labels.float(), torch.arange(72.0)], 1)[:, None, None].expand(-1, 1, 2, 2)
+    data = digits(0, True)
+    company(Watcher(), type(data)("mates", data.train, data.val, TensorDataset(images, labels), "", {}, {}))
+    assert drawn == [(32, 4), (32, 0)] * 72
+
+
+def test_large_batches_are_set_against_small_ones():
+    class Crowd(Leaky):
+        """Right among 128, wrong otherwise."""
+
+        def decide(self, features, images, protocol=None):
+            labels = features[:, 0].long()
+            return nn.functional.one_hot(labels if len(labels) == 128 else (labels + 1) % 4, 4).float()
+
+    labels = torch.arange(4).repeat_interleave(32)
+    images = labels.float()[:, None, None, None].expand(-1, 1, 2, 2).clone()
+    data = digits(0, True)
+    assert sizes(Crowd(), type(data)("crowd", data.train, data.val, TensorDataset(images, labels), "", {}, {})) == 1
 
 
 def test_probes_read_the_gate_and_the_scores():
