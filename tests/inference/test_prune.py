@@ -257,6 +257,20 @@ def test_a_second_pruning_of_a_folder_of_transformers_keeps_the_zeros(tmp_path):
         assert not (removed & ~second[name]).any() and not state[name][removed].any()
 
 
+def test_weights_that_grew_back_go_before_a_second_pruning_counts(tmp_path):
+    t = pytest.importorskip("transformers")
+    sizes = {"image_size": 16, "patch_size": 4, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    t.ViTForImageClassification(t.ViTConfig(**sizes)).save_pretrained(tmp_path / "whole")
+    once, _ = provenn.prune(tmp_path / "whole", tmp_path / "once", method="dimap", ratio=0.5)
+    model = t.ViTForImageClassification.from_pretrained(once)
+    torch.manual_seed(0)
+    for name in zeros_of(once):
+        torch.nn.init.normal_(model.get_parameter(name))
+    model.save_pretrained(once)  # tuned by what knows of no masks
+    _, summary = provenn.prune(once, tmp_path / "twice", method="dimap", ratio=0.5)
+    assert all(2 * kept == of for kept, of in summary.groups().values())
+
+
 def test_links_are_followed_to_the_masks_and_never_written_through(sparse, tmp_path):
     (tmp_path / "link.safetensors").symlink_to(sparse / "weights.safetensors")
     folder, _ = provenn.prune(tmp_path / "link.safetensors", tmp_path / "twice", method="dimap", ratio=0.1)
