@@ -163,11 +163,25 @@ def test_methods_are_read_without_torch_and_resolve():
         (["RUN", "--ratio", "0.3", "--set", 'modules={"ffn":"*.ffn"}'], "no layer of this Enlarged matches ffn: *.ffn"),
         (["RUN", "--ratio", "0.3", "--packed", "coo"], "packed must be one of mask, csr, got 'coo'"),
         (["RUN", "--ratio", "0.3", "--preset", "swin_t"], "holds weights of swin_digits, not of swin_t"),
-        (["RUN/run.json", "--ratio", "0.3"], "run.json"),
+        (["RUN", "--ratio", "abc"], "at least 0 and below 1, the share that goes, got 'abc'"),
+        (["RUN", "--ratio", "0.3", "--set", "seed=abc"], "seed: Input should be a valid integer"),
+        (["RUN", "--ratio", "0.3", "--set", "seed=1.5"], "seed: Input should be a valid integer"),
+        (["RUN", "--ratio", "0.3", "--set", "modules=5"], "modules: Input should be a valid"),
+        (["RUN", "--ratio", "0.3", "--set", "modules=[1]"], "modules: Input should be a valid"),
+        (["RUN", "--ratio", "0.3", "--set", 'modules={"mlp":5}'], "modules: Input should be a valid string"),
+        (["RUN", "--ratio", "0.3", "--set", "modules={}"], "modules is empty: give a value, or leave it out"),
+        (["RUN/run.json", "--ratio", "0.3"], "run.json: it is no torch checkpoint, or damaged"),
+        (["image.png", "--ratio", "0.3"], "image.png: it is no torch checkpoint, or damaged"),
+        (["nothing.d", "--ratio", "0.3"], "nothing.d holds no weights.safetensors and no config.json"),
+        (["masks.safetensors", "--ratio", "0.3"], "is a part of a pruned model: give its folder, or the weights in it"),
         (["RUN", "--ratio", "0.3", "--method", "dimapp"], "is called 'dimapp', did you mean 'dimap'?"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_line_and_leaves_nothing(words, says, run, tmp_path, capsys):
+def test_bad_input_is_one_line_and_leaves_nothing(words, says, run, sparse, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(sparse / "kept.png", "image.png")
+    shutil.copy(sparse / "masks.safetensors", ".")
+    (tmp_path / "nothing.d").mkdir()
     words = [word.replace("RUN", str(run)) for word in words]
     words += [] if "--method" in words else ["--method", "dimap"]
     out = tmp_path / "out"
@@ -182,6 +196,39 @@ def test_a_folder_that_is_not_empty_is_left_as_it_is(run, tmp_path, capsys):
     assert main(["prune", str(run), "--method", "dimap", "--ratio", "0.3", "-o", str(tmp_path)]) == 2
     assert "is not empty; name a new folder" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_folder_inside_the_models_own_and_a_file_in_its_place(sparse, tmp_path, capsys):
+    whole = shutil.copytree(sparse, tmp_path / "whole")
+    before = {file.name: file.read_bytes() for file in whole.iterdir()}
+    assert main(["prune", str(whole), "--method", "dimap", "--ratio", "0.5", "-o", str(whole / "more")]) == 0
+    assert {file.name: file.read_bytes() for file in whole.iterdir() if file.is_file()} == before
+    assert main(["prune", str(whole), "--method", "dimap", "--ratio", "0.5", "-o", str(whole / "kept.png")]) == 2
+    assert "kept.png is a file; name a new folder" in capsys.readouterr().err
+    assert (whole / "kept.png").read_bytes() == before["kept.png"]
+
+
+def test_a_ratio_of_zero_keeps_all_and_options_reach_the_method(run, tmp_path):
+    folder, summary = provenn.prune(run, tmp_path / "all", method="dimap", ratio=0)
+    assert summary.kept == summary.parameters and not any(removed.any() for removed in zeros_of(folder).values())
+    kinds = {}
+    for seed in (0, 1):
+        options = {"metric": "random", "seed": seed, "modules": {"first": "*.mlp.0"}}
+        folder, _ = provenn.prune(run, tmp_path / str(seed), method="dimap", ratio={"first": 0.5}, overrides=options)
+        kinds[seed] = zeros_of(folder)
+        report = json.loads((folder / "pruning.json").read_text())
+        assert (report["ratio"], report["options"]) == ({"first": 0.5}, options)
+    assert kinds[0].keys() == kinds[1].keys() and all(".mlp.0" in name for name in kinds[0])
+    assert all(not torch.equal(removed, kinds[1][name]) for name, removed in kinds[0].items())
+
+
+def test_a_second_pruning_of_other_layers_lists_all_along_the_model(run, tmp_path):
+    once, _ = provenn.prune(run, tmp_path / "once", method="dimap", ratio=0.5, overrides={"modules": {"a": "*.qkv"}})
+    options = {"modules": {"b": "*.mlp.0"}}
+    twice, summary = provenn.prune(once, tmp_path / "twice", method="dimap", ratio=0.5, overrides=options)
+    names = [layer.name for layer in summary.layers]
+    assert [name.split(".")[-2] for name in names] == ["qkv", "0"] * 3
+    assert names == [layer["name"] for layer in json.loads((twice / "pruning.json").read_text())["layers"]]
 
 
 @pytest.mark.parametrize("options", [{}, {"metric": "random", "grouping": "layer"}, {"metric": "magnitude"}])
@@ -208,6 +255,20 @@ def test_a_second_pruning_of_a_folder_of_transformers_keeps_the_zeros(tmp_path):
     second, state = zeros_of(twice), t.ViTForImageClassification.from_pretrained(twice).state_dict()
     for name, removed in zeros_of(once).items():
         assert not (removed & ~second[name]).any() and not state[name][removed].any()
+
+
+def test_weights_that_grew_back_go_before_a_second_pruning_counts(tmp_path):
+    t = pytest.importorskip("transformers")
+    sizes = {"image_size": 16, "patch_size": 4, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    t.ViTForImageClassification(t.ViTConfig(**sizes)).save_pretrained(tmp_path / "whole")
+    once, _ = provenn.prune(tmp_path / "whole", tmp_path / "once", method="dimap", ratio=0.5)
+    model = t.ViTForImageClassification.from_pretrained(once)
+    torch.manual_seed(0)
+    for name in zeros_of(once):
+        torch.nn.init.normal_(model.get_parameter(name))
+    model.save_pretrained(once)  # tuned by what knows of no masks
+    _, summary = provenn.prune(once, tmp_path / "twice", method="dimap", ratio=0.5)
+    assert all(2 * kept == of for kept, of in summary.groups().values())
 
 
 def test_links_are_followed_to_the_masks_and_never_written_through(sparse, tmp_path):

@@ -140,6 +140,11 @@ def test_masks_of_another_model_are_refused():
         Masks({"0.weight": torch.ones(8, 6)}).apply(network())
 
 
+def test_masks_count_what_they_remove():
+    masks = Masks({"a": torch.tensor([True, False, True, True]), "b": torch.tensor([[False], [False]])})
+    assert (masks.removed, masks.prunable) == (3, 6)
+
+
 def test_frozen_parameters_are_held_now_and_when_they_are_trained_again():
     model = network()
     masks = half(model)

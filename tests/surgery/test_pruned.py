@@ -76,9 +76,40 @@ def test_counts_of_weights_and_multiply_adds():
     assert summary.macs_kept == 16 * kept["0.weight"] + 6 * kept["2.weight"] + 120
     assert summary.groups() == {"first": (kept["0.weight"], 162), "second": (kept["2.weight"], 80)}
     assert summary.dense == ("4",) and not any(module._forward_hooks for module in model.modules())
+    report = summary.json()
+    assert report["parameters"]["removed share"] == pytest.approx(1 - summary.kept / total)
+    assert report["multiply_adds"]["removed share"] == pytest.approx(1 - summary.macs_kept / summary.macs)
     lines = pruned.draw(summary).axes[0].lines
     assert [line.get_label() for line in lines] == ["first", "second"]
     assert [line.get_ydata()[0] for line in lines] == pytest.approx([kept["0.weight"] / 162, kept["2.weight"] / 80])
+
+
+def test_layers_are_listed_and_drawn_along_the_model_whatever_the_order_of_the_masks():
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+    kept = {f"{i}.weight": torch.arange(16).view(4, 4) < 3 * i + 2 for i in (3, 0, 2, 1)}
+    summary = pruned.summarise(model, Masks(kept, {f"{i}.weight": "even" if i % 2 == 0 else "odd" for i in range(4)}))
+    assert [(layer.name, layer.kept) for layer in summary.layers] == [(f"{i}.weight", 3 * i + 2) for i in range(4)]
+    assert summary.groups() == {"even": (10, 32), "odd": (16, 32)}
+    even, odd = pruned.draw(summary).axes[0].lines
+    assert even.get_xydata().tolist() == [[0, 2 / 16], [2, 8 / 16]]
+    assert odd.get_xydata().tolist() == [[1, 5 / 16], [3, 11 / 16]]
+
+
+def test_a_layer_that_is_called_twice_costs_twice_and_a_kept_zero_costs_all_the_same():
+    layer = nn.Linear(3, 3, bias=False)
+    with torch.no_grad():
+        layer.weight.zero_()
+    model = nn.Sequential(layer, layer)
+    masks = Masks({"0.weight": torch.arange(9).view(3, 3) < 5})
+    summary = pruned.summarise(model, masks, lambda: model(torch.zeros(1, 3)))
+    assert (summary.macs, summary.macs_kept, summary.layers[0].kept) == (18, 10, 5)
+
+
+@pytest.mark.parametrize("form", pruned.FORMS)
+def test_nine_bits_take_two_bytes(form):
+    layer, masks = nn.Linear(3, 3, bias=False), Masks({"weight": torch.arange(9).view(3, 3) < 5})
+    packed = pruned.pack(layer, masks, form)
+    assert pruned.summarise(layer, masks).sizes[form] == sum(tensor.nbytes for tensor in packed.values())
 
 
 def test_masks_come_back_from_their_file(tmp_path):
@@ -87,6 +118,7 @@ def test_masks_come_back_from_their_file(tmp_path):
     again = pruned.load_masks(tmp_path / "masks.safetensors")
     assert again.groups == masks.groups and again.kept.keys() == masks.kept.keys()
     assert all(torch.equal(mask, again.kept[name]) for name, mask in masks.kept.items())
+    assert {mask.dtype for mask in again.kept.values()} == {torch.bool}
     assert (tmp_path / "masks.safetensors").stat().st_size < 600
 
 

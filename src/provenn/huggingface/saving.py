@@ -78,7 +78,7 @@ def load_model(name: str | Path, *, rebuild: Callable[[Host], object] | None = N
     try:
         values, _ = PreTrainedConfig.get_config_dict(str(name), **where)
         if not values:
-            raise OSError("it has no config.json")
+            raise OSError("it has no config.json, or an empty one")
         config_file = cached_file(str(name), "config.json", **where)
     except Exception as error:  # of a damaged folder, any of a dozen classes of several packages
         raise UserError(f"{name} cannot be loaded as a model: {first_line(error)}") from None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from provenn import catalog
 from provenn.core.errors import UserError
 from provenn.core.names import listed, meant
-from provenn.core.settings import arguments_of
+from provenn.core.settings import arguments_of, typed
 from provenn.inference.paper import Paper, paper
 from provenn.inference.presets import presets_by_name
 
@@ -91,11 +91,14 @@ def prune(
     folder, options = Path(out), overrides or {}
     card, facts = way
     function = card.resolve(facts.masks)
-    taken = [name for name in arguments_of(function) if name not in ("model", "ratio")]
+    taken = arguments_of(function, but=("model", "ratio"))
     if unknown := [name for name in options if name not in taken]:
         raise UserError(f"{method} takes no option {unknown[0]!r}{meant(unknown[0], taken)}; it takes: {listed(taken)}")
+    options = {name: _option(name, value, taken[name]) for name, value in options.items()}
     if packed is not None and packed not in pruned.FORMS[1:]:
         raise UserError(f"packed must be one of {', '.join(pruned.FORMS[1:])}, got {packed!r}")
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; name a new folder for the pruned model")
     if (folder.exists() or folder.is_symlink()) and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not empty; name a new folder for the pruned model")
     given = _read(model, preset, {"method": method, "ratio": ratio, **options})
@@ -137,6 +140,12 @@ def prune(
         for file in sorted(whole.iterdir(), key=lambda file: file.suffix == ".safetensors"):
             shutil.move(file, folder / file.name)
     return folder, summary
+
+
+def _option(name: str, value: Any, hint: Any) -> Any:
+    if value in ({}, []):
+        raise UserError(f"{name} is empty: give a value, or leave it out")
+    return typed(name, value, hint)
 
 
 def masks_of(path: str | Path, label: "Label") -> "Masks | None":
@@ -195,6 +204,7 @@ def _read(model: str | Path, preset: str | None, how: dict[str, Any]) -> _Given:
 
 
 def _of_file(path: Path, preset: str | None, how: dict[str, Any]) -> _Given:
+    from provenn.surgery import pruned
     from provenn.training import weights
 
     if path.is_dir() and not (path / weights.FILE).exists():
@@ -208,7 +218,10 @@ def _of_file(path: Path, preset: str | None, how: dict[str, Any]) -> _Given:
         if earlier is not None:
             how = {**how, "before": label.trained_on[PRUNED]}
         return replace(_ours(network, label, str(path), how), earlier=earlier)
+    if path.name in (MASKS, *(f"{form}.safetensors" for form in pruned.FORMS[1:])):
+        raise UserError(f"{path} is a part of a pruned model: give its folder, or the weights in it")
     if preset is None:
+        weights.read(path)  # what holds no weights says so
         raise UserError(
             f"{path} names no preset: say with --preset whose weights these are, such as --preset {_some()}"
         )

@@ -97,8 +97,9 @@ def summarise(model: nn.Module, masks: Masks, example: Callable[[], object] | No
     """
     pairs = masks.of(model)
     layers = tuple(
-        LayerKept(name, masks.groups.get(name, ""), int(mask.count_nonzero()), mask.numel())
-        for name, (_, mask) in pairs.items()
+        LayerKept(name, masks.groups.get(name, ""), int(pairs[name][1].count_nonzero()), pairs[name][1].numel())
+        for name, _ in model.named_parameters(remove_duplicate=False)
+        if name in pairs
     )
     dense = kept = None
     if example is not None:
