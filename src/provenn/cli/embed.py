@@ -30,7 +30,7 @@ def embed(
 
     \b
     provenn embed runs/search photos/ -o photos.npz
-    provenn predict runs/search query.jpg --store photos.npz -o found.csv
+    provenn embed model.safetensors photos/ -o photos.parquet
     """
     import provenn
     from provenn.cli import console
