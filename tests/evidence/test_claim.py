@@ -112,6 +112,10 @@ def test_a_printed_figure_never_stands_beside_a_verdict_as_if_it_had_been_tried(
     assert str(judge("quality", "", small, figure="84.4 %")) == "contradicted; 84.4 % not tried"
     mixed_kinds = [Outcome("exact", Verdict.VERIFIED, True), Outcome("cost", Verdict.SUPPORTED)]
     assert str(judge("use", "", mixed_kinds, figure="96 GPUs")) == "supported in direction; 96 GPUs not tried"
+    one_at_paper = [Outcome("cost", Verdict.SUPPORTED, True), Outcome("cost", Verdict.SUPPORTED)]
+    assert str(judge("cost", "", one_at_paper, figure="7x")) == "supported"
+    small_identity = [Outcome("exact", Verdict.CONTRADICTED, False)]
+    assert str(judge("cost", "", small_identity, figure="9 %")) == "contradicted; 9 % not tried"
     tried = [outcome._replace(at_paper_setting=True, missed_figure="7 published, ×3.3 here") for outcome in supported]
     assert str(judge("cost", "", tried, figure="7x")) == "supported in direction; 7 published, ×3.3 here"
     met = quality(Verdict.REPRODUCED, at_paper=True)

@@ -93,7 +93,8 @@ def judge(kind: str, needs: str, outcomes: Sequence[Outcome], *, figure: str = "
     verdict = _verdict(measured, absent, agreed, contradicted)
     missed = [outcome.missed_figure for outcome in measured if outcome.missed_figure]
     # An identity beside a small measurement tries no figure that the abstract prints.
-    tried = all(outcome.at_paper_setting or outcome.kind == "exact" for outcome in measured)
+    inexact = [outcome for outcome in measured if outcome.kind != "exact"]
+    tried = any(outcome.at_paper_setting for outcome in inexact or measured)
     note = "; ".join(missed) if missed else "" if tried else f"{figure} not tried"
     settled = verdict in (ClaimVerdict.VERIFIED, ClaimVerdict.REPRODUCED)
     return Judgement(verdict, agreed, len(measured), figure=note if figure and not settled else "")
