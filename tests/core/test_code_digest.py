@@ -1,9 +1,11 @@
 """What decides a value changes its digest, three calls away too; how it is written and where it stands does not."""
 
+import ast
 import importlib
 import linecache
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from torch import nn
 import provenn
 from provenn.core import progress
 from provenn.core.digest import Unfollowable, digest, looks_up
+from provenn.core.syntax import _dumped, _Transformer, node_of
 from provenn.evidence.experiment import measuring_functions
 from provenn.tasks import get_task
 from provenn.training import fit
@@ -405,3 +408,51 @@ def test_a_method_that_only_wraps_a_base_s_does_not_count():
     assert "step" in vars(Small)
     assert (digest(Small, packages=(__name__,)), digest(Own, packages=(__name__,))) == before
     assert before[0] != before[1]
+
+
+def test_a_lambda_that_a_lambda_returns_is_found_by_its_source():
+    def counter(build):
+        return lambda side: lambda: build(side)
+
+    assert [node_of(function) is not None for function in (counter(abs), counter(abs)(1))] == [True, True]
+
+
+KERNELS = """
+def outer(x):
+    if triton is None:
+        return x
+    return kernel[triton.cdiv(x, 2)](x, tl.float32)
+"""
+
+
+def test_digests_are_those_of_a_machine_without_a_compiler_of_kernels(sample, monkeypatch):
+    """A record of a GPU counts as one of the code that stands, where the digests that ship come from a CPU."""
+    without = sample("triton = None\n" + KERNELS, names=("outer",))
+    compiler, language = types.ModuleType("triton"), types.ModuleType("triton.language")
+    compiler.jit = type(
+        "JIT", (), {"__module__": "triton.runtime", "__init__": lambda self, fn: setattr(self, "fn", fn)}
+    )
+    compiler.language = language
+    monkeypatch.setitem(sys.modules, "triton", compiler)
+    monkeypatch.setitem(sys.modules, "triton.language", language)
+    kernel = "import triton\nimport triton.language as tl\n@triton.jit\ndef kernel(x, kind):\n    pass\n"
+    assert sample(kernel + KERNELS, names=("outer",)) == without
+    assert sample("triton = None\n" + KERNELS.replace("2", "3"), names=("outer",)) != without
+
+
+def test_fields_that_later_pythons_add_to_a_tree_do_not_count():
+    class Later(ast.FunctionDef):
+        _fields = (*ast.FunctionDef._fields, "type_params")
+
+    node = ast.parse("def f(x): return x").body[0]
+    later = Later(**{name: getattr(node, name) for name in ast.FunctionDef._fields}, type_params=[])
+    assert _dumped(later) == _dumped(node).replace("FunctionDef", "Later", 1)
+
+
+def test_the_empty_string_after_a_nested_field_does_not_count():
+    """Python 3.12 has one in f"{x:0{n}}", and 3.11 has none."""
+    node = ast.parse("lambda x, n: f'{x:0{n}}'", mode="eval").body
+    field = node.body.values[0].format_spec
+    before = _Transformer({"x": None, "n": None}).of(node).text
+    field.values.append(ast.Constant(""))
+    assert _Transformer({"x": None, "n": None}).of(node).text == before

@@ -41,7 +41,7 @@ INERT = (
 UNREAD = {
     *("__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__annotations__", "__annotate_func__"),
     *("__firstlineno__", "__static_attributes__", "__dataclass_params__", "__dataclass_fields__", "__match_args__"),
-    *("__abstractmethods__", "_abc_impl", "__parameters__", "__orig_bases__", "__hash__", "__slots__"),
+    *("__abstractmethods__", "_abc_impl", "__parameters__", "__orig_bases__", "__hash__", "__slots__", "__replace__"),
     *("_is_protocol", "_is_runtime_protocol", "__protocol_attrs__", "__non_callable_proto_members__"),
 }
 PLAIN = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), range, slice)
@@ -53,6 +53,10 @@ BY_NAME = (
     "threading.Event",
     "_contextvars.ContextVar",
 )
+MOVED = {  # what later Pythons call a thing, and what 3.11 called it
+    "collections._tuplegetter": "_collections._tuplegetter",
+    "typing._proto_hook": "typing.Protocol.__init_subclass__.<locals>._proto_hook",
+}
 # Whose versions say what their code is.
 LIBRARIES = {"torch", "numpy", "scipy", "sklearn", "skimage", "transformers", "lightning", "kornia", "onnxruntime"}
 
@@ -247,7 +251,7 @@ class _Walk:
             self.add(value, f"{path}[{key!r}]")
 
     def object(self, thing: Any, path: str) -> None:
-        name = f"{type(thing).__module__}.{type(thing).__qualname__}"
+        name = _named(type(thing))
         if hasattr(type(thing), "__digest__"):
             return self.each("object", thing.__digest__(), path)
         if isinstance(thing, partial):
@@ -312,7 +316,8 @@ def _unwrapped(thing: Any) -> Any:
 
 
 def _named(thing: Any) -> str:
-    return f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', getattr(thing, '__name__', ''))}"
+    name = f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', getattr(thing, '__name__', ''))}"
+    return MOVED.get(name, name)
 
 
 def _is_made(value: Any) -> bool:

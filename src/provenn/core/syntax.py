@@ -20,7 +20,8 @@ WHERE = (
     "__package__",
     "__spec__",
 )  # of a module: where it lives, what it is called
-PROLOGUE = ("RESUME", "COPY_FREE_VARS", "MAKE_CELL", "RETURN_GENERATOR", "POP_TOP")
+COMPILER = "triton"  # of kernels for GPUs: digests are those of a machine that has none, where kernels do not count
+PLACELESS = ("RESUME", "COPY_FREE_VARS", "MAKE_CELL", "RETURN_GENERATOR", "RETURN_VALUE", "RETURN_CONST", "POP_TOP")
 
 
 @cache
@@ -35,7 +36,7 @@ def node_of(function: types.FunctionType) -> ast.AST | None:
     lines = linecache.getlines(code.co_filename, function.__globals__)
     nodes = _functions_of("".join(lines)).get((code.co_firstlineno, code.co_name), [])
     if len(nodes) > 1:  # several lambdas on a line: the one whose body spans the instructions most closely
-        steps = (step for step in dis.get_instructions(code) if step.opname not in PROLOGUE and step.positions)
+        steps = (step for step in dis.get_instructions(code) if step.opname not in PLACELESS and step.positions)
         spots = [(s.positions.lineno, s.positions.col_offset) for s in steps if s.positions and s.positions.lineno]
         nodes = [node for node in nodes if all(_spans(node.body, spot) for spot in spots)]
         nodes.sort(key=lambda node: (node.end_lineno - node.lineno, node.end_col_offset - node.col_offset))
@@ -140,12 +141,15 @@ class _Names:
             return self.imported[name]
         if name in self.closed:
             return self.closed[name]
-        return _MISSING if name in self.mentions.bound else self.globals.get(name, _MISSING)
+        value = _MISSING if name in self.mentions.bound else self.globals.get(name, _MISSING)
+        return _MISSING if type(value).__module__.partition(".")[0] == COMPILER else value
 
     def of_name(self, name: str) -> _Meaning | None:
         value = self.outside(name)
         if value is _MISSING:
             return None
+        if isinstance(value, types.ModuleType) and value.__name__.partition(".")[0] == COMPILER:
+            return _Meaning(name=name, value=None) if name == COMPILER else None
         if name in WHERE:
             return _Meaning(name)
         if isinstance(value, _Library):
@@ -229,7 +233,7 @@ class _Transformer(ast.NodeTransformer):
         tree = self.visit(node)
         constants = (part.value for part in ast.walk(tree) if isinstance(part, ast.Constant))
         strings = frozenset(value for value in constants if isinstance(value, str))
-        return _Canonical(self.meanings, ast.dump(tree), self.reads, strings)
+        return _Canonical(self.meanings, _dumped(tree), self.reads, strings)
 
     def number(self, name: str) -> str:
         return self.numbers.setdefault(name, f"v{len(self.numbers)}")
@@ -296,11 +300,34 @@ class _Transformer(ast.NodeTransformer):
             node.exc.keywords = [keyword for keyword in node.exc.keywords if not _is_text(keyword.value)]
         return self.generic_visit(node)
 
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> Any:
+        node.values = [part for part in node.values if not (isinstance(part, ast.Constant) and part.value == "")]
+        return self.generic_visit(node)  # 3.12 has an empty string after a nested field
+
     def visit_Global(self, node: ast.Global) -> Any:
         return ast.Pass()
 
     def visit_Nonlocal(self, node: ast.Nonlocal) -> Any:
         return ast.Nonlocal([self.number(name) for name in node.names])
+
+
+def _dumped(part: Any) -> str:
+    """A tree as text, the same in every Python: `ast.dump` of 3.12 has a field more, and 3.13's no empty lists.
+
+    >>> _dumped(ast.parse("lambda x: f(x)", mode="eval").body.body)
+    "Call(func=Name(id='f', ctx=Load()), args=[Name(id='x', ctx=Load())], keywords=[])"
+    """
+    if isinstance(part, list):
+        return f"[{', '.join(map(_dumped, part))}]"
+    if not isinstance(part, ast.AST):
+        return repr(part)
+    fields = [(name, getattr(part, name)) for name in part._fields if hasattr(part, name) and name != "type_params"]
+    told = (
+        f"{name}={_dumped(value)}"
+        for name, value in fields
+        if value is not None or getattr(type(part), name, ...) is not None
+    )
+    return f"{type(part).__name__}({', '.join(told)})"
 
 
 class _Library:
