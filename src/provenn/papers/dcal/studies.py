@@ -27,6 +27,7 @@ from provenn.papers.dcal.rivals import (
     StalePartner,
 )
 from provenn.tasks import Task, TaskData, fingerprint, get_task
+from provenn.tasks.base import device_of
 from provenn.tasks.fine_grained import Regions, region_classes
 from provenn.tasks.image_classification import SOURCES, photo_patches
 from provenn.tasks.re_identification import SPLITS, Groups, Pictures
@@ -319,7 +320,8 @@ def gap(model: nn.Module, data: TaskData) -> float:
 
 def _parts_of_objects(model: Any, data: TaskData) -> tuple[Tensor, Tensor]:
     """Of each test image the share of the rollout over patches in each quarter of the object, and off it."""
-    rows = [model.streams(images, show=True).row for images, _ in DataLoader(data.test, batch_size=256)]
+    here = device_of(model)
+    rows = [model.streams(x.to(here), show=True).row.cpu() for x, _ in DataLoader(data.test, batch_size=256)]
     shares = torch.cat(rows).unflatten(1, (8, 8))
     shares = shares / shares.sum((1, 2), keepdim=True)
     half = OBJECT // PATCH // 2

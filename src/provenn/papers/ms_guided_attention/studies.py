@@ -19,6 +19,7 @@ from provenn.papers.ms_guided_attention.task import Slices, Subjects, VolumeSegm
 from provenn.papers.ms_guided_attention.task.brains import SIDE, draw_subjects
 from provenn.papers.ms_guided_attention.task.subjects import Labelled
 from provenn.tasks import TaskData, fingerprint
+from provenn.tasks.base import device_of
 
 COUNTS = {"train": 16, "val": 4, "test": 64}  # subjects
 SHORT = {"train": 2, "val": 1, "test": 2}
@@ -112,7 +113,8 @@ def lost_by_prediction(model: nn.Module, data: TaskData) -> float:
     if not isinstance(model, (GuidedAttentionNet, UNet)):
         return float("nan")
     seen, judged = (Subjects(part.subjects[:LOOKED_AT], data.meta) for part in (train, test))
-    levels = model.encoded(torch.cat([seen[one][0][::4] for one in range(min(2, len(seen)))]))
+    slices = torch.cat([seen[one][0][::4] for one in range(min(2, len(seen)))])
+    levels = model.encoded(slices.to(device_of(model)))
     predicted = range(model.skips if isinstance(model, UNet) else 3)
     fits = [_linear(levels[level + 1], levels[level]) for level in predicted]
     soft = np.mean([_soft(model, fits, *(part[::EVERY] for part in judged[index])) for index in range(len(judged))], 0)
@@ -125,11 +127,11 @@ def _soft(model: Any, fits: list[Tensor], images: Tensor, masks: Tensor) -> list
     What the network makes of a slice before its maps are replaced is the same for all, and computed once.
     """
     likely: list[list[Tensor]] = [[] for _ in range(1 + len(fits))]
-    for part in images.split(8):
+    for part in images.to(device_of(model)).split(8):
         levels = model.encoded(part)
         ways = [levels, *(_predicted(levels, level, weights) for level, weights in enumerate(fits))]
         for found, maps in zip(likely, ways, strict=True):
-            found.append(model.decoded(maps, part.shape[2:]).softmax(1).detach())
+            found.append(model.decoded(maps, part.shape[2:]).softmax(1).detach().cpu())
     true = F.one_hot(masks.long(), likely[0][0].shape[1]).permute(0, 3, 1, 2)[:, 1:]
     values = []
     for found in likely:
@@ -145,14 +147,14 @@ def _linear(coarse: Tensor, fine: Tensor) -> Tensor:
     chosen = torch.linspace(0, len(x) - 1, min(len(x), 20_000)).long()
     x, y = x[chosen].double(), y[chosen].double()
     square = x.T @ x
-    ridge = RIDGE * square.diagonal().mean() * torch.eye(len(square), dtype=square.dtype)
+    ridge = RIDGE * square.diagonal().mean() * torch.eye(len(square), dtype=square.dtype, device=square.device)
     return torch.linalg.solve(square + ridge, x.T @ y).float()
 
 
 def _pairs(coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
     enlarged = F.interpolate(coarse, fine.shape[2:], mode="bilinear")
     x = enlarged.permute(0, 2, 3, 1).flatten(0, 2)
-    return torch.cat([x, torch.ones(len(x), 1)], 1), fine.permute(0, 2, 3, 1).flatten(0, 2)
+    return torch.cat([x, x.new_ones(len(x), 1)], 1), fine.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def _predicted(levels: list[Tensor], level: int, weights: Tensor) -> list[Tensor]:
@@ -183,8 +185,8 @@ def on_own_class(model: nn.Module, data: TaskData) -> float:
             images, masks = test[index]
             middle = len(images) // 2
             seen.clear()
-            model(images[middle : middle + 1])
-            weights = layer.attention.weights(seen[0])[0]
+            model(images[middle : middle + 1].to(device_of(model)))
+            weights = layer.attention.weights(seen[0])[0].cpu()
             stride = model.trunk.strides[0]
             labels = masks[middle, ::stride, ::stride].flatten().long()
             same = (labels[:, None] == labels[None]).float()
@@ -298,7 +300,7 @@ def twin_confusion(model: nn.Module, data: TaskData) -> float:
     wrong = found = 0
     for index in range(len(test)):
         images, masks = test[index]
-        predicted = torch.cat([model(part).argmax(1) for part in images.split(8)])
+        predicted = torch.cat([model(part).argmax(1).cpu() for part in images.to(device_of(model)).split(8)])
         both = (masks > 0) & (masks != IGNORED) & (predicted > 0)
         found += int(both.sum())
         wrong += int((both & (predicted != masks)).sum())

@@ -18,6 +18,7 @@ from provenn.papers.pressure_ulcer.task.photos import GEOMETRIC, NONE, Policy, W
 from provenn.papers.pressure_ulcer.task.sources import composed, drawn
 from provenn.papers.pressure_ulcer.transfer import transfer
 from provenn.tasks import Task, TaskData, count_examples
+from provenn.tasks.base import device_of
 from provenn.training import Fit, Hardware, Recipe, fit
 
 SIDE, EACH = 64, 192
@@ -303,10 +304,10 @@ def gate_ratio(model: nn.Module, data: TaskData) -> float | None:
     for index in range(count_examples(data.test)):
         image, mask = data.test[index]
         with torch.no_grad():
-            maps = model.attention_maps(image[None])
+            maps = model.attention_maps(image[None].to(device_of(model)))
         if not maps:
             return None
-        alpha, wound = maps[-1][0, 0], mask > 0
+        alpha, wound = maps[-1][0, 0].cpu(), mask > 0
         inside, outside = inside + float(alpha[wound].sum()), outside + float(alpha[~wound].sum())
         pixels = [pixels[0] + int(wound.sum()), pixels[1] + int((~wound).sum())]
     return (inside / max(1, pixels[0])) / max(1e-9, outside / max(1, pixels[1]))

@@ -16,6 +16,7 @@ from provenn.papers.rbi.model import RBI, RelationLayer, View
 from provenn.papers.rbi.task import BatchRecognition, Mixing, mixes, sweep
 from provenn.papers.rbi.task.hosts import MixedNetwork, PerImage, Smoothing
 from provenn.tasks import TaskData, fingerprint
+from provenn.tasks.base import device_of
 from provenn.tasks.fine_grained import Regions
 from provenn.training import Recipe
 
@@ -157,7 +158,7 @@ def gate(model: nn.Module, data: TaskData) -> float:
     if relation is None or relation.attend.gate is None:
         return 1.0
     system: Any = model
-    values = [float(g) for images in _batches(data.test) for g in system.view(images).related.gate]
+    values = [float(g) for images in _batches(data.test) for g in system.view(images.to(device_of(model))).related.gate]
     return float(np.mean(values))
 
 
@@ -182,7 +183,7 @@ def company(model: nn.Module, data: TaskData) -> float:
         for holds in (True, False):
             mates = rng.permutation(inside)[:MATES] if holds else inside[:0]
             places = torch.from_numpy(np.concatenate([[index], mates, others[: OTHERS - len(mates)]]))
-            logits = system.decide(system.features[places], pictures[places], "batch")
+            logits = system.decide(system.features[places], pictures[places].to(system.device), "batch")
             right[holds].append(int(logits[0].argmax()) == labels[index])
     return float(np.mean(right[True]) - np.mean(right[False]))
 
@@ -197,7 +198,7 @@ def same_class(model: nn.Module, data: TaskData) -> float:
     scores, alike = [], []
     for images, labels in _batches(data.test, labelled=True):
         upper = torch.triu_indices(len(labels), len(labels), offset=1)
-        scores.append(relation.encode(images)[upper[0], upper[1]])
+        scores.append(relation.encode(images.to(device_of(model))).cpu()[upper[0], upper[1]])
         alike.append(labels[upper[0]] == labels[upper[1]])
     return float(stats.spearmanr(torch.cat(scores).numpy(), torch.cat(alike).double().numpy()).statistic)
 
