@@ -12,6 +12,11 @@ once this package has been imported, and how quality is measured on the way.
 Any token mixer can also replace an attention, in any model of Hugging Face:
 
     swap(model, "model.layers.*.self_attn", as_attention("rat", chunk=16), example={"input_ids": tokens})
+
+Folders of Llama, Qwen2, LLaVA and Qwen2-VL become models of `provenn.nn`, whose layers a mechanism can reach into:
+
+    model = from_huggingface("llava-1.5-7b-hf/")
+    to_huggingface(model, "tuned/")
 """
 
 from provenn.core.errors import UserError
@@ -34,6 +39,7 @@ from provenn.huggingface.conversion import (
     revert,
     window_note,
 )
+from provenn.huggingface.decoders import LayerFeatures, PackedPatches, from_huggingface, to_huggingface
 from provenn.huggingface.families import FAMILIES, Attention, Family, attentions, family_of
 from provenn.huggingface.loading import Source, load, quiet
 from provenn.huggingface.mixers import MixerAttention, as_attention
@@ -66,8 +72,10 @@ __all__ = [
     "Companion",
     "Conversion",
     "Family",
+    "LayerFeatures",
     "Material",
     "MixerAttention",
+    "PackedPatches",
     "Pictures",
     "Recovery",
     "Sentences",
@@ -86,6 +94,7 @@ __all__ = [
     "conversion_of",
     "convert",
     "family_of",
+    "from_huggingface",
     "learn",
     "load",
     "load_model",
@@ -94,6 +103,7 @@ __all__ = [
     "quiet",
     "recover",
     "revert",
+    "to_huggingface",
     "train_alone",
     "tune",
     "window_note",

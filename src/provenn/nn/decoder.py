@@ -354,7 +354,8 @@ class Decoder(nn.Module):
         )
         self.norm = nn.RMSNorm(dim, eps=eps)
         self.head = None if tied else nn.Linear(dim, vocab, bias=False)
-        self.head_dim: int = self.blocks[0].attention.head_dim
+        first: Any = self.blocks[0]  # torch types what a list holds, as above
+        self.head_dim: int = first.attention.head_dim
         if rotary.sections is not None and 2 * sum(rotary.sections) != self.head_dim:
             raise ValueError(f"sections must sum to half a head's width, {self.head_dim // 2}, got {rotary.sections}")
         self.apply(_initialise)
@@ -408,8 +409,8 @@ class Decoder(nn.Module):
             positions = positions.expand(x.shape[:2])
             if state is not None:
                 positions = positions + state.next_positions[:, None]
-        after = None if state is None else _next_positions(positions, mask)
-        if order is not None:
+        after = _next_positions(positions, mask)
+        if order is not None and mask is not None:
             x, mask, images = pack(x, order), pack(mask, order), None if images is None else pack(images, order)
             axes = positions.reshape(-1, *order.shape).unbind()
             positions = torch.stack([pack(axis, order) for axis in axes]).reshape(positions.shape)
