@@ -26,7 +26,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from provenn.core.errors import UserError
-from provenn.huggingface.decoders import LAYOUTS, LayerFeatures, from_config, from_huggingface, to_huggingface
+from provenn.huggingface.decoders import LAYOUTS, LayerFeatures, from_config, from_huggingface, save_huggingface
 from provenn.nn.decoder import Decoder, RotaryPositions, Stretch
 from provenn.nn.language import init_narrow
 from provenn.nn.vision_language import MLPProjector, VisionLanguageModel
@@ -168,7 +168,7 @@ def test_what_is_saved_is_read_by_transformers(case, tmp_path):
         for parameter in case.ours.parameters():
             parameter.mul_(1.1)
     expected = case.our_logits()
-    to_huggingface(case.ours, tmp_path)
+    save_huggingface(case.ours, tmp_path)
     again, found = type(case.theirs).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(found.values()) and again.config.get_text_config().eos_token_id == 2
     torch.testing.assert_close(
@@ -186,7 +186,7 @@ def test_what_is_saved_is_read_by_transformers(case, tmp_path):
 )
 def test_a_model_of_ours_is_read_by_transformers(options, kind, tmp_path):
     model = init_narrow(Decoder(**{"vocab": 50, "dim": 32, "layers": 2, "heads": 4, "kv_heads": 2, **options}))
-    to_huggingface(model, tmp_path)
+    save_huggingface(model, tmp_path)
     tokens = torch.randint(50, (2, 20))
     torch.testing.assert_close(kind.from_pretrained(tmp_path)(tokens).logits, model(tokens), **CLOSE)
     torch.testing.assert_close(from_huggingface(tmp_path)(tokens), model(tokens), rtol=0, atol=0)
@@ -195,7 +195,7 @@ def test_a_model_of_ours_is_read_by_transformers(options, kind, tmp_path):
 def test_a_model_of_ours_with_a_tower_of_transformers_is_read_by_it(tmp_path):
     tower = LayerFeatures(CLIPVisionModel(CLIPVisionConfig(**VISION)), layer=2)
     model = VisionLanguageModel(Decoder(64, 32, 2, 4, bias=True), tower, MLPProjector(24, 32), image_token=IMAGE)
-    to_huggingface(model.eval(), tmp_path)
+    save_huggingface(model.eval(), tmp_path)
     tokens, images = torch.tensor([[5, *[IMAGE] * 5, 6]]), torch.randn(1, 3, 16, 16)
     theirs = LlavaForConditionalGeneration.from_pretrained(tmp_path)
     torch.testing.assert_close(theirs(input_ids=tokens, pixel_values=images).logits, model(tokens, images), **CLOSE)
@@ -288,4 +288,4 @@ def test_models_that_transformers_lacks_are_refused(tmp_path):
         (Decoder(9, 8, 1, 2, rotary=RotaryPositions(sections=(1, 1, 0))), "no family of transformers has sections of "),
     ):
         with pytest.raises(UserError, match=rf"^{words}"):
-            to_huggingface(model, tmp_path)
+            save_huggingface(model, tmp_path)

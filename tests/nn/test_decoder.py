@@ -282,6 +282,8 @@ def test_a_text_that_is_too_long_or_empty_is_refused():
     with pytest.raises(UserError, match="9 tokens, more than the model's 8"):
         list(model.generate(texts(1, 6), 4))
     assert len(list(model.generate(texts(1, 6), 3))) == 3
+    with pytest.raises(UserError, match=r"^row 2 of the batch has no token to go on from: leave it out$"):
+        list(model.generate(texts(2, 3), 2, mask=torch.tensor([[True] * 3, [False] * 3])))
     with pytest.raises(ValueError, match="the reading kept no state"):
         next(model.continue_reading(model.read(model.embed(texts(1, 3))), 2))
 

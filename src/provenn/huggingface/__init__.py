@@ -16,7 +16,7 @@ Any token mixer can also replace an attention, in any model of Hugging Face:
 Folders of Llama, Qwen2, LLaVA and Qwen2-VL become models of `provenn.nn`, whose layers a mechanism can reach into:
 
     model = from_huggingface("llava-1.5-7b-hf/")
-    to_huggingface(model, "tuned/")
+    save_huggingface(model, "tuned/")
 """
 
 from provenn.core.errors import UserError
@@ -39,7 +39,7 @@ from provenn.huggingface.conversion import (
     revert,
     window_note,
 )
-from provenn.huggingface.decoders import LayerFeatures, PackedPatches, from_huggingface, to_huggingface
+from provenn.huggingface.decoders import LayerFeatures, PackedPatches, from_huggingface, save_huggingface
 from provenn.huggingface.families import FAMILIES, Attention, Family, attentions, family_of
 from provenn.huggingface.loading import Source, load, quiet
 from provenn.huggingface.mixers import MixerAttention, as_attention
@@ -103,7 +103,7 @@ __all__ = [
     "quiet",
     "recover",
     "revert",
-    "to_huggingface",
+    "save_huggingface",
     "train_alone",
     "tune",
     "window_note",

@@ -182,7 +182,7 @@ def from_huggingface(folder: str | Path) -> Model:
     return model.eval()
 
 
-def to_huggingface(model: Model, folder: str | Path) -> None:
+def save_huggingface(model: Model, folder: str | Path) -> None:
     """Write a model of ours as a folder that transformers reads.
 
     What the model does not know, such as the tokens that end a text, is as in the configuration that it was loaded

@@ -103,7 +103,7 @@ class Context(NamedTuple):
         mask: True where a token is no padding; None where none is.
         images: True where a token is one of an image; None where none is.
         seen: how many places the cache has filled before.
-        past: which of these places hold tokens and no padding; None where all do.
+        keys: which of these places, and then of the tokens, hold no padding; None where all do, or nothing is cached.
     """
 
     inputs: Float[Tensor, "batch tokens dim"]
@@ -111,17 +111,14 @@ class Context(NamedTuple):
     mask: Bool[Tensor, "batch tokens"] | None = None
     images: Bool[Tensor, "batch tokens"] | None = None
     seen: int = 0
-    past: Bool[Tensor, "batch past"] | None = None
+    keys: Bool[Tensor, "batch keys"] | None = None
 
     def visible(self, start: int, end: int) -> Bool[Tensor, "rows 1 queries keys"]:
         """Which keys, those of the cache first, each of the tokens from `start` up to `end` may attend to."""
-        device = self.inputs.device
-        keys = torch.arange(self.seen + end, device=device)
-        visible = (keys <= self.seen + torch.arange(start, end, device=device)[:, None])[None, None]
-        if self.past is None:
-            return visible
-        tokens = torch.ones(len(self.past), end, dtype=torch.bool, device=device)
-        return visible & torch.cat([self.past, tokens], dim=1)[:, None, None]
+        device, upto = self.inputs.device, self.seen + end
+        queries = self.seen + torch.arange(start, end, device=device)
+        visible = (torch.arange(upto, device=device) <= queries[:, None])[None, None]
+        return visible if self.keys is None else visible & self.keys[:, None, None, :upto]
 
 
 class DecoderAttention(nn.Module):
@@ -185,7 +182,7 @@ class DecoderAttention(nn.Module):
         groups = self.heads // k.shape[1]
         if q.shape[2] == 1:
             # One token sees all that came: the heads of a group are queries of one head, and no key is copied.
-            mask = None if context.past is None else context.visible(0, 1)
+            mask = None if context.keys is None else context.keys[:, None, None]
             return softmax_attention(q.unflatten(1, (-1, groups)).squeeze(3), k, v, mask=mask).flatten(1, 2)[:, :, None]
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
         if not context.seen:
@@ -415,14 +412,14 @@ class Decoder(nn.Module):
             axes = positions.reshape(-1, *order.shape).unbind()
             positions = torch.stack([pack(axis, order) for axis in axes]).reshape(positions.shape)
         angles = self.rotary.angles(positions, self.head_dim, x.dtype)
-        context = Context(x, angles, mask, images, seen, None if state is None else state.visible)
+        keys = None if state is None else _joined(state, mask, x)
+        context = Context(x, angles, mask, images, seen, keys)
         x, between, states = self._blocks(x, context, state, layers)
         if order is not None:
             between = [unpack(layer, order) for layer in between]
         hidden = self.norm(x if order is None else unpack(x, order))
         if state is not None:
-            visible = _joined(context)
-            state = DecoderState(tuple(states), seen + x.shape[1], visible, after)
+            state = DecoderState(tuple(states), seen + x.shape[1], keys, after)
         return Reading(hidden, tuple(between), context, order, state)
 
     def _blocks(
@@ -520,10 +517,14 @@ class Decoder(nn.Module):
 
         Raises:
             ValueError: a reading without a state, or a setting of the draw that is out of range.
+            UserError: a row of padding alone.
         """
-        state, hidden = reading.state, reading.last
+        state, hidden, mask = reading.state, reading.last, reading.context.mask
         if state is None:
             raise ValueError("the reading kept no state: read with state=decoder.init_state(batch)")
+        if mask is not None and not mask.any(dim=1).all():
+            empty = int(mask.any(dim=1).int().argmin()) + 1
+            raise UserError(f"row {empty} of the batch has no token to go on from: leave it out")
         ended = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
         stops = torch.tensor(sorted(ends), dtype=torch.long, device=hidden.device)
         token = None
@@ -551,15 +552,12 @@ def _next_positions(positions: Tensor, mask: Tensor | None) -> Int[Tensor, " bat
     return last.reshape(-1, *positions.shape[-2:]).amax(dim=(0, 2)) + 1
 
 
-def _joined(context: Context) -> Bool[Tensor, "batch seen"] | None:
-    """Which places of the cache hold tokens, once those of a context are in it."""
-    if context.mask is None and context.past is None:
+def _joined(state: DecoderState, mask: Tensor | None, x: Tensor) -> Bool[Tensor, "batch keys"] | None:
+    """Which places of the cache hold tokens and no padding, once those of x are in it."""
+    if mask is None and state.visible is None:
         return None
-    batch, tokens = context.inputs.shape[:2]
-    full = context.inputs.new_ones(batch, context.seen, dtype=torch.bool)
-    past = full if context.past is None else context.past
-    mask = full.new_ones(batch, tokens) if context.mask is None else context.mask
-    return torch.cat([past, mask], dim=1)
+    past = x.new_ones(len(x), state.seen, dtype=torch.bool) if state.visible is None else state.visible
+    return torch.cat([past, x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask], dim=1)
 
 
 def _draw(logits: Tensor, *, generator: Any = None, **draw: Any) -> Int[Tensor, " batch"]:
