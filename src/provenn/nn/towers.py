@@ -3,9 +3,10 @@
 CLIP is of Radford et al. (2021, arXiv:2103.00020), SigLIP of Zhai et al. (2023, arXiv:2303.15343).
 
 Written here and not wrapped, because mechanisms reach into every part. Tokens join the patches, a layer's attention is
-replaced, patches of any layer are read, and learned vectors stand where words would. transformers' text models take no
-vectors, its vision models no further tokens, and a model here is built without it. What has no such use is not written
-again: tokenizers and image processors are transformers', the attention of SigLIP's pooling head is torch's.
+replaced, patches of any layer are read, and learned vectors stand where words would. The text models of transformers
+take no vectors and its vision models no further tokens. A model here is built without it. What nothing reaches into is
+not written again: tokenizers and image processors are those of transformers, the attention of SigLIP's pooling head is
+torch's.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -23,7 +24,7 @@ from provenn.nn.arguments import check_finite, check_whole
 from provenn.nn.attention import check_heads, check_mask, pack, packed_positions, split_heads
 from provenn.ops.softmax_attention import softmax_attention
 
-Sequence = Float[Tensor, "batch tokens dim"]
+Tokens = Float[Tensor, "batch tokens dim"]
 C = TypeVar("C", bound="TowerConfig")
 
 
@@ -226,7 +227,7 @@ class Attention(nn.Module):
         self.k_proj, self.v_proj, self.q_proj = (nn.Linear(dim, dim) for _ in range(3))
         self.out_proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Sequence, *, mask: Bool[Tensor, "batch tokens"] | None = None, causal: bool = False) -> Tensor:
+    def forward(self, x: Tokens, *, mask: Bool[Tensor, "batch tokens"] | None = None, causal: bool = False) -> Tensor:
         """`mask` is True where a token may be attended; the layer that replaces this one is called alike."""
         q, k, v = (split_heads(linear(x), self.heads) for linear in (self.q_proj, self.k_proj, self.v_proj))
         visible = None if mask is None else mask[:, None, None, :]
@@ -242,7 +243,7 @@ class MLP(nn.Module):
         self.activation = config.activation
         self.fc1, self.fc2 = nn.Linear(config.dim, config.hidden), nn.Linear(config.hidden, config.dim)
 
-    def forward(self, x: Sequence) -> Sequence:
+    def forward(self, x: Tokens) -> Tokens:
         return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
 
 
@@ -259,7 +260,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.layer_norm2 = nn.LayerNorm(config.dim, eps=config.eps)
 
-    def forward(self, x: Sequence, mask: Tensor | None, causal: bool) -> Sequence:
+    def forward(self, x: Tokens, mask: Tensor | None, causal: bool) -> Tokens:
         x = x + self.self_attn(self.layer_norm1(x), mask=mask, causal=causal)
         return x + self.mlp(self.layer_norm2(x))
 
@@ -277,7 +278,7 @@ class BlockStack(nn.Module):
         self.checkpointing = False
 
     def forward(
-        self, x: Sequence, mask: Tensor | None, causal: bool, layers: Collection[int]
+        self, x: Tokens, mask: Tensor | None, causal: bool, layers: Collection[int]
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """The last block's output, and those of chosen blocks: 0 is what the first block reads, −1 the last's."""
         depth = len(self.layers)
@@ -472,7 +473,7 @@ class VisionTower(nn.Module):
         self.embeddings.position_embedding, self.config = positions, config
 
 
-def _by_kind(x: Sequence, first: int, patches: int) -> ImageTokens:
+def _by_kind(x: Tokens, first: int, patches: int) -> ImageTokens:
     return ImageTokens(x[:, :first], x[:, first : first + patches], x[:, first + patches :])
 
 
