@@ -17,6 +17,7 @@ from provenn import catalog
 from provenn.core.errors import UserError
 from provenn.core.files import alone_in
 from provenn.evidence import Evidence, Record, Run, Verdict
+from provenn.evidence.provenance import DIGESTS
 from provenn.evidence.record import EVIDENCE, LEDGER, SCHEMA_VERSION, Ledger
 from provenn.evidence.run import run_to_end
 from provenn.experiments.reproduce import reproduce
@@ -406,6 +407,23 @@ def test_two_processes_in_one_folder_are_refused_and_lose_nothing(card, tmp_path
 def test_only_what_the_headline_rests_on(card, tmp_path):
     found = reproduce(card, headline=True, out=tmp_path)
     assert [finding.experiment.id for finding in found] == ["better", "imagenet"]
+
+
+def test_only_what_has_no_record_of_the_code_that_stands(card, tmp_path):
+    def missing(**options) -> set[str]:
+        return {found.experiment.id for found in reproduce(card, missing=True, budget="smoke", out=tmp_path, **options)}
+
+    could_be_measured = {experiment.id for experiment in card.experiments if not experiment.needs}
+    assert missing() == could_be_measured < {experiment.id for experiment in card.experiments}
+    reproduce(card, experiments=["parameters"], out=tmp_path / "measured")
+    shutil.copy(tmp_path / "measured" / "tiny_gate" / EVIDENCE, card.folder / EVIDENCE)
+    (card.folder / DIGESTS).write_text(json.dumps({"parameters": kept_records(tmp_path / "measured")[0].code}))
+    assert missing() == could_be_measured - {"parameters"}
+    logged: list[str] = []
+    assert missing(experiments=["parameters"], log=logged.append) == set()
+    assert logged == ["tiny_gate: nothing is missing that could be measured here"]
+    (card.folder / DIGESTS).write_text(json.dumps({"parameters": "of older code"}))
+    assert missing(experiments=["parameters"]) == {"parameters"}
 
 
 def test_code_that_changed_is_measured_again(card, site, tmp_path):

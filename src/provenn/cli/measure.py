@@ -58,6 +58,9 @@ def reproduce(
     headline: Annotated[
         bool, typer.Option("--headline", help="Measure only the experiments of the headline claims.")
     ] = False,
+    missing: Annotated[
+        bool, typer.Option("--missing", help="Measure only what the paper has no record of, or one of older code.")
+    ] = False,
     budget: Budget = "small",
     seeds: Seeds = "5",
     device: Device = "auto",
@@ -86,6 +89,7 @@ def reproduce(
 
     \b
     provenn reproduce eca_net --headline
+    provenn reproduce --all --missing --device cuda --jobs 8
     provenn reproduce craft --experiment set5_x2 --budget paper --data set5=photos/Set5
     provenn reproduce eca_net --budget paper --devices 8 --workers 4 --precision bf16-mixed --save-every 500
     """
@@ -114,6 +118,7 @@ def reproduce(
         cluster=cluster,
         experiments=experiment,
         headline=headline,
+        missing=missing,
         budget=budget,
         seeds=seeds,
         device=device,

@@ -21,6 +21,7 @@ from provenn.core.names import check_options, meant
 from provenn.core.settings import typed
 from provenn.evidence.experiment import Measure, measuring_functions, parameters_of, with_overrides
 from provenn.evidence.measurement import Measurement
+from provenn.evidence.provenance import Provenance, provenance
 from provenn.evidence.record import (
     EVIDENCE,
     LEDGER,
@@ -50,6 +51,7 @@ class Options(TypedDict, total=False):
 
     experiments: str | Sequence[str] | None
     headline: bool
+    missing: bool
     budget: str
     seeds: int | str | Sequence[int]
     device: str
@@ -64,6 +66,7 @@ class Options(TypedDict, total=False):
 DEFAULTS: Options = {
     "experiments": None,
     "headline": False,
+    "missing": False,
     "budget": "small",
     "seeds": DEFAULT_SEEDS,
     "device": "auto",
@@ -86,6 +89,7 @@ def reproduce(
         done: is given each finding as it is written.
         experiments: ids of the experiments to measure, or the one; by default all.
         headline: only the experiments that decide the headline of the abstract.
+        missing: only the experiments of which no record of the code that stands comes with the paper.
         budget: smoke, small (the default) or paper.
         seeds: how many, or which: see `choose_seeds`; by default 5.
         device: auto (the default), cpu, cuda, mps or a torch device.
@@ -155,6 +159,10 @@ def _reproduction(card: Card, options: Options, elsewhere: Elsewhere | None = No
     if asked["headline"]:
         names = next((claim.decides for claim in card.claims if claim.headline), None)
     wanted = [card.experiment(name) for name in names] if names else card.experiments
+    if asked["missing"]:
+        wanted = [experiment for experiment in wanted if _is_missing(card, experiment)]
+        if not wanted:
+            log(f"{card.slug}: nothing is missing that could be measured here")
     device, out = choose_device(asked["device"]), Path(asked["out"])
     named = bool(names) and not asked["headline"]
     settings = _settings(budget, card, wanted, data, asked["overrides"] or {}, log, named=named)
@@ -178,6 +186,14 @@ def _reproduction(card: Card, options: Options, elsewhere: Elsewhere | None = No
         )
         recorded = RecordedRun(budget=budget, environment=here(device), date=datetime.now(UTC).replace(microsecond=0))
         yield _Work(card, wanted, run, evidence, recorded, data, settings, asked["training"])
+
+
+def _is_missing(card: Card, experiment: Experiment) -> bool:
+    """Whether a paper comes without a record of an experiment that could be measured, or with one of older code."""
+    file = card.folder / EVIDENCE
+    evidence = Evidence.read(file) if file.exists() else Evidence(paper=card.slug)
+    finding = evidence.finding(experiment)
+    return not experiment.needs and provenance(finding) in (None, Provenance.CHANGED)
 
 
 def _settings(
