@@ -120,7 +120,7 @@ def reproduce(
         out=out,
         resume=resume,
         data=given,
-        overrides=pairs(overrides or [], example="epochs=3"),
+        overrides=pairs(overrides or [], example="epochs=3", keeps_text=True),
         training=training,
     )
 

@@ -1,4 +1,4 @@
-"""The data and networks of the experiments, the two steps, following over time, and the search."""
+"""The data and networks of the experiments, the two steps, and the search."""
 
 import math
 import pickle
@@ -10,7 +10,7 @@ from torch import nn
 from provenn.cli import main
 from provenn.core.errors import UserError
 from provenn.evidence.run import Elsewhere
-from provenn.papers.little_attention import ChannelNonLocal, Placement, cnl_regions, follow
+from provenn.papers.little_attention import ChannelNonLocal, Placement, cnl_regions
 from provenn.papers.little_attention.bench import sweep
 from provenn.papers.little_attention.bench.search import Search, accept, compare, pareto_front, rules_of
 from provenn.papers.little_attention.inspection import inspect
@@ -152,34 +152,6 @@ def test_inspection_says_what_is_added():
     assert list(changes) == ["backbone.layer2.0", "backbone.layer3.0"]
     torch.testing.assert_close(changes["backbone.layer3.0"], torch.full((96,), 0.25))
     assert not changes["backbone.layer2.0"].any()
-
-
-# Following
-
-
-def test_the_user_is_found_again_and_strangers_are_not():
-    user = torch.tensor([[1.0, 0.0, 0.0]])
-    frames = [
-        torch.tensor([[0.0, 1.0, 0.0], [0.9, 0.1, 0.0]]),
-        torch.tensor([[0.0, 1.0, 0.1]]),
-        torch.zeros(0, 3),
-        torch.tensor([[3.0, 0.0, 0.1], [0.0, 0.0, 1.0]]),
-    ]
-    seen = list(follow(user, frames, threshold=0.5))
-    assert [each.crop for each in seen] == [1, None, None, 0]
-    assert seen[0].ranking == [1, 0] and seen[1].ranking == [0] and seen[2].ranking == []
-    assert seen[2].similarity is None and seen[0].similarity == pytest.approx(0.9 / math.hypot(0.9, 0.1))
-
-
-def test_what_is_remembered_moves_with_the_user():
-    turned = [torch.tensor([[math.cos(a), math.sin(a)]]) for a in (0.5, 1.0, 1.5)]
-    user = torch.tensor([[1.0, 0.0]])
-    assert [s.crop for s in follow(user, turned, threshold=0.8, momentum=0.2)] == [0, 0, 0]
-    assert [s.crop for s in follow(user, turned, threshold=0.8, momentum=1.0)] == [0, None, None]
-    with pytest.raises(ValueError, match="at least one picture"):
-        follow(torch.zeros(0, 2), turned)
-    with pytest.raises(ValueError, match="threshold"):
-        follow(user, turned, threshold=2)
 
 
 # The search

@@ -3,6 +3,7 @@
 C-NL, the block that the paper proposes, is here a reconstruction: its arithmetic is inferred.
 """
 
+from provenn.nn.following import Sighted, follow
 from provenn.papers.little_attention.harmonious import HarmoniousAttention, HarmoniousChannelAttention
 from provenn.papers.little_attention.layers import ChannelNonLocal
 from provenn.papers.little_attention.losses import circle_loss, pair_circle_loss
@@ -18,7 +19,6 @@ from provenn.papers.little_attention.model import (
 )
 from provenn.papers.little_attention.penalties import eigenvalue_gap
 from provenn.papers.little_attention.placement import Placement, insert
-from provenn.papers.little_attention.tracking import Sighted, follow
 from provenn.papers.little_attention.zoo import (
     BAM,
     BLOCKS,
