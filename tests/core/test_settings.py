@@ -63,3 +63,21 @@ def test_counts_too_long_are_refused_before_anything_runs(line: str, tmp_path: P
     assert main(line.split()) == 2
     says = capsys.readouterr().err.strip()
     assert LONG in says and "\n" not in says
+
+
+@pytest.mark.parametrize("hint", [str, str | None])
+@pytest.mark.parametrize("text", ["3.10", "4.2", "1e3", "7", "-0.50"])
+def test_text_takes_a_number_as_it_was_typed(hint: Any, text: str):
+    assert typed("placement", pairs([f"placement={text}"], keeps_text=True)["placement"], hint) == text
+
+
+@pytest.mark.parametrize("hint", [float, float | int, float | str, Any])
+def test_a_number_stays_one_where_one_is_taken(hint: Any):
+    taken = typed("lr", pairs(["lr=3.10"], keeps_text=True)["lr"], hint)
+    assert taken == 3.1 and type(taken) is float
+    assert type(pairs(["lr=3.10"])["lr"]) is float
+
+
+def test_true_is_no_text():
+    with pytest.raises(UserError, match="placement: Input should be a valid string, got True"):
+        typed("placement", pairs(["placement=true"], keeps_text=True)["placement"], str)

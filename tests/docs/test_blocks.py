@@ -132,6 +132,10 @@ def samples(tmp_path_factory) -> Path:
                 noisy = (colours // 2 + rng.integers(0, 100, colours.shape)).astype(np.uint8)
                 Image.fromarray(noisy).save(folder / f"people/{person}/{camera}/{number}.png")
     shutil.copyfile(folder / "people/0/yard/0.png", folder / "query.png")
+    for number in range(3):
+        (folder / f"frames/{number}").mkdir(parents=True)
+        for person in (0, number + 1):
+            shutil.copyfile(folder / f"people/{person}/door/0.png", folder / f"frames/{number}/{person}.png")
     for kind in ("images", "labels"):
         (folder / "scans" / kind).mkdir(parents=True)
     for number in range(4):

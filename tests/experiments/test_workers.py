@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import cloudpickle
@@ -20,6 +21,7 @@ from provenn.cli import main
 from provenn.core.errors import UserError
 from provenn.evidence import Run
 from provenn.evidence.record import EVIDENCE, LEDGER, Ledger
+from provenn.evidence.sweep import Point, Sweep
 from provenn.experiments import workers
 from provenn.experiments.reproduce import reproduce, reproduce_many
 
@@ -188,6 +190,16 @@ def test_the_checksum_of_a_package_follows_its_code(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     first, second, third = (workers._code_of(name) for name in ("first_one", "second_one", "third_one"))
     assert first == second != third and workers._code_of("nobody_has_this") == "missing"
+
+
+def test_a_sweep_of_a_papers_own_runs_on_the_cluster(two_workers, tmp_path):
+    async def measure(number: int, run) -> dict:
+        return {"value": await run.trial("square", lambda: number * number, number=number)}
+
+    points = [Point({"number": i}, partial(measure, i), stage=i // 2) for i in range(4)]
+    with workers.cluster("auto", packages=["provenn"], device="cpu") as machines:
+        rows = Sweep("squares", points, lambda rows: []).run(tmp_path, elsewhere=machines)
+    assert rows == [{"number": i, "value": i * i} for i in range(4)]
 
 
 def test_without_ray_one_line_says_what_to_install(monkeypatch, capsys, tmp_path):

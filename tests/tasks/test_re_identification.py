@@ -407,3 +407,71 @@ def test_some_pictures_are_chosen_of_memory_and_of_files():
         assert len(some) == 2 and some.identities.tolist() == [1, 3] and some.cameras.tolist() == [11, 13]
         assert some.queries.tolist() == [False, True] and some.meta is meta
         assert [int(i[0, 0, 0]) if isinstance(i, torch.Tensor) else "abcd".index(i.name) for i in some.images] == [1, 3]
+
+
+@pytest.fixture
+def sequence(tmp_path) -> tuple[Path, Path]:
+    """Twelve frames with two strangers each; the user is in all but the fourth, fifth and eleventh, which is empty."""
+    root = plain(tmp_path / "people", people=7)
+    for number in range(12):
+        frame = tmp_path / "frames" / f"f{number}"
+        frame.mkdir(parents=True)
+        for person in (1, 4) if number != 10 else ():
+            (frame / f"{person}.png").write_bytes((root / f"p{person}/c{number % 2}/{number % 2}.png").read_bytes())
+        if number not in (3, 4, 10):
+            (frame / "user.png").write_bytes((root / f"p2/c{number % 2}/1.png").read_bytes())
+    return root / "p2/c0/0.png", tmp_path / "frames"
+
+
+def test_a_user_is_followed_through_a_sequence(sequence, tmp_path, monkeypatch):
+    user, frames = sequence
+    said = TASK.predict(Coarse(), META, [user], tmp_path / "out", sequence=frames, threshold=0.6)
+    assert said.startswith("found in 9 of 12 frames; lost for longest from f3 to f4")
+    rows = list(csv.DictReader((tmp_path / "out/following.csv").open()))
+    assert [row["frame"] for row in rows if row["user"] == "1"] == [f"f{i}" for i in range(12) if i not in (3, 4, 10)]
+    assert all(row["crop"] == "user.png" and row["rank"] == "1" for row in rows if row["user"] == "1")
+    assert [row["crop"] for row in rows if row["frame"] == "f10"] == [""]
+    ranked = [float(row["similarity"]) for row in rows if row["frame"] == "f0"]
+    assert len(ranked) == 3 and ranked == sorted(ranked, reverse=True)
+    with Image.open(tmp_path / "out/following.png") as sheet:
+        assert sheet.height == 148 and sheet.width > 13 * 40
+        assert {(42, 143, 60), (176, 0, 32)} <= {colour for _, colour in sheet.getcolors(10**6)}
+    whole = (tmp_path / "out/following.csv").read_text()
+    monkeypatch.setattr("provenn.tasks.following.TOGETHER", 4)
+    monkeypatch.setattr("provenn.tasks.following.SHOWN", 3)
+    assert "with 3 of 12 frames" in TASK.predict(
+        Coarse(), META, [user], tmp_path / "two", sequence=frames, threshold=0.6
+    )
+    assert (tmp_path / "two/following.csv").read_text() == whole
+
+
+def test_what_stays_of_the_memory_and_the_least_cosine_are_options(sequence, tmp_path):
+    user, frames = sequence
+    assert TASK.predict(Coarse(), META, [user], None, sequence=frames, threshold=-1) == (
+        "found in 11 of 12 frames; lost for longest from f10 to f10"
+    )
+    assert TASK.predict(Coarse(), META, [user], None, sequence=frames, threshold=1.0).startswith("found in 0 of")
+    tables = []
+    for momentum in (None, 0.9, 1.0):
+        TASK.predict(Coarse(), META, [user], tmp_path / "t.csv", sequence=frames, threshold=0.6, momentum=momentum)
+        tables.append((tmp_path / "t.csv").read_text())
+    assert tables[0] == tables[1] != tables[2], "0.9 is the default"
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"gallery": Path(".")}, "gallery is for a search in a gallery, and a sequence was given"),
+        ({"count": 3}, "count is for a search"),
+        ({"threshold": 2.0}, "threshold must be from -1 to 1, got 2.0"),
+        ({"momentum": float("nan")}, "momentum must be from 0 to 1, got nan"),
+    ],
+)
+def test_a_sequence_takes_options_of_its_own(sequence, options, said):
+    user, frames = sequence
+    with pytest.raises(UserError, match=said):
+        TASK.predict(Coarse(), META, [user], None, sequence=frames, **options)
+    with pytest.raises(UserError, match="momentum is for following a user in a sequence: give --sequence"):
+        TASK.predict(Coarse(), META, [user], None, gallery=frames, momentum=0.5)
+    with pytest.raises(UserError, match="input"):
+        TASK.predict(Coarse(), META, [user], frames / "f0/user.png", sequence=frames)

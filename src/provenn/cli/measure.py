@@ -125,7 +125,7 @@ def reproduce(
         out=out,
         resume=resume,
         data=given,
-        overrides=pairs(overrides or [], example="epochs=3"),
+        overrides=pairs(overrides or [], example="epochs=3", keeps_text=True),
         training=training,
     )
 
@@ -183,6 +183,8 @@ def bench(
     budget: Budget = "small",
     seeds: Seeds = "5",
     device: Device = "auto",
+    jobs: Jobs = 1,
+    cluster: Cluster = None,
     out: Out = BENCH,
     resume: Resume = False,
     strict: Strict = False,
@@ -192,7 +194,8 @@ def bench(
     time, memory and FLOPs.
 
     A ratio compares CPU time on one thread, or a GPU's clock, with both sides measured in turns. Some papers have a
-    benchmark of their own. Its options run that benchmark; --options lists them.
+    benchmark of their own. Its options run that benchmark; --options lists them. --jobs and --cluster are for those
+    that have trials, such as a search.
 
     \b
     provenn bench aaren --budget smoke
@@ -205,8 +208,10 @@ def bench(
     if budget not in BUDGETS:
         raise UserError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
     if own:
-        _own(slug, own, device=device, budget=budget, out=out, resume=resume, json=json)
+        _own(slug, own, (jobs, cluster), device=device, budget=budget, out=out, resume=resume, json=json)
         return
+    if jobs != 1 or cluster is not None:
+        raise UserError("--jobs and --cluster are for a paper's own benchmark that has trials: leave them out")
     if backbones is not None:
         if slug is not None:
             raise UserError(f"name the paper as --backbones {slug}, or leave --backbones out")
@@ -246,15 +251,25 @@ SHARED = ("device", "budget")  # options that a paper's own benchmark may take a
 
 
 def _own(
-    slug: str | None, words: Sequence[str], *, device: str, budget: str, out: Path, resume: bool, json: bool
+    slug: str | None,
+    words: Sequence[str],
+    where: tuple[int, str | None],
+    *,
+    device: str,
+    budget: str,
+    out: Path,
+    resume: bool,
+    json: bool,
 ) -> None:
-    """A paper's own benchmark, at the options that only it knows."""
+    """A paper's own benchmark, at the options that only it knows; `where` is how many processes, or which cluster."""
     from provenn.cli import console
     from provenn.core.device import choose_device
     from provenn.core.files import alone_in, check_writable
     from provenn.core.settings import arguments_of
     from provenn.evidence import Measurement, Table
+    from provenn.evidence.record import LEDGER
     from provenn.evidence.sweep import POINTS
+    from provenn.experiments.side_by_side import where_trials_run
 
     if slug is None or slug.startswith("-"):
         raise UserError(f"no such option: {slug or words[0]}; a paper's own options follow its name")
@@ -269,14 +284,25 @@ def _own(
             terminal.print(grid, "")
         return
     given = own_options(words, takes, card.slug)
-    wanted = sweep(**given, device=choose_device(device), budget=budget)
+    chosen = choose_device(device)
+    wanted = sweep(**given, device=chosen, budget=budget)
+    if where != (1, None) and not wanted.has_trials:
+        raise UserError("nothing of this benchmark can run elsewhere: leave --jobs and --cluster out")
     folder = out / card.slug if out == BENCH else out
     check_writable(folder)
-    kept = [] if resume else [file for file in [folder / POINTS] if file.exists()]
-    for points in kept:
-        points.unlink()
-    with resumable((folder / POINTS).exists), progress.shown(), alone_in(folder):
-        rows = wanted.run(folder, resume=resume, log=log)
+    for name in () if resume else (POINTS, LEDGER):
+        (folder / name).unlink(missing_ok=True)
+
+    def kept() -> bool:
+        return any((folder / name).exists() for name in (POINTS, LEDGER))
+
+    with (
+        resumable(kept),
+        progress.shown(),
+        alone_in(folder),
+        where_trials_run(*where, [card], chosen, log) as elsewhere,
+    ):
+        rows = wanted.run(folder, resume=resume, log=log, elsewhere=elsewhere)
     files = [str(file) for file in wanted.save(rows, folder)]
     if json:
         console.machine({"repeat": command(), "title": wanted.title, "points": rows, "files": files})

@@ -19,6 +19,7 @@ from provenn.core import progress
 from provenn.core.errors import UserError
 from provenn.core.files import is_stdout
 from provenn.core.progress import without_controls
+from provenn.core.settings import TypedNumber
 
 if TYPE_CHECKING:
     from provenn.tasks import Task as Kind
@@ -53,6 +54,14 @@ def train(
             "whose zeros stay. Default: weights are drawn."
         ),
     ] = None,
+    two_steps: Annotated[
+        bool,
+        typer.Option(
+            "--two-steps",
+            help="With --weights that lack a part, such as the head for other classes: train that part first, for a "
+            "third of the epochs, then everything at a tenth of the rate.",
+        ),
+    ] = False,
     task: Annotated[
         str | None,
         typer.Option(help="Kind of work to train for. Default: that of the preset.", autocompletion=tasks),
@@ -124,11 +133,13 @@ def train(
     from provenn.tasks import Task as Kind
     from provenn.tasks import get_task
     from provenn.training.checkpoints import CHECKPOINT
+    from provenn.training.stages import STEPS
 
-    checkpoint, start = folder / CHECKPOINT, time.time()
+    places, start = [folder / step for step in STEPS] if two_steps else [folder], time.time()
 
     def kept() -> bool:
-        return checkpoint.exists() and (resume or checkpoint.stat().st_mtime >= start)
+        written = [place / CHECKPOINT for place in places if (place / CHECKPOINT).exists()]
+        return any(resume or checkpoint.stat().st_mtime >= start for checkpoint in written)
 
     named = {
         "epochs": epochs,
@@ -146,6 +157,7 @@ def train(
             preset=preset,
             task=task,
             weights=weights,
+            two_steps=two_steps,
             out=folder,
             seed=seed,
             device=device,
@@ -155,7 +167,7 @@ def train(
             save_every=run.save_every,
             keep_best=keep_best,
             logger=logger,
-            overrides={**pairs(overrides or []), **({"skip_broken": True} if skip_broken else {})},
+            overrides={**pairs(overrides or [], keeps_text=True), **({"skip_broken": True} if skip_broken else {})},
             recipe={
                 **pairs(recipe or [], "--recipe", "ema=0.999"),
                 **{name: value for name, value in named.items() if value is not None},
@@ -202,8 +214,15 @@ def _in_words(work: "Kind", summary: dict[str, Any]) -> str:
     return f"{says}, beside {baseline}"
 
 
-def pairs(texts: Sequence[str], option: str = "--set", example: str = "horizon=24") -> dict[str, Any]:
-    """KEY=VALUE as typed; a value that is no number or list stays text."""
+def pairs(
+    texts: Sequence[str], option: str = "--set", example: str = "horizon=24", *, keeps_text: bool = False
+) -> dict[str, Any]:
+    """KEY=VALUE as typed; a value that is no number or list stays text.
+
+    Args:
+        texts, option, example: what was typed, for which option, and what an error shows.
+        keeps_text: a number with a point keeps how it was typed, for `provenn.core.settings.typed`.
+    """
     pairs: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")
@@ -214,6 +233,8 @@ def pairs(texts: Sequence[str], option: str = "--set", example: str = "horizon=2
             )
         try:
             pairs[key] = json.loads(value)
+            if keeps_text and isinstance(pairs[key], float):
+                pairs[key] = TypedNumber(value)
         except (ValueError, RecursionError):  # no JSON; or a number of more digits, or lists deeper, than are read
             pairs[key] = value
     return pairs
@@ -283,7 +304,7 @@ def predict(
     import provenn
 
     slug, weights = named_model(slug, weights)
-    options = {**pairs(overrides or []), **of_tasks.given()}
+    options = {**pairs(overrides or [], keeps_text=True), **of_tasks.given()}
     streamed = False
 
     # Where the result itself goes to stdout, what is said of it goes elsewhere: a pipe gets the result alone.
@@ -363,7 +384,7 @@ def evaluate(
             seed=seed,
             device=device,
             batch_size=batch_size,
-            overrides=pairs(overrides or []),
+            overrides=pairs(overrides or [], keeps_text=True),
         )
     files = evaluation.save(out) if out is not None else []
     if json:

@@ -39,14 +39,36 @@ def defaults_of(taker: Callable) -> dict[str, Any]:
     return {p.name: known[p.name] for p in parameters if p.name in known and p.default is not p.empty}
 
 
+class TypedNumber(float):
+    """A number as somebody typed it, which an option of text takes as it was typed: of 3.10 the last 0 counts there.
+
+    >>> TypedNumber("3.10"), TypedNumber("3.10").text
+    (3.1, '3.10')
+    """
+
+    def __new__(cls, text: str) -> "TypedNumber":
+        number = super().__new__(cls, text)
+        number.text = text  # type: ignore[attr-defined]  # which instances of a subclass take
+        return number
+
+
+def _as_text(value: Any, hint: Any) -> Any:
+    """A number where text alone is expected, as it was typed."""
+    kinds = {hint, *get_args(hint)}
+    if isinstance(value, bool) or not isinstance(value, int | float) or str not in kinds or kinds & {int, float}:
+        return float(value) if isinstance(value, TypedNumber) else value
+    return getattr(value, "text", str(value))
+
+
 def typed(name: str, value: Any, hint: Any) -> Any:
-    """The value as what is expected there: 24.0 as a whole number, a list as a tuple.
+    """The value as what is expected there: 24.0 as a whole number, a list as a tuple, 4.2 as text where text is.
 
     Raises:
         UserError: it is no such value, or a number that is not finite or too long.
     """
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+    value = _as_text(value, hint)
     if value == "":
         raise UserError(f"{name} is empty: give a value, such as {name}=…")
     try:

@@ -55,6 +55,10 @@ class Elsewhere(ABC):
     def ask(self, run: "Run", key: str, function: Callable[[], Any], alone: bool) -> None:
         """Have `function()` called on another process or machine, and its outcome given to `run.keep`."""
 
+    @abstractmethod
+    def wait(self) -> None:
+        """Until a trial has ended."""
+
 
 class Run:
     """One run of one paper's experiments.

@@ -1,9 +1,9 @@
 """Train a system of a paper on data."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
@@ -11,6 +11,7 @@ from provenn import catalog
 from provenn.core import progress
 from provenn.core.errors import UserError
 from provenn.core.names import check_options
+from provenn.core.narrowing import present
 from provenn.core.settings import arguments_of
 from provenn.tasks import datasets
 
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from provenn.nn.masks import Masks
-    from provenn.tasks.base import Task
-    from provenn.training import Hardware, Recipe
+    from provenn.tasks.base import Task, TaskData
+    from provenn.training import Fit, Hardware, Recipe, Saving
     from provenn.training.weights import Label
 from provenn.inference.overrides import divided
 from provenn.inference.paper import Paper
@@ -33,10 +34,13 @@ class TrainOptions(TypedDict, total=False):
     """What `train` starts from, where it runs, and what it writes: as `provenn.training.Hardware` and `Saving` say.
 
     `weights` is a weight file, ours or the authors', or the folder of a run; by default weights are drawn. Of pruned
-    ones the zeros stay. The run's folder is `out`, by default `runs/<slug>`. `device` may be auto, the default.
+    ones the zeros stay. With `two_steps` they may lack parts of the network, such as the head for other classes, which
+    learn alone at first: see `provenn.training.new_then_all`. The run's folder is `out`, by default `runs/<slug>`.
+    `device` may be auto, the default.
     """
 
     weights: str | Path | None
+    two_steps: bool
     device: str
     devices: int
     num_nodes: int
@@ -74,7 +78,7 @@ def train(
         options: what it starts from, where it runs, and what it writes: see `TrainOptions`.
     """
     import json
-    from dataclasses import asdict, fields, replace
+    from dataclasses import asdict, fields
 
     from provenn import __version__, tasks, training
     from provenn.core.device import choose_device
@@ -82,6 +86,7 @@ def train(
     from provenn.training import weights as files
     from provenn.training.checkpoints import CHECKPOINT, begun
     from provenn.training.recipes import recipe_of
+    from provenn.training.stages import STEPS
 
     check_options("train", options, TrainOptions)
     card = catalog.card(slug)
@@ -89,14 +94,19 @@ def train(
     presets_of = None if task is None or task in card.tasks else tasks.face_of(task).presets_of
     given: dict[str, Any] = {**options}
     weights = given.pop("weights", None)
+    two_steps = given.pop("two_steps", False)
     start = None if weights is None else _start(card, weights, preset)
+    if two_steps:
+        _check_two_steps(start)
     chosen = card.preset(preset if start is None else start.label.preset, presets_of or task)
     kind = tasks.get_task(card.task_of(chosen) if task is None or presets_of is None else task)
     folder = Path(given.pop("out", None) or Path("runs") / card.slug)
     on = {each.name: given.pop(each.name) for each in fields(training.Hardware) if each.name in given}
     hardware = training.Hardware(**{**on, "device": choose_device(on.get("device", "auto"))})
     saving = training.Saving(folder, save=lambda model, file: files.save(model, file, label), **given)
-    if saving.resume and not begun(folder):
+    written = [folder / step for step in STEPS] if two_steps else [folder]  # where checkpoints go
+    is_begun = any(begun(place) for place in written)
+    if saving.resume and not is_begun:
         raise UserError(f"nothing to resume in {folder}: it holds no {CHECKPOINT}")
     for name in ("run.json", files.FILE, "picture.png"):
         if (folder / name).is_dir():
@@ -104,12 +114,12 @@ def train(
                 f"{folder / name} is a folder, and a file of that name is to be written: choose another --out"
             )
     _check_masks(start, hardware, folder, saving.resume)
-    if not saving.resume and begun(folder) and not (folder / files.FILE).exists():
+    if not saving.resume and is_begun and not (folder / files.FILE).exists():
         with alone_in(folder) if progress.first_process() else nullcontext():  # else another process is at it
             pass
         raise UserError(
             f"{folder} holds a training that did not end: go on with --resume, choose another --out, "
-            f"or delete {folder / CHECKPOINT}"
+            f"or delete {next(place for place in written if begun(place)) / CHECKPOINT}"
         )
     recipe_overrides = {name: value for name, value in (recipe or {}).items() if value is not None}
     # Who asks for passes over the data means them, whatever number of steps the preset stops at.
@@ -135,7 +145,7 @@ def train(
     sides = {name: loaded.meta["size"] for name in SIDES if "size" in loaded.meta and name in takes}
     built_with = {**sides, **loaded.options, **of_system}
     if start is not None:
-        built_with = _as_started(start, built_with, str(data))
+        built_with = _as_started(start, built_with, str(data), two_steps)
     examples = len(loaded.train)  # type: ignore[arg-type]
     if examples < recipe_overrides.get("batch_size", 0):
         # A preset's batch may be larger than a few examples of the user's own; one that is typed was meant as it is.
@@ -147,6 +157,7 @@ def train(
         steps = recipe_overrides.get("max_steps") or (FEWEST_STEPS if users_own and final.max_steps is None else 0)
         final = _long_enough(final, steps, examples)
     system = {"preset": chosen.name, "task": task, "weights": None if weights is None else str(weights)}
+    system |= {"two_steps": ""} if two_steps else {}
     trained_on = {
         "data": str(named),
         "fingerprint": loaded.fingerprint,
@@ -163,20 +174,23 @@ def train(
 
     def build() -> "nn.Module":
         network = Paper(card).build(chosen.name, **built_with)
-        return network if start is None else start.begin(network)
+        return network if start is None or two_steps else start.begin(network)
 
     with work_folder(folder), _taken_by(chosen.name, str(named)):
         _keep_masks(start, folder)
-        result = training.fit(
-            build,
-            kind,
-            loaded,
-            final,
-            seed=seed,
-            hardware=hardware,
-            saving=saving,
-            title=f"{card.slug}: {chosen.name} on {loaded.name}",
-        )
+        if two_steps:
+            result = _in_two_steps(build, present(start, "weights"), kind, loaded, final, seed, hardware, saving)
+        else:
+            result = training.fit(
+                build,
+                kind,
+                loaded,
+                final,
+                seed=seed,
+                hardware=hardware,
+                saving=saving,
+                title=f"{card.slug}: {chosen.name} on {loaded.name}",
+            )
         usual = recipe_of(facts).epochs
         if final.epochs > usual and not recipe_overrides.keys() & {"epochs", "max_steps"}:
             progress.say(
@@ -237,23 +251,93 @@ class _Start:
                 raise UserError(f"{self.source}: {error}: prune again, which writes both anew") from None
         return network
 
+    def begin_in_part(self, network: "nn.Module") -> list[str]:
+        """Give a new network what fits of these weights; returns the parameters that keep what was drawn.
+
+        Raises:
+            UserError: less than half of the weights fit, or all of the network comes from them.
+        """
+        from provenn.training.weights import load_into
+
+        own = network.state_dict()
+        fits = {name: tensor for name, tensor in self.state.items() if name in own and own[name].shape == tensor.shape}
+        if len(fits) < len(self.state) / 2:
+            raise UserError(
+                f"{len(fits)} of {len(self.state)} tensors of {self.source} fit this network: it is another one; "
+                "start from weights of the same preset and options"
+            )
+        load_into(network, {**own, **fits}, self.source)
+        new = [name for name, parameter in network.named_parameters() if name not in fits and parameter.requires_grad]
+        if not new:
+            raise UserError(
+                f"{self.source} has every part of this network, so that none would learn alone at first: "
+                "leave --two-steps out"
+            )
+        return new
+
+
+def _check_two_steps(start: _Start | None) -> None:
+    if start is None:
+        raise UserError("--two-steps tunes weights: give them with --weights, or leave --two-steps out")
+    if start.masks is not None:
+        raise UserError("pruned weights are tuned as a whole: leave --two-steps out")
+
+
+def _in_two_steps(
+    build: Callable[[], "nn.Module"],
+    start: _Start,
+    kind: "Task",
+    data: "TaskData",
+    recipe: "Recipe",
+    seed: int,
+    hardware: "Hardware",
+    saving: "Saving",
+) -> "Fit":
+    """What the weights lack learns alone, then all of the network; in one outcome, with the second step's metrics."""
+    import torch
+
+    from provenn import training
+    from provenn.training.checkpoints import CHECKPOINT, PREVIOUS
+    from provenn.training.stages import STEPS
+
+    torch.manual_seed(seed)
+    model = build()
+    new = start.begin_in_part(model)
+    shown = ", ".join(new[:3]) + (f" and {len(new) - 3} more" if len(new) > 3 else "")
+    progress.say(f"{start.source} does not bring {shown}, which learn{'s' * (len(new) == 1)} alone at first")
+    if not saving.resume:
+        for step in STEPS:  # or a later --resume would go on with those of another training
+            for name in (CHECKPOINT, PREVIOUS):
+                (saving.folder / step / name).unlink(missing_ok=True)
+
+    def parameters(network: "nn.Module") -> "list[nn.Parameter]":
+        return [parameter for name, parameter in network.named_parameters() if name in set(new)]
+
+    stages = training.new_then_all(kind, data, recipe, parameters)
+    first, second = training.run_stages(model, stages, seed=seed, hardware=hardware, saving=saving)
+    epochs = len(first.curve)
+    curve = [*first.curve, *({**entry, "epoch": entry["epoch"] + epochs} for entry in second.curve)]
+    both = replace(second, curve=curve, seconds=first.seconds + second.seconds, steps=first.steps + second.steps)
+    both.model.eval()
+    return both
+
 
 def _start(card: catalog.Card, weights: str | Path, preset: str | None) -> _Start:
     model, label = Paper(card).load(weights, preset=preset)
     return _Start(str(weights), model.state_dict(), label, masks_of(weights, label))
 
 
-def _as_started(start: _Start, built_with: dict[str, Any], data: str) -> dict[str, Any]:
-    """The options that the weights were built with, which those of the data must be.
+def _as_started(start: _Start, built_with: dict[str, Any], data: str, two_steps: bool) -> dict[str, Any]:
+    """The options that the weights were built with, which those of the data must be if all of it is taken over.
 
     Raises:
         UserError: one differs.
     """
     for name, value in built_with.items():
-        if name in start.label.options and start.label.options[name] != value:
+        if name in start.label.options and start.label.options[name] != value and not two_steps:
             raise UserError(
                 f"{start.source} was built with {name} = {start.label.options[name]}, and {data} asks for {value}: "
-                "start from weights of such data, or train without --weights"
+                "start from weights of such data, add --two-steps to train what differs first, or leave --weights out"
             )
     return {**start.label.options, **built_with}
 
@@ -281,7 +365,6 @@ def _keep_masks(start: _Start | None, folder: Path) -> None:
 def _long_enough(recipe: "Recipe", least: int, examples: int) -> "Recipe":
     """As many epochs as give `least` steps, where the preset's, which are for other data, give fewer."""
     import math
-    from dataclasses import replace
 
     steps = math.ceil(math.ceil(examples / recipe.batch_size) / recipe.accumulate)  # an epoch
     return replace(recipe, epochs=max(recipe.epochs, math.ceil(least / max(1, steps))))
@@ -307,7 +390,7 @@ OPTIONS = {
     "max_steps": "steps",
     "lr": "lr",
 }
-OPTIONS |= {"batch_size": "batch-size", "seed": "seed"}
+OPTIONS |= {"batch_size": "batch-size", "seed": "seed", "two_steps": "two-steps"}
 
 
 def _command(slug: str, data: str | Path, options: dict[str, Any], overrides: dict[str, Any]) -> str:
@@ -320,7 +403,7 @@ def _command(slug: str, data: str | Path, options: dict[str, Any], overrides: di
 
     words = ["provenn", "train", slug, "--data", str(data)]
     for name, option in OPTIONS.items():
-        words += [] if options.get(name) is None else [f"--{option}", str(options[name])]
+        words += [] if options.get(name) is None else [f"--{option}", *([str(options[name])] * (options[name] != ""))]
     for name in sorted(options.keys() - OPTIONS.keys()):
         words += ["--recipe", f"{name}={spelled(options[name])}"]
     for name, value in sorted(overrides.items()):

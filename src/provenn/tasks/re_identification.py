@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from provenn.core import progress
 from provenn.core.errors import UserError
 from provenn.core.files import atomic_write, check_no_input, is_stream, output_suffix
+from provenn.data.camera_sequences import read_sequence
 from provenn.data.identities import PARTS, Identities, Seen, asked_for, read_identities
 from provenn.data.images import SUFFIXES, images_in, read_pixels, resize_pixels, size_of
 from provenn.data.regions import COUNTS, SIGHTING, SPLITS, region_sightings
@@ -42,6 +43,7 @@ from provenn.tasks.base import (
 )
 from provenn.tasks.demos import Trial, as_shown
 from provenn.tasks.descriptors import mean_colour, pixel_descriptor
+from provenn.tasks.following import MOMENTUM, THRESHOLD, draw_following, follow_frames, in_words, write_following
 from provenn.tasks.image_classification import IMAGENET_MEAN, IMAGENET_STD, LARGEST_CHECKED, MEMORY
 from provenn.tasks.meta import Crops
 from provenn.tasks.portable import Standardising, draw_images, standardise
@@ -323,25 +325,44 @@ class ReIdentification(Task):
         *,
         gallery: Path | None = None,
         store: Path | None = None,
-        count: int = 10,
+        count: int | None = None,
+        sequence: Path | None = None,
+        threshold: float | int | None = None,
+        momentum: float | int | None = None,
     ) -> str:
-        """The pictures of a gallery that are most like each query.
+        """The pictures of a gallery that are most like each query; or where in a sequence the one in the inputs is.
 
         Args:
             model, meta, inputs: as in `Task.predict`; a folder among the inputs stands for the pictures in it.
             output: a picture (.png, .jpg) of the queries, each with what was found beside it; a table (.csv); or a
-                folder, which gets both.
+                folder, which gets both. Of a sequence likewise: the best crop of frames, and the ranking of all crops.
             gallery: a folder of the pictures to search among. A query that lies in it is not found itself.
             store: a file (.npz, .parquet) of their embeddings: read where it is there, else written. Without `gallery`
                 it is searched as it is.
-            count: how many are named for each query.
+            count: how many are named for each query. Default: 10.
+            sequence: frames of a camera in a layout of `provenn.data.camera_sequences.read_sequence`. All inputs then
+                show one user, who is looked for in each frame.
+            threshold: the least cosine at which a crop of a sequence counts as the user. Default: 0.5.
+            momentum: what stays of the memory of the user where a crop is recognised. Default: 0.9.
         """
         files = [file for given in inputs for file in (images_in(given) if given.is_dir() else [given])]
         if not files:
             raise UserError("a search needs a query: give a picture, or a folder of some")
+        if sequence is not None:
+            among = {"gallery": gallery, "store": store, "count": count}
+            if wrong := next((name for name, value in among.items() if value is not None), None):
+                raise UserError(
+                    f"{wrong} is for a search in a gallery, and a sequence was given: leave one of them out"
+                )
+            return self._followed(model, meta, files, output, sequence, threshold, momentum)
+        if wrong := next(
+            (n for n, value in (("threshold", threshold), ("momentum", momentum)) if value is not None), ""
+        ):
+            raise UserError(f"{wrong} is for following a user in a sequence: give --sequence FOLDER, or leave it out")
+        count = 10 if count is None else count
         if count < 1:
             raise UserError(f"count must be at least 1, got {count}")
-        sheet, table = _targets(output, [*inputs, *files])
+        sheet, table = _targets(output, [*inputs, *files], "ranking")
         known = self._gallery(model, meta, gallery, store)
         for target in (sheet, table):
             if target is not None and target.exists():
@@ -365,6 +386,42 @@ class ReIdentification(Task):
             more = f", of the first {SHEET} queries" if len(files) > SHEET else ""
             said.append(f"wrote {sheet}{more}" + (f"; of {gone} of its pictures the files are gone" if gone else ""))
         return "\n".join([*_in_lines(files, rows), *said])
+
+    def _followed(
+        self,
+        model: nn.Module,
+        meta: dict[str, Any],
+        files: Sequence[Path],
+        output: Path | None,
+        sequence: Path,
+        threshold: float | int | None,
+        momentum: float | int | None,
+    ) -> str:
+        """A user in each frame of a sequence."""
+        threshold = THRESHOLD if threshold is None else threshold
+        momentum = MOMENTUM if momentum is None else momentum
+        for name, value, least in (("threshold", threshold, -1), ("momentum", momentum, 0)):
+            if not least <= value <= 1:
+                raise UserError(f"{name} must be from {least} to 1, got {value}")
+        frames = read_sequence(sequence)
+        crops = [crop.file for frame in frames for crop in frame.crops]
+        sheet, table = _targets(output, [*files, *crops], "following")
+
+        def embed(images: list[UInt8[Tensor, "3 height width"]]) -> Float[Tensor, "crops dim"]:
+            seen = torch.stack([standardise(_seen(image, meta).float() / 255, meta) for image in images])
+            with torch.no_grad():
+                return F.normalize(embeddings_of(model(seen.to(device_of(model))))).cpu()
+
+        user = self._embeddings(model, meta, files)
+        seen = follow_frames(embed, user, frames, threshold=threshold, momentum=momentum)
+        said = [in_words(frames, seen)]
+        if table is not None:
+            write_following(table, frames, seen)
+            said.append(f"wrote {table}")
+        if sheet is not None:
+            drawn = draw_following(sheet, files[0], frames, seen)
+            said.append(f"wrote {sheet}" + (f", with {drawn} of {len(frames)} frames" if drawn < len(frames) else ""))
+        return "\n".join(said)
 
     def _gallery(self, model: nn.Module, meta: dict[str, Any], gallery: Path | None, store: Path | None) -> Store:
         """Embeddings of the gallery: from the store where it is there, else computed, and kept in it."""
@@ -599,8 +656,8 @@ def _names_in(folder: Path) -> list[str]:
     return [str(file.relative_to(folder)) for file in images_in(folder)]
 
 
-def _targets(output: Path | None, given: Sequence[Path]) -> tuple[Path | None, Path | None]:
-    """Where the sheet and the table go."""
+def _targets(output: Path | None, given: Sequence[Path], name: str) -> tuple[Path | None, Path | None]:
+    """Where the sheet and the table go; in a folder, what they are called."""
     if output is None:
         return None, None
     suffix = output_suffix(output, ".csv")
@@ -612,7 +669,7 @@ def _targets(output: Path | None, given: Sequence[Path]) -> tuple[Path | None, P
             raise UserError(f"cannot write {output.name}: expected .csv, a folder, or one of {', '.join(SUFFIXES)}")
         check_no_input(output, given)
         return output, None
-    sheet, table = output / "ranking.png", output / "ranking.csv"
+    sheet, table = output / f"{name}.png", output / f"{name}.csv"
     for file in (sheet, table):
         check_no_input(file, given)
     return sheet, table

@@ -17,6 +17,8 @@ from provenn.training.options import Hardware, Saving
 from provenn.training.order import Batches
 from provenn.training.recipes import Recipe
 
+STEPS = ("new parts", "all")  # of `new_then_all`
+
 
 class Lesson(Task):
     """A loss and nothing else: the work of a stage that brings its own batches and is judged elsewhere.
@@ -96,6 +98,35 @@ def only(learns: Callable[[Any], Iterable[nn.Parameter]], model: nn.Module) -> I
     finally:
         for parameter, before in asked.items():
             parameter.requires_grad_(before)
+
+
+def new_then_all(
+    task: Task,
+    data: TaskData,
+    recipe: Recipe,
+    new: Callable[[Any], Iterable[nn.Parameter]],
+    *,
+    first: float = 1 / 3,
+    share: float = 0.1,
+) -> list[Stage]:
+    """The two steps in which a network with trained weights is tuned: its new parts, then all of it.
+
+    Args:
+        task, data: of both.
+        recipe: of both together.
+        new: the parameters that no weights brought, such as those of another head.
+        first: the share of epochs and steps in which they learn alone, at the recipe's rate.
+        share: of the rate, at which all learns afterwards.
+    """
+    alone = max(1, int(first * recipe.epochs))
+    once, then = None, None
+    if recipe.max_steps is not None:
+        once = max(1, int(first * recipe.max_steps))
+        then = max(1, recipe.max_steps - once)
+    fresh = replace(recipe, epochs=alone, max_steps=once)
+    whole = replace(recipe, epochs=max(1, recipe.epochs - alone), max_steps=then)
+    whole = replace(whole, lr=share * recipe.lr, final_lr=share * recipe.final_lr)
+    return [Stage(STEPS[0], task, data, fresh, partial(only, new)), Stage(STEPS[1], task, data, whole)]
 
 
 def run_stages(

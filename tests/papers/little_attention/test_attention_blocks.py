@@ -15,6 +15,7 @@ from provenn.papers.little_attention import (
     BLOCKS,
     ECA,
     ChannelNonLocal,
+    HarmoniousAttention,
     NonLocal,
     PositionAttention,
     RelationAware,
@@ -176,6 +177,8 @@ COUNTS = {
     "cnl": (17_200, 67_168, 265_408, 1_055_104),
     "se": (8_192, 32_768, 131_072, 524_288),
     "hac": (9_008, 34_400, 134_336, 530_816),
+    # 2C²/r + 3 (C + C/r) + C² + 3C + 16
+    "ha": tuple(c * c // 8 + 3 * (c + c // 16) + c * c + 3 * c + 16 for c in (256, 512, 1024, 2048)),
     "eca": (5, 5, 5, 7),
     "cbam": (8_564, 33_412, 132_260, 526_564),
     "gc": (8_753, 33_889, 133_313, 528_769),
@@ -258,6 +261,17 @@ def test_bam_adds_its_branches():
     channel = block.excite(block.bn(block.squeeze(x.mean((2, 3)))).relu())
     expected = x * (1 + (channel[:, :, None, None] + block.spatial(x)).sigmoid())
     torch.testing.assert_close(block(x), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(6, 4), (5, 7), (1, 1)])
+def test_harmonious_attention_multiplies_a_spatial_part(size):
+    block, x = stirred(HarmoniousAttention(32)), maps(2, 32, *size)
+    coarse = block.spatial(x.mean(1, keepdim=True))
+    assert coarse.shape[2:] == tuple((side + 1) // 2 for side in size)
+    position = block.scale(F.interpolate(coarse, size=size, mode="bilinear", align_corners=True))
+    gate = block.mix(position * block.channel(x.mean((2, 3), keepdim=True))).sigmoid()
+    torch.testing.assert_close(block(x), x * gate, rtol=0, atol=1e-12)
+    assert gate.min() >= 0.5 and (size == (1, 1) or gate.std((2, 3)).max() > 0)
 
 
 def test_position_attention_without_its_map():

@@ -1,13 +1,16 @@
-"""The data and networks of the experiments, the two steps, following over time, and the search."""
+"""The data and networks of the experiments, the two steps, and the search."""
 
 import math
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
+from provenn.cli import main
 from provenn.core.errors import UserError
-from provenn.papers.little_attention import ChannelNonLocal, Placement, cnl_regions, follow
+from provenn.evidence.run import Elsewhere
+from provenn.papers.little_attention import ChannelNonLocal, Placement, cnl_regions
 from provenn.papers.little_attention.bench import sweep
 from provenn.papers.little_attention.bench.search import Search, accept, compare, pareto_front, rules_of
 from provenn.papers.little_attention.inspection import inspect
@@ -151,34 +154,6 @@ def test_inspection_says_what_is_added():
     assert not changes["backbone.layer2.0"].any()
 
 
-# Following
-
-
-def test_the_user_is_found_again_and_strangers_are_not():
-    user = torch.tensor([[1.0, 0.0, 0.0]])
-    frames = [
-        torch.tensor([[0.0, 1.0, 0.0], [0.9, 0.1, 0.0]]),
-        torch.tensor([[0.0, 1.0, 0.1]]),
-        torch.zeros(0, 3),
-        torch.tensor([[3.0, 0.0, 0.1], [0.0, 0.0, 1.0]]),
-    ]
-    seen = list(follow(user, frames, threshold=0.5))
-    assert [each.crop for each in seen] == [1, None, None, 0]
-    assert seen[0].ranking == [1, 0] and seen[1].ranking == [0] and seen[2].ranking == []
-    assert seen[2].similarity is None and seen[0].similarity == pytest.approx(0.9 / math.hypot(0.9, 0.1))
-
-
-def test_what_is_remembered_moves_with_the_user():
-    turned = [torch.tensor([[math.cos(a), math.sin(a)]]) for a in (0.5, 1.0, 1.5)]
-    user = torch.tensor([[1.0, 0.0]])
-    assert [s.crop for s in follow(user, turned, threshold=0.8, momentum=0.2)] == [0, 0, 0]
-    assert [s.crop for s in follow(user, turned, threshold=0.8, momentum=1.0)] == [0, None, None]
-    with pytest.raises(ValueError, match="at least one picture"):
-        follow(torch.zeros(0, 2), turned)
-    with pytest.raises(ValueError, match="threshold"):
-        follow(user, turned, threshold=2)
-
-
 # The search
 
 
@@ -272,6 +247,53 @@ def test_a_search_goes_on_where_it_was_interrupted(kind, tmp_path):
     assert [row["placement"] for row in rows[:9]] == [row["placement"] for row in whole[:9]]
     if kind == "narrow":
         assert [row["placement"] for row in rows] == [row["placement"] for row in whole]
+
+
+class Later(Elsewhere):
+    """Runs the trial that was asked for last first."""
+
+    def __init__(self):
+        self.asked = []
+
+    def ask(self, run, key, function, alone):
+        self.asked.append((run, key, function))
+
+    def wait(self):
+        run, key, function = self.asked.pop()
+        run.keep(key, function(), 0.0)
+
+
+@pytest.mark.parametrize("kind", ["stages", "narrow", "blocks"])
+def test_a_search_elsewhere_tries_what_one_here_tries(kind, tmp_path):
+    pytest.importorskip("optuna")
+    here, there = (search(tmp_path / name, kind, 36).sweep() for name in ("here", "there"))
+    rows = here.run(tmp_path / "a")
+    assert rows == there.run(tmp_path / "b", elsewhere=Later())
+    assert len({row["placement"] for row in rows}) > 5
+
+
+def test_a_trial_elsewhere_takes_neither_study_nor_data_along(tmp_path):
+    pytest.importorskip("optuna")
+    wanted = Search(
+        "stages", cnl_regions, (1, 1, 2), (64, 32), "se", 2, "cameras", 4, 1, 3e-3, "", 0, "cpu", "smoke"
+    )  # fmt: skip
+    wanted.sweep()
+    assert "study" in vars(wanted)
+    other = pickle.loads(pickle.dumps(wanted))
+    assert "study" not in vars(other) and other.facts == wanted.facts
+    assert other.cost(Placement.parse("none", (1, 1, 2))) == 1.0
+    assert other.cost(Placement.parse("3.1", (1, 1, 2))) > 0
+
+
+def test_only_a_search_runs_elsewhere(tmp_path, capsys):
+    words = ["bench", "little_attention", "--network", "regions", "--blocks", "se", "--out", str(tmp_path / "x")]
+    assert main([*words, "--jobs", "2"]) == 2
+    assert "nothing of this benchmark can run elsewhere" in capsys.readouterr().err
+    assert main(["bench", "eca_net", "--cluster", "auto"]) == 2
+    assert "for a paper's own benchmark that has trials" in capsys.readouterr().err
+    both = ["bench", "little_attention", "--search", "stages", "--network", "regions", "--cluster", "auto"]
+    assert main([*both, "--jobs", "2", "--out", str(tmp_path / "y")]) == 2
+    assert "not both" in capsys.readouterr().err
 
 
 def test_rules_make_the_space_smaller(tmp_path):

@@ -3,6 +3,8 @@
 C-NL, the block that the paper proposes, is here a reconstruction: its arithmetic is inferred.
 """
 
+from provenn.nn.following import Sighted, follow
+from provenn.papers.little_attention.harmonious import HarmoniousAttention, HarmoniousChannelAttention
 from provenn.papers.little_attention.layers import ChannelNonLocal
 from provenn.papers.little_attention.losses import circle_loss, pair_circle_loss
 from provenn.papers.little_attention.model import (
@@ -15,8 +17,8 @@ from provenn.papers.little_attention.model import (
     resnet101_reid,
     with_head,
 )
+from provenn.papers.little_attention.penalties import eigenvalue_gap
 from provenn.papers.little_attention.placement import Placement, insert
-from provenn.papers.little_attention.tracking import Sighted, follow
 from provenn.papers.little_attention.zoo import (
     BAM,
     BLOCKS,
@@ -24,7 +26,6 @@ from provenn.papers.little_attention.zoo import (
     ECA,
     ChannelAffinity,
     GlobalContext,
-    HarmoniousChannelAttention,
     NonLocal,
     PositionAttention,
     RelationAware,
@@ -40,6 +41,7 @@ __all__ = [
     "ChannelNonLocal",
     "CircleNetwork",
     "GlobalContext",
+    "HarmoniousAttention",
     "HarmoniousChannelAttention",
     "NonLocal",
     "Placement",
@@ -51,6 +53,7 @@ __all__ = [
     "cnl_resnet50_1",
     "cnl_resnet50_2",
     "cnl_resnet50_3",
+    "eigenvalue_gap",
     "follow",
     "insert",
     "make_block",

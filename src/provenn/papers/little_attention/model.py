@@ -10,6 +10,7 @@ from provenn.nn.arguments import check_whole
 from provenn.nn.embedding import EmbeddingNetwork, batch_hard_triplet, keep_last_map_fine
 from provenn.nn.resnet import BasicBlock, Bottleneck, ResNet
 from provenn.papers.little_attention.losses import CLASS, PAIR, circle_loss, pair_circle_loss
+from provenn.papers.little_attention.penalties import FEATURES, FILTERS, Options, penalise
 from provenn.papers.little_attention.placement import insert
 
 ONE, TWO, THREE = "4.2", "3.6,4.2", "3.6,4.2,4.3"  # inferred from "one to three, in later stages"
@@ -78,6 +79,7 @@ def _large(
     id_loss: str,
     last_stride: int,
     size: Sequence[int],
+    penalties: Options,
     options: dict[str, Any],
 ) -> EmbeddingNetwork:
     check_whole(last_stride=last_stride)
@@ -87,7 +89,7 @@ def _large(
     if last_stride == 1:
         keep_last_map_fine(backbone)
     insert(backbone, placement, block, size=(size[0], size[1]), **options)
-    return with_head(backbone, num_classes, id_loss)
+    return penalise(with_head(backbone, num_classes, id_loss), penalties)
 
 
 def resnet50_reid(
@@ -98,6 +100,10 @@ def resnet50_reid(
     id_loss: str = "ce",
     last_stride: int = 1,
     size: Sequence[int] = SIZE,
+    penalty: str = "none",
+    feature_beta: float | int = FEATURES,
+    filter_beta: float | int = FILTERS,
+    reach: str = "first",
     **options: Any,
 ) -> EmbeddingNetwork:
     """ResNet-50 for re-identification, with attention where `placement` says; by default without any.
@@ -111,9 +117,13 @@ def resnet50_reid(
         id_loss: "ce", "circle" or "circle_pairs".
         last_stride: of the last stage, 1 or 2.
         size: height and width of the images, which RGA alone has to know.
+        penalty: of ABD-Net, while it trains: "none", "features", "filters" or "both".
+        feature_beta, filter_beta: their weights; ABD-Net's by default.
+        reach: whose filters are penalised: "first", of the first convolution as in its public code, or "all".
         options: of the block, such as reduction=2.
     """
-    return _large((3, 4, 6, 3), num_classes, placement, block, id_loss, last_stride, size, options)
+    penalties = Options(penalty, feature_beta, filter_beta, reach)
+    return _large((3, 4, 6, 3), num_classes, placement, block, id_loss, last_stride, size, penalties, options)
 
 
 def resnet101_reid(
@@ -124,10 +134,15 @@ def resnet101_reid(
     id_loss: str = "ce",
     last_stride: int = 1,
     size: Sequence[int] = SIZE,
+    penalty: str = "none",
+    feature_beta: float | int = FEATURES,
+    filter_beta: float | int = FILTERS,
+    reach: str = "first",
     **options: Any,
 ) -> EmbeddingNetwork:
     """ResNet-101, the deeper network beside, of 42,500,160 parameters in its backbone; arguments of `resnet50_reid`."""
-    return _large((3, 4, 23, 3), num_classes, placement, block, id_loss, last_stride, size, options)
+    penalties = Options(penalty, feature_beta, filter_beta, reach)
+    return _large((3, 4, 23, 3), num_classes, placement, block, id_loss, last_stride, size, penalties, options)
 
 
 def cnl_resnet50_1(**options: Any) -> EmbeddingNetwork:
@@ -164,15 +179,19 @@ def cnl_regions(
     depths: Sequence[int] = (1, 1, 2),
     widths: Sequence[int] = (24, 48, 96),
     size: Sequence[int] = (64, 32),
+    penalty: str = "none",
+    feature_beta: float | int = FEATURES,
+    filter_beta: float | int = FILTERS,
+    reach: str = "first",
     **options: Any,
 ) -> EmbeddingNetwork:
     """A small ResNet with C-NL (reconstruction) for pictures of 64×32 pixels. Ours: what trains in minutes.
 
     Args:
         num_classes: identities of training.
-        placement, block, id_loss, size, options: as of `resnet50_reid`.
+        placement, block, id_loss, size, penalty, feature_beta, filter_beta, reach, options: as of `resnet50_reid`.
         depths, widths: of the stages.
     """
     backbone = small_backbone(depths, widths)
     insert(backbone, placement, block, size=(size[0], size[1]), **options)
-    return with_head(backbone, num_classes, id_loss)
+    return penalise(with_head(backbone, num_classes, id_loss), Options(penalty, feature_beta, filter_beta, reach))

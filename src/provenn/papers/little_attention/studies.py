@@ -21,7 +21,7 @@ from provenn.papers.little_attention.placement import CHILD, Placement, insert
 from provenn.papers.little_attention.zoo import RelationAware
 from provenn.tasks import Task, TaskData, fingerprint, get_task
 from provenn.tasks.re_identification import Groups, Pictures
-from provenn.training import Fit, Hardware, Recipe, Stage, fit, only, run_stages
+from provenn.training import Fit, Hardware, Recipe, Stage, fit, new_then_all, run_stages
 
 DEPTHS, WIDTHS = (1, 1, 2), (24, 48, 72)
 ONE, THREE = "3.1", "2.1,3.1,3.2"  # late stages; the last is a head on the embedding, which is never taken alone
@@ -157,15 +157,7 @@ def attention_parameters(model: nn.Module) -> Iterable[nn.Parameter]:
 
 def first_and_second(task: Task, data: TaskData, recipe: Recipe, share: float = 0.1) -> list[Stage]:
     """Head and attention for a third of the epochs, then all at `share` of the rate. What the steps are is inferred."""
-    first = max(1, recipe.epochs // 3)
-
-    def learning(model: Any) -> Any:
-        return only(attention_parameters, model)
-
-    return [
-        Stage("head and attention", task, data, replace(recipe, epochs=first), learning),
-        Stage("all", task, data, replace(recipe, epochs=max(1, recipe.epochs - first), lr=share * recipe.lr)),
-    ]
+    return new_then_all(task, data, recipe, attention_parameters, share=share)
 
 
 def take_weights(model: nn.Module, state: dict[str, Tensor]) -> list[str]:

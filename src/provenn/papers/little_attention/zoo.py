@@ -17,6 +17,7 @@ from provenn.nn.arguments import check_whole
 from provenn.nn.channel_gates import PooledGate, SqueezeExcitation, spatial_mean
 from provenn.ops.autograd import at_least_single, without_autocast
 from provenn.ops.softmax_attention import softmax_attention
+from provenn.papers.little_attention.harmonious import HarmoniousAttention, HarmoniousChannelAttention
 from provenn.papers.little_attention.layers import FEWEST, ChannelNonLocal
 
 Map = Float[Tensor, "batch channels height width"]
@@ -45,30 +46,6 @@ class ECA(PooledGate):
 
     def interact(self, context: Float[Tensor, "batch channels"]) -> Float[Tensor, "batch channels"]:
         return self.conv(context[:, None])[:, 0]
-
-
-class HarmoniousChannelAttention(PooledGate):
-    """HAC: x · σ(f₂(f₁(means))), each f a 1×1 convolution with bias, a batch norm and a ReLU.
-
-    The channel part of harmonious attention (Li et al., 2018, arXiv:1802.08122). The whole module multiplies a spatial
-    part before σ. After the last ReLU no gate is below 1/2.
-
-    Args:
-        channels: C.
-        reduction: r of the bottleneck.
-
-    Parameters: 2C²/r + 3(C + C/r). Slot: channel-gate.
-    """
-
-    def __init__(self, channels: int, reduction: int = 16):
-        _check(channels, reduction)
-        super().__init__(channels)
-        inner = max(channels // reduction, 1)
-        self.squeeze, self.excite = nn.Linear(channels, inner), nn.Linear(inner, channels)
-        self.bn1, self.bn2 = nn.BatchNorm1d(inner), nn.BatchNorm1d(channels)
-
-    def interact(self, context: Float[Tensor, "batch channels"]) -> Float[Tensor, "batch channels"]:
-        return self.bn2(self.excite(self.bn1(self.squeeze(context)).relu())).relu()
 
 
 class CBAM(nn.Module):
@@ -366,6 +343,7 @@ BLOCKS: dict[str, Callable[..., nn.Module]] = {
     "cnl": ChannelNonLocal,
     "se": SqueezeExcitation,
     "hac": HarmoniousChannelAttention,
+    "ha": HarmoniousAttention,
     "eca": ECA,
     "cbam": CBAM,
     "bam": BAM,

@@ -8,6 +8,7 @@ C-NL is our reconstruction.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -75,6 +76,7 @@ def sweep(
         if search not in KINDS:
             raise UserError(f"--search must be one of {', '.join(KINDS)}, got {search!r}")
         build, depths, size = NETWORKS[network]
+        data = str(Path(data).resolve()) if Path(data).exists() else data  # trials elsewhere stand in another folder
         wanted = Search(
             search, build, depths, size, names[0], batches[0], data, trials, epochs, lr, store, seed, device, budget
         )

@@ -7,8 +7,8 @@ arXiv:2003.13678): sample the space, accept the rule that helps most, sample ins
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -19,10 +19,11 @@ import torch
 from provenn.core.cost import interleaved
 from provenn.core.errors import UserError
 from provenn.evidence.measurement import Table
+from provenn.evidence.run import Run
 from provenn.evidence.sweep import Point, Row, Sweep
 from provenn.papers.little_attention.placement import Placement
 from provenn.papers.little_attention.studies import FULL
-from provenn.tasks import get_task
+from provenn.tasks import datasets, get_task
 from provenn.training import Diverged, Hardware, fit
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 KINDS = ("stages", "narrow", "blocks")
 EACH = 16  # placements that are tried before a rule may be accepted
+POPULATION = 8  # placements of a generation
 DRAWS = 2000  # of a bootstrap
 ROUNDS = {"smoke": 1, "small": 9, "paper": 51}
 
@@ -154,7 +156,16 @@ class Search:
         count = 2 ** len(self.depths) if self.kind == "stages" else self.trials
         if self.budget == "smoke":
             count = min(count, 2)
-        facts = {
+        points = [
+            Point({**self.facts, "trial": i}, partial(self.trial, i), f"trial {i + 1} of {count}", i // self.together)
+            for i in range(count)
+        ]
+        return Sweep("placements", points, self.tables, self.picture)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What decides the values of all trials."""
+        return {
             "search": self.kind,
             "network": self.build.__name__,
             "block": self.block,
@@ -164,10 +175,15 @@ class Search:
             "seed": self.seed,
             "budget": self.budget,
         }
-        points = [
-            Point({**facts, "trial": i}, partial(self.trial, i), f"trial {i + 1} of {count}") for i in range(count)
-        ]
-        return Sweep("placements", points, self.tables, self.picture)
+
+    @property
+    def together(self) -> int:
+        """How many trials in a row need nothing of each other: all sets, those between rules, or a generation."""
+        return {"stages": 2 ** len(self.depths), "narrow": EACH, "blocks": POPULATION}[self.kind]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What was asked for: a trial elsewhere needs neither the study nor data that were read."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     @cached_property
     def study(self) -> Any:
@@ -187,7 +203,7 @@ class Search:
         samplers: dict[str, Callable[[], Any]] = {
             "stages": lambda: optuna.samplers.RandomSampler(seed=self.seed),
             "narrow": lambda: optuna.samplers.RandomSampler(seed=self.seed),
-            "blocks": lambda: optuna.samplers.NSGAIISampler(population_size=8, seed=self.seed),
+            "blocks": lambda: optuna.samplers.NSGAIISampler(population_size=POPULATION, seed=self.seed),
         }
         name = f"{self.kind} {self.build.__name__} {self.block} {self.data} {self.epochs} {self.lr:g} {self.seed}"
         return optuna.create_study(
@@ -198,14 +214,20 @@ class Search:
             load_if_exists=True,
         )
 
-    @cached_property
+    @property
     def task_data(self) -> Any:
-        return get_task("re-identification").load(self.data, seed=self.seed)
+        return _data(self.data, self.seed)
 
-    def trial(self, number: int) -> dict[str, Any]:
-        """One placement: its mAP on held-out identities of training, and the time that it adds."""
+    async def trial(self, number: int, run: Run) -> dict[str, Any]:
+        """One placement: its mAP on held-out identities of training, and the time that it adds.
+
+        The two are trials of the run, which may run elsewhere, the clock alone. What to try is asked for here.
+        """
         placement, trial = self.ask(number)
-        score, cost = self.score(placement), self.cost(placement)
+        known: dict[str, Any] = {**self.facts, "placement": str(placement)}
+        score = await run.trial("mAP of a placement", partial(self.score, placement), **known)
+        timed = {**known, "batch": self.batch, "device": self.device}
+        cost = await run.trial("time of a placement", partial(self.cost, placement), alone=True, **timed)
         trial.set_user_attr("placement", str(placement))
         trial.set_user_attr("number", number)
         self.study.tell(trial, (score, cost))
@@ -345,6 +367,12 @@ class Search:
             axes.annotate(rows[i]["placement"], (100 * (points[i][1] - 1), points[i][0]), fontsize=7)
         axes.set(xlabel="time added, %", ylabel="mAP on validation")
         return figure
+
+
+@lru_cache(maxsize=1)  # of a process, which runs many trials
+def _data(name: str, seed: int) -> Any:
+    source = datasets.resolve(name)
+    return get_task("re-identification").load(source.data, seed=seed, **source.options)
 
 
 @torch.no_grad()

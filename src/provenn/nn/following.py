@@ -18,11 +18,13 @@ class Sighted(NamedTuple):
         crop: the number of the crop that shows the user; None where none is alike enough.
         similarity: the cosine of the best crop; None of a frame without crops.
         ranking: the crops, the most alike first.
+        similarities: their cosines, in the order of the ranking.
     """
 
     crop: int | None
     similarity: float | None
     ranking: list[int]
+    similarities: list[float]
 
 
 def follow(
@@ -63,11 +65,11 @@ def _follow(
         cosines = unit @ memory
         ranking = cosines.argsort(descending=True, stable=True).tolist()
         if not ranking:
-            yield Sighted(None, None, [])
+            yield Sighted(None, None, [], [])
             continue
         best = ranking[0]
         similarity = float(cosines[best])
         seen = similarity >= threshold
         if seen:
             memory = F.normalize(torch.lerp(unit[best], memory, float(momentum)), dim=0)
-        yield Sighted(best if seen else None, similarity, ranking)
+        yield Sighted(best if seen else None, similarity, ranking, cosines[ranking].tolist())
