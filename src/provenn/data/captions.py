@@ -1,12 +1,10 @@
 """Images with captions in the layouts of the field: COCO, Flickr30K, features of regions, and plain folders.
 
-| layout | what it looks like |
-| --- | --- |
-| karpathy | `dataset_flickr30k.json` or `dataset_coco.json` with sentences and splits, and the images below |
-| coco | `annotations/captions_train2017.json`, and folders such as `train2017/` |
-| flickr30k | `results_20130124.token`, `results.csv` or `Flickr8k.token.txt`, and a folder of images |
-| features | `train_ims.npy` (images, regions, numbers) and `train_caps.txt`, a caption a line; so `dev` and `test` |
-| plain | `captions.csv`, `captions.tsv` or `captions.txt`: an image and a caption a line, and the images |
+- karpathy: `dataset_flickr30k.json` or `dataset_coco.json` with sentences and splits, and the images below
+- coco: `annotations/captions_train2017.json`, and folders such as `train2017/`
+- flickr30k: `results_20130124.token`, `results.csv` or `Flickr8k.token.txt`, and a folder of images
+- features: `train_ims.npy` (images, regions, numbers) and `train_caps.txt`, a caption a line; so `dev` and `test`
+- plain: `captions.csv`, `captions.tsv` or `captions.txt`: an image and a caption a line, and the images
 
 Of `features`, `train_lens.npy` says how many regions of each image are real. In the field's files an image may stand
 once for all of its captions, or once for each.

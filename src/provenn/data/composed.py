@@ -1,9 +1,9 @@
 """Composed scenes with captions, questions, boxes and relations that are true by construction.
 
 On a photograph, a texture or a plain ground lie handwritten digits (scikit-learn) and shapes in one of eight colours.
-What is said about a scene follows from how it was composed. Three things are held out. No handwritten glyph, no
-photograph and no region of a texture is in two splits, and neither is a pair of words such as "red seven": each
-split has other colours of each object, and every word is in the training. No two scenes of a split have the same
+What is said about a scene follows from how it was composed. No handwritten glyph, no photograph and no region of a
+texture is in two splits, and neither is a pair of words such as "red seven". Each split has other colours of each
+object, and every word is in the training. No two scenes of a split have the same
 objects on the same ground. The pictures lie flat and nothing covers another: real pixels, but no real scenes.
 """
 

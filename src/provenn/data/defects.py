@@ -1,11 +1,9 @@
 """Images of good and defective things with masks: MVTec-AD, VisA, BTAD, plain folders, and textures that are composed.
 
-| layout | what it looks like |
-| --- | --- |
-| mvtec | `bottle/train/good/`, `bottle/test/good/`, `bottle/test/broken/`, `bottle/ground_truth/broken/*_mask.png` |
-| visa | `candle/Data/Images/Normal/`, `Anomaly/` beside it, `candle/Data/Masks/Anomaly/`; `split_csv/1cls.csv` |
-| btad | `01/train/ok/`, `01/test/ok/`, `01/test/ko/`, `01/ground_truth/ko/` |
-| plain | `good/`, `bad/` and `masks/` with files of the same names, or folders of such |
+- mvtec: `bottle/train/good/`, `bottle/test/good/`, `bottle/test/broken/`, `bottle/ground_truth/broken/*_mask.png`
+- visa: `candle/Data/Images/Normal/`, `Anomaly/` beside it, `candle/Data/Masks/Anomaly/`; `split_csv/1cls.csv`
+- btad: `01/train/ok/`, `01/test/ok/`, `01/test/ko/`, `01/ground_truth/ko/`
+- plain: `good/`, `bad/` and `masks/` with files of the same names, or folders of such
 """
 
 import csv
