@@ -657,7 +657,54 @@ def tiny_imagenet(root: Path) -> None:
     (root / "words.txt").write_text("n01443537\tgoldfish, Carassius auratus\nn01629819\tEuropean fire salamander\n")
 
 
+def karpathy(root: Path, name: str, folder: str) -> None:
+    """A JSON of images with sentences and splits, beside the images."""
+    images = []
+    for number, split in enumerate(("train",) * 4 + ("val",) * 2 + ("test",) * 2):
+        photo(root / folder / f"{number}.jpg", 16)
+        sentences = [{"raw": f"The {WORDS[number]} sat on a mat."}, {"raw": "A cat."}]
+        images.append({"filename": f"{number}.jpg", "filepath": folder, "split": split, "sentences": sentences})
+    (root / f"dataset_{name}.json").write_text(json.dumps({"images": images}))
+
+
+def region_features(root: Path, last: str) -> None:
+    """Features of 3 regions by 4 numbers, and five captions of each image, a line each."""
+    for name, count in (("train", 4), ("dev", 2), (last, 2)):
+        np.save(root / f"{name}_ims.npy", rng().random((count, 3, 4), dtype=np.float32))
+        (root / f"{name}_caps.txt").write_text("a cat sat on a mat\n" * (5 * count))
+
+
+def defective(root: Path, good: str, bad: str, categories: tuple[str, ...], masks: str = "{}_mask.png") -> None:
+    """Folders as MVTec-AD has them."""
+    for name in categories:
+        for i in range(4):
+            photo(root / name / "train" / good / f"{i}.png", 32)
+            photo(root / name / "test" / good / f"{i}.png", 32)
+            photo(root / name / "test" / bad / f"{i}.png", 32, level=180)
+            mask(root / name / "ground_truth" / bad / masks.format(i), halves(0, 255, 32))
+
+
+def visa(root: Path) -> None:
+    lines = ["object,split,label,image,mask"]
+    for i in range(6):
+        photo(root / f"candle/Data/Images/Normal/{i:04}.JPG", 32)
+        photo(root / f"candle/Data/Images/Anomaly/{i:03}.JPG", 32, level=180)
+        mask(root / f"candle/Data/Masks/Anomaly/{i:03}.png", halves(0, 3, 32))
+        split = "train" if i < 4 else "test"
+        lines.append(f"candle,{split},normal,candle/Data/Images/Normal/{i:04}.JPG,")
+        lines.append(f"candle,test,anomaly,candle/Data/Images/Anomaly/{i:03}.JPG,candle/Data/Masks/Anomaly/{i:03}.png")
+    (root / "split_csv").mkdir()
+    (root / "split_csv" / "1cls.csv").write_text("\n".join(lines))
+
+
 WRITERS = {
+    "flickr30k": lambda root: karpathy(root, "flickr30k", "flickr30k-images"),
+    "coco-captions": lambda root: karpathy(root, "coco", "val2014"),
+    "flickr30k-precomp": lambda root: region_features(root, "test"),
+    "coco-precomp": lambda root: region_features(root, "testall"),
+    "mvtec-ad": lambda root: defective(root, "good", "broken", ("bottle", "cable")),
+    "visa": visa,
+    "btad": lambda root: defective(root, "ok", "ko", ("01", "02"), "{}.png"),
     "imagenet-1k": imagenet,
     "cnfood-241": cnfood,
     "coco-2017": coco,

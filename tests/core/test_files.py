@@ -200,7 +200,7 @@ ELSEWHERE = {
         [
             *("web/worker.py:main", "web/worker.py:_inside", "tasks/demos.py:save_shown"),
             *("tasks/super_resolution.py:answer", "tasks/semantic_segmentation.py:answer"),
-            "tasks/re_identification.py:answer",
+            *("tasks/re_identification.py:answer", "tasks/image_text_retrieval.py:answer"),
             "papers/lambda_pnn/task/__init__.py:answer",
             "papers/s2lic/task/__init__.py:answer",
             "papers/temporal_residual_diffusion/task/faces.py:answer",

@@ -99,6 +99,7 @@ def test_what_is_no_file_is_named(tmp_path):
 # Files that open something by themselves, and why they may.
 OPENS = {
     "data/audio.py": "wavfile.read, behind check_file",
+    "data/captions.py": "NumPy, behind check_file",
     "data/frames.py": "pandas, behind check_file",
     "data/identities.py": "the lists of MSMT17, behind check_file",
     "data/images.py": "Image.open, behind check_file",

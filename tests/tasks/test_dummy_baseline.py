@@ -7,7 +7,9 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import uniform_filter
 from skimage.feature import hog
+from sklearn.linear_model import Ridge
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -15,12 +17,16 @@ from sklearn.svm import SVC
 from torch import nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
+from provenn.data.defects import Drawn
 from provenn.data.scenes import Scene
+from provenn.nn.anomaly import Anomalies
 from provenn.nn.detection import Detections
 from provenn.nn.diffusion import noise_schedule
 from provenn.nn.embedding import Identified
 from provenn.tasks import TaskData, get_task
+from provenn.tasks.anomaly_detection import Composed, join_named
 from provenn.tasks.discovery import SHARED
+from provenn.tasks.image_text_retrieval import CaptionPairs, Gallery, join_pairs
 from provenn.tasks.language_modelling import Windows
 from provenn.tasks.masked_language_modelling import Blanks
 from provenn.tasks.object_detection import Pictures, join
@@ -386,7 +392,97 @@ def details():
     return TaskData("dots", *parts, "", {"num_classes": 3}), [Fitted(one, *train) for one in machines], 1 / 3
 
 
+class Bilinear(nn.Module):
+    """Scores pictures and texts by what scikit-learn makes of training pairs: words from the colours of 16 cells."""
+
+    def __init__(self, images, bags):
+        super().__init__()
+        self.scale = StandardScaler().fit(self.cells(images))
+        self.ridge = Ridge(alpha=10.0).fit(self.scale.transform(self.cells(images)), bags)
+        self.centre, self.size = bags.mean(0), bags.shape[1]
+        self.weight = nn.Parameter(torch.ones(()))
+
+    @staticmethod
+    def cells(images):
+        return images.reshape(len(images), 3, 4, 4, 4, 4).mean((3, 5)).flatten(1).numpy()
+
+    def encode_images(self, images, regions):
+        predicted = self.ridge.predict(self.scale.transform(self.cells(images))) - self.centre
+        return self.weight * torch.from_numpy(predicted).float()
+
+    def encode_texts(self, tokens, words):
+        bags = nn.functional.one_hot(tokens, self.size).amax(1).float()
+        bags[:, 0] = 0
+        return bags - torch.from_numpy(self.centre).float()
+
+    def training_loss(self, batch):
+        return self.weight.square()
+
+
+def captioned():
+    """Pictures whose brighter half is told."""
+    rng, meta, parts = np.random.default_rng(0), META | {"words": list("pabcd"), "pad": 0, "longest": 4, "size": 16}, []
+    meta["features"] = 0
+    for count in (40, 8, 12):
+        images = torch.from_numpy(rng.integers(0, 100, (count, 3, 16, 16), dtype=np.uint8))
+        tokens = []
+        for image in images:
+            side = int(rng.integers(2))
+            image[:, :, 8 * side : 8 * side + 8] += 120
+            tokens.append([[1 + side, 3], [1 + side, 3 + int(rng.integers(2))]])
+        parts.append(Gallery(images, tokens, meta))
+    data = TaskData("halves", CaptionPairs(parts[0]), *parts[1:], "", {}, meta, join_pairs(0))
+    bags = np.stack([np.mean([np.bincount(text, minlength=5) for text in texts], 0) for texts in parts[0].tokens])
+    images = torch.stack([parts[0].image(i)[0] for i in range(40)])
+    by_chance = 2 * (1 / 12 + 5 / 12 + 10 / 12) / 2
+    for k in (1, 5, 10):
+        by_chance += 1 - np.prod([(22 - j) / (24 - j) for j in range(k)])
+    return data, [Bilinear(images, bags)], by_chance
+
+
+class Blurred(nn.Module):
+    """How far means over 3×3 and 15×15 pixels lie apart, by SciPy; or noise, which is the same for each image."""
+
+    def __init__(self, blind=False):
+        super().__init__()
+        self.weight, self.blind = nn.Parameter(torch.ones(())), blind
+
+    def forward(self, images):
+        values, inside = images.numpy().astype(np.float64), np.ones((1, 1, *images.shape[2:]))
+        near, far = (
+            uniform_filter(values, (0, 0, side, side), mode="constant")
+            / uniform_filter(inside, (0, 0, side, side), mode="constant")
+            for side in (3, 15)
+        )
+        heat = torch.from_numpy(
+            np.zeros_like(near)[:, 0] if self.blind else np.sqrt(((near - far) ** 2).sum(1))
+        ).float()
+        return Anomalies(self.weight * heat.amax((1, 2)), self.weight * heat)
+
+
+def defects():
+    """Noise with bright spots, of two categories."""
+    rng, parts = np.random.default_rng(0), []
+    for count in (6, 4, 8):
+        images = rng.integers(0, 200, (count, 24, 24, 3), dtype=np.uint8)
+        masks = np.zeros((count, 24, 24), bool)
+        for k in range(0, count, 2):
+            masks[k, 4 + k : 8 + k, 5:9] = True
+            images[k][masks[k]] += 55
+        names = tuple("ab"[k // 2 % 2] for k in range(count))
+        parts.append(
+            Composed(Drawn(images, masks, names, ("",) * count), META | {"size": 24, "categories": ["a", "b"]})
+        )
+    shares = [
+        np.mean([m.mean() for m, n in zip(parts[2].drawn.masks, parts[2].drawn.categories) if n == c]) for c in "ab"
+    ]
+    data = TaskData("spots", *parts, "", {}, parts[0].meta, join_named(["a", "b"]))
+    return data, [Blurred(), Blurred(blind=True)], float(np.mean(shares))
+
+
 CASES = {
+    "anomaly-detection": defects,
+    "image-text-retrieval": captioned,
     "audio-classification": sounds,
     "graph-regression": graphs,
     "image-classification": lambda: classification("image-classification", "digits", 10),
@@ -445,7 +541,8 @@ def test_fit_reports_the_metrics_of_the_test_split(name):
     assert done.metrics == evaluated(task, done.model, data.test)
     assert done.curve[-1] == {**done.curve[-1], **evaluated(task, done.model, data.val)}
     for other in (data.train, data.val):
-        if name not in ("super-resolution", "re-identification") or other is data.val:  # of random crops, of groups
+        # Of random crops, of groups, of pairs.
+        if name not in ("super-resolution", "re-identification", "image-text-retrieval") or other is data.val:
             assert done.metrics != evaluated(task, done.model, other), "the splits would not be distinguished"
 
 

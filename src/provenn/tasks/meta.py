@@ -79,6 +79,35 @@ class Crops(Standardised):
         return 3
 
 
+class Captions(Standardised):
+    """Of image-text retrieval; `words` are the vocabulary, `features` the numbers of a region, 0 of pictures."""
+
+    words: Names
+    pad: Annotated[int, Field(ge=0)]
+    longest: Annotated[int, Field(ge=3, le=2**16)]
+    size: Annotated[int, Field(ge=1, le=2**15)]
+    features: Annotated[int, Field(ge=0, le=2**20)] = 0
+
+    def width(self) -> int:
+        return 3
+
+    @model_validator(mode="after")
+    def is_a_word(self) -> "Captions":
+        if self.pad >= len(self.words):
+            raise ValueError(f"pad must be the number of a word, at most {len(self.words) - 1}, got {self.pad}")
+        return self
+
+
+class Parts(Standardised):
+    """Of anomaly detection; `size` is the side that is seen, `categories` are those of the training."""
+
+    size: Annotated[int, Field(ge=8, le=2**15)]
+    categories: Names
+
+    def width(self) -> int:
+        return 3
+
+
 class Forecast(Standardised):
     """Of series forecasting."""
 

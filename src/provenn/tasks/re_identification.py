@@ -22,13 +22,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from provenn.core import progress
 from provenn.core.errors import UserError
-from provenn.core.files import atomic_write, check_no_input, is_stream, output_suffix
+from provenn.core.files import check_no_input
 from provenn.data.camera_sequences import read_sequence
 from provenn.data.identities import PARTS, Identities, Seen, asked_for, read_identities
-from provenn.data.images import SUFFIXES, images_in, read_pixels, resize_pixels, size_of
+from provenn.data.images import images_in, read_pixels, resize_pixels, size_of
 from provenn.data.regions import COUNTS, SIGHTING, SPLITS, region_sightings
 from provenn.data.regions import Seen as Sighted
-from provenn.data.tables import check_table, write_table
 from provenn.nn.embedding import MARGIN, Identified, identity_loss
 from provenn.tasks.base import (
     CUT,
@@ -44,6 +43,7 @@ from provenn.tasks.base import (
 from provenn.tasks.demos import Trial, as_shown
 from provenn.tasks.descriptors import mean_colour, pixel_descriptor
 from provenn.tasks.following import MOMENTUM, THRESHOLD, draw_following, follow_frames, in_words, write_following
+from provenn.tasks.found import SHEET, draw_sheet, in_lines, search_targets, write_ranking
 from provenn.tasks.image_classification import IMAGENET_MEAN, IMAGENET_STD, LARGEST_CHECKED, MEMORY
 from provenn.tasks.meta import Crops
 from provenn.tasks.portable import Standardising, draw_images, standardise
@@ -63,9 +63,6 @@ ASPECT = (0.3, 1 / 0.3)  # height to width of what it covers
 AUGMENTATIONS = {"full": (True, True), "move": (False, True), "none": (False, False)}  # mirrored? moved?
 PADDED = 10 / 256  # of the height: how far a crop of training is moved
 BATCH = 64  # pictures at a time in a prediction
-SHOWN = 10  # lines of a ranking in the terminal
-SHEET = 50  # queries on a sheet
-CELL, SPACE = 128, 4  # height of a picture on a sheet, and between two, in pixels
 
 
 class Pictures(Dataset):
@@ -362,7 +359,7 @@ class ReIdentification(Task):
         count = 10 if count is None else count
         if count < 1:
             raise UserError(f"count must be at least 1, got {count}")
-        sheet, table = _targets(output, [*inputs, *files], "ranking")
+        sheet, table = search_targets(output, [*inputs, *files])
         known = self._gallery(model, meta, gallery, store)
         for target in (sheet, table):
             if target is not None and target.exists():
@@ -378,14 +375,13 @@ class ReIdentification(Task):
             raise UserError("the gallery holds the query alone: there is nothing else to find")
         said = []
         if table is not None:
-            lines = ((str(f), str(n), str(g), f"{v:.6f}") for f, row in zip(files, rows) for n, (g, v) in _counted(row))
-            write_table(table, ["query", "rank", "file", "similarity"], list(lines))
+            write_ranking(table, files, rows, "file")
             said.append(f"wrote {table}")
         if sheet is not None:
-            gone = _draw_sheet(sheet, files[:SHEET], rows[:SHEET])
+            gone = draw_sheet(sheet, files[:SHEET], rows[:SHEET])
             more = f", of the first {SHEET} queries" if len(files) > SHEET else ""
             said.append(f"wrote {sheet}{more}" + (f"; of {gone} of its pictures the files are gone" if gone else ""))
-        return "\n".join([*_in_lines(files, rows), *said])
+        return "\n".join([*in_lines(files, rows), *said])
 
     def _followed(
         self,
@@ -405,7 +401,7 @@ class ReIdentification(Task):
                 raise UserError(f"{name} must be from {least} to 1, got {value}")
         frames = read_sequence(sequence)
         crops = [crop.file for frame in frames for crop in frame.crops]
-        sheet, table = _targets(output, [*files, *crops], "following")
+        sheet, table = search_targets(output, [*files, *crops], "following")
 
         def embed(images: list[UInt8[Tensor, "3 height width"]]) -> Float[Tensor, "crops dim"]:
             seen = torch.stack([standardise(_seen(image, meta).float() / 255, meta) for image in images])
@@ -656,71 +652,8 @@ def _names_in(folder: Path) -> list[str]:
     return [str(file.relative_to(folder)) for file in images_in(folder)]
 
 
-def _targets(output: Path | None, given: Sequence[Path], name: str) -> tuple[Path | None, Path | None]:
-    """Where the sheet and the table go; in a folder, what they are called."""
-    if output is None:
-        return None, None
-    suffix = output_suffix(output, ".csv")
-    if suffix == ".csv" and not output.is_dir():
-        check_table(output, given)
-        return None, output
-    if output.suffix and not output.is_dir():
-        if suffix not in SUFFIXES or is_stream(output):
-            raise UserError(f"cannot write {output.name}: expected .csv, a folder, or one of {', '.join(SUFFIXES)}")
-        check_no_input(output, given)
-        return output, None
-    sheet, table = output / f"{name}.png", output / f"{name}.csv"
-    for file in (sheet, table):
-        check_no_input(file, given)
-    return sheet, table
-
-
 def _same(one: Path, other: Path) -> bool:
     return one.resolve() == other.resolve()
-
-
-def _counted(row: Sequence[tuple[Path, float]]) -> Iterable[tuple[int, tuple[Path, float]]]:
-    return enumerate(row, 1)
-
-
-def _in_lines(files: Sequence[Path], rows: Sequence[Sequence[tuple[Path, float]]]) -> list[str]:
-    lines = []
-    for file, row in list(zip(files, rows))[:SHOWN]:
-        lines.append(f"{file}: " + ", ".join(f"{found.name} {value:.3f}" for found, value in row[:5]))
-    if len(files) > SHOWN:
-        lines.append(f"and {len(files) - SHOWN} more; -o FILE.csv writes them all")
-    return lines
-
-
-def _draw_sheet(path: Path, files: Sequence[Path], rows: Sequence[Sequence[tuple[Path, float]]]) -> int:
-    """A row a query: the query, a gap, and what was found, the most alike first. Returns how many files are gone."""
-    from PIL import Image, ImageDraw
-
-    gone = 0
-    bands = []
-    for file, row in zip(files, rows):
-        cells = []
-        for picture, text in ((file, "query"), *((found, f"{value:.3f}") for found, value in row)):
-            if not picture.is_file():
-                gone += 1
-                continue
-            image = as_shown(picture).convert("RGB")
-            wide = max(1, round(image.width * CELL / image.height))
-            cell = Image.new("RGB", (max(min(wide, 4 * CELL), 44), CELL + 14), "white")
-            cell.paste(image.resize((min(wide, 4 * CELL), CELL)))
-            ImageDraw.Draw(cell).text((1, CELL + 1), text, fill="black")
-            cells.append(cell)
-        bands.append(cells)
-    widths = [sum(cell.width + SPACE for cell in cells) + 3 * SPACE for cells in bands]
-    sheet = Image.new("RGB", (max(widths), len(bands) * (CELL + 14 + SPACE)), "white")
-    for number, cells in enumerate(bands):
-        left = 0
-        for place, cell in enumerate(cells):
-            sheet.paste(cell, (left, number * (CELL + 14 + SPACE)))
-            left += cell.width + SPACE + (3 * SPACE if place == 0 else 0)
-    with atomic_write(path) as temporary:
-        sheet.save(temporary)
-    return gone
 
 
 def evaluated(model: nn.Module, dataset: Dataset, scores: Scores) -> "Figure":
