@@ -240,7 +240,7 @@ def _plain(root: Path, marks: list[Path]) -> dict[str, Captioned]:
             raise UserError(f"{file}, line {number}: a caption without an image: {caption[:60]!r}")
         lines.append((number, row[0].strip(), caption))
     captioned = _listed(root, file, lines)
-    known = set(captioned.images)  # type: ignore[arg-type]  # paths
+    known = set(captioned.images)
     without = [image for image in Images(root).files if image not in known]
     if without:
         more = f", nor have {len(without) - 1} others" if len(without) > 1 else ""

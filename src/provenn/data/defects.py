@@ -239,7 +239,7 @@ def _parts(folder: Path, name: str, layout: str) -> tuple[list[Part], list[Part]
     """Good images to train on, good ones of the test, and defective ones with masks."""
     if layout == "visa":
         good, kinds, masks = folder / "Data/Images/Normal", [folder / "Data/Images/Anomaly"], folder / "Data/Masks"
-        tested = []
+        tested: list[Path] = []
     elif layout == "plain":
         good, kinds, masks, tested = folder / "good", [folder / "bad"], folder / "masks", []
     else:

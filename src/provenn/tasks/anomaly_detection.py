@@ -242,7 +242,7 @@ class AnomalyDetection(Task):
                 _write(maps[number], heat_map(as_shown(file).convert("RGB"), heat, threshold))
         header = ["file", "score", "highest", *(["share"] if threshold is not None else [])]
         if table is not None:
-            write_table(table, header, [(str(row[0]), *row[1 : len(header)]) for row in rows])
+            write_table(table, header, [(str(file), *numbers[: len(header) - 1]) for file, *numbers in rows])
         lines = [
             f"{file}: score {score:.4g}" + (f", {share:.1%} of the pixels anomalous" if threshold is not None else "")
             for file, score, _, share in rows[:SHOWN]
@@ -399,7 +399,7 @@ def _seen(image: UInt8[Tensor, "3 h w"], side: int) -> UInt8[Tensor, "3 side sid
 
 
 def _composed(seed: int) -> TaskData:
-    drawn = {split: composed_defects(split, seed) for split in ("train", "val", "test")}  # type: ignore[arg-type]  # names of splits
+    drawn = {split: composed_defects(split, seed) for split in ("train", "val", "test")}
     pixels = drawn["train"].images / 255
     meta = {
         "size": SIDE,
@@ -444,7 +444,7 @@ def _folder(root: Path, seed: int, layout: str | None, size: int, unseen: str) -
             raise UserError(f"{root} has {len(rows)} good image to train on: expected at least 2")
         kept = {name: max(1, sum(part.category == name for part in found.train) // 10) for name in found.categories}
         # Images that validate are in no test: good ones leave the training, and a tenth of the defective ones the test.
-        train, good = [], []
+        train, good = list[Part](), list[Part]()
         for part in (found.train[row] for row in rows):
             (good if kept[part.category] > 0 else train).append(part)
             kept[part.category] -= 1

@@ -9,7 +9,7 @@ tensors of as many rows. Two embeddings are compared by their cosine. A system t
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -668,7 +668,7 @@ def _seen(image: UInt8[Tensor, "3 h w"], meta: dict[str, Any]) -> UInt8[Tensor, 
 def _drawn(
     split: str, seed: int, count: int | None
 ) -> tuple[UInt8[Tensor, "scenes 3 side side"], list[tuple[str, ...]]]:
-    scenes = composed_scenes(split, seed, count)  # type: ignore[arg-type]  # a name of a split
+    scenes = composed_scenes(split, seed, count)
     pixels = torch.from_numpy(np.stack([scene.pixels for scene in scenes])).permute(0, 3, 1, 2).contiguous()
     return pixels, [scene.captions for scene in scenes]
 
@@ -711,7 +711,7 @@ def _composed(seed: int, captions: int, folds: int, examples: int | None) -> Tas
         CaptionPairs(sets["train"]),
         sets["val"],
         sets["test"],
-        fingerprint=fingerprint(*(part for g in sets.values() for part in (g.images, repr(g.tokens)))),  # type: ignore[misc]  # tensors here
+        fingerprint=fingerprint(*(cast(Any, part) for g in sets.values() for part in (g.images, repr(g.tokens)))),
         options={"vocab_size": len(words), "image_size": SIDE},
         meta=meta,
         collate=join_pairs(words.pad),
