@@ -176,6 +176,7 @@ ELSEWHERE = {
     # What takes no name of a user's in one go.
     "inference/prune.py:save": "transformers writes the folder of a model in its own way, into that of `work_folder`",
     "cli/convert.py:convert": "transformers writes the folder of a model in its own way",
+    "huggingface/decoders.py:save_huggingface": "transformers writes the folder of a model in its own way",
     "evidence/record.py:read_or_set_aside": "a damaged record gets another name",
     "evidence/report.py:svg": "to memory",
     "evidence/run.py:picture": "to memory",
