@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 from provenn.nn.masks import Masks
 from provenn.papers.dimap.model import Enlarged, Swin, swin_digits
 from provenn.papers.dimap.pruning import find_layers, masks, score, select
-from provenn.tasks import Task, TaskData, fingerprint, get_task
+from provenn.tasks import Task, TaskData, device_of, fingerprint, get_task
 from provenn.training import Fit, Hardware, Recipe, fit
 
 WIDTHS = {"narrow": 16, "middle": 24, "wide": 32}
@@ -155,7 +155,7 @@ def removed(model: nn.Module, kind: str, ratio: float, data: TaskData, seed: int
         return masks(model, ratio, seed=seed, **RANKED[kind])
     layers = find_layers(model)
     if kind == "taylor":
-        return select(taylor(model, data), layers, ratio, grouping="model")
+        return select(taylor(copy.deepcopy(model).cpu(), data), layers, ratio, grouping="model")
     return Masks(one_sided(model, kind, ratio, seed))
 
 
@@ -236,6 +236,7 @@ def bound_and_change(model: Any, data: TaskData, ratio: float = 0.7) -> float:
     if model.cut.kind:
         return 0.0
     images = torch.stack([data.test[i][0] for i in range(min(64, len(data.test)))])  # type: ignore[arg-type]
+    images = images.to(device_of(model))
     before, bounds, changes = model(images), [], []
     scores = score(model)
     for layer in find_layers(model):

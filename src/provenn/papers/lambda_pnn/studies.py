@@ -13,7 +13,7 @@ from provenn.papers.lambda_pnn.model import PNN, Adaptation, FusionNetwork, Lamb
 from provenn.papers.lambda_pnn.sensors import RATIO, SCALE
 from provenn.papers.lambda_pnn.task import TEST, TRAIN, VALIDATE, Crops, Scenes, pieces
 from provenn.papers.lambda_pnn.task.fusion import adapted, fuse, gsa, mtf_glp
-from provenn.tasks import Task, TaskData, fingerprint, split_indices
+from provenn.tasks import Task, TaskData, device_of, fingerprint, split_indices
 from provenn.training import Fit, fit
 from provenn.training.loop import NothingToTrain
 
@@ -107,7 +107,7 @@ def each(measure: Callable[[Tensor, Tensor], Tensor]) -> Callable[[nn.Module, Ta
     def probe(model: nn.Module, data: TaskData) -> float:
         values = []
         for index in range(len(data.test)):  # type: ignore[arg-type]  # it has a length
-            ms, pan, truth = (part[None] for part in data.test[index])
+            ms, pan, truth = (part[None].to(device_of(model)) for part in data.test[index])
             fused = fuse(adapted(model, ms, pan), ms, pan)  # type: ignore[arg-type]  # a fusion network
             values.append(float(measure(fused, truth).mean()))
         return float(np.mean(values))
