@@ -15,7 +15,7 @@ from provenn.nn import resnet
 from provenn.nn.channel_gates import Gate, record_gates
 from provenn.papers.eca_net.bands import BANDS, MATERIALS, bad_bands
 from provenn.papers.eca_net.layers import adaptive_kernel_size
-from provenn.tasks import TaskData, count_examples, fingerprint, get_task
+from provenn.tasks import TaskData, count_examples, device_of, fingerprint, get_task
 from provenn.training import Fit
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def draw_gates(done: Fit, data: TaskData, seed: int) -> "Figure":
     from matplotlib.figure import Figure
 
     x, _, failed = bad_bands(3, seed=3 * seed + 2, materials=seed)
-    (gates,) = record_gates(done.model, x).values()
+    (gates,) = record_gates(done.model, x.to(device_of(done.model))).values()
     figure = Figure(figsize=(9, 2.6), layout="constrained")
     for column, (gate, bands) in enumerate(zip(gates.cpu(), failed, strict=True)):
         axes = figure.add_subplot(1, 3, column + 1)

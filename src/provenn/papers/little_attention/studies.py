@@ -19,7 +19,7 @@ from provenn.nn.embedding import EmbeddingNetwork, Identified
 from provenn.papers.little_attention.model import small_backbone, with_head
 from provenn.papers.little_attention.placement import CHILD, Placement, insert
 from provenn.papers.little_attention.zoo import RelationAware
-from provenn.tasks import Task, TaskData, fingerprint, get_task
+from provenn.tasks import Task, TaskData, device_of, fingerprint, get_task
 from provenn.tasks.re_identification import Groups, Pictures
 from provenn.training import Fit, Hardware, Recipe, Stage, fit, new_then_all, run_stages
 
@@ -274,7 +274,7 @@ def gate_on_occluder(model: nn.Module, data: TaskData) -> float:
     last = relations[-1]
     handle = last.register_forward_hook(lambda module, args, _: seen.append(last.gate(args[0])))
     try:
-        model(hidden)
+        model(hidden.to(device_of(model)))
     finally:
         handle.remove()
     gate = seen[0].unflatten(2, last.shape[1:])

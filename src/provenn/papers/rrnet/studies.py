@@ -15,7 +15,7 @@ from provenn.core.narrowing import of_kind
 from provenn.papers.rrnet.model import DeepEnsemble, Estimator, Head, Normal, RRNet, SegmentRNN, StarNet
 from provenn.papers.rrnet.task import synthetic
 from provenn.papers.rrnet.task.surveys import Standardised, Survey, assembled
-from provenn.tasks import Task, TaskData, count_examples
+from provenn.tasks import Task, TaskData, count_examples, device_of
 from provenn.training import Fit, fit
 
 LABELS, LENGTH, SEGMENTS = len(synthetic.LABELS), 1440, 40
@@ -197,16 +197,22 @@ def trained(build: Callable[[], nn.Module], task: Task, data: TaskData, *rest: A
     return fit(start, task, data, *rest, **options)
 
 
+def _moved(dataset: Any, model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Spectra and labels where the model's weights lie."""
+    x, y = _tensors(dataset)
+    return x.to(device_of(model)), y.to(device_of(model))
+
+
 def _error(model: nn.Module, data: TaskData, change: Callable[[Tensor], Tensor]) -> float:
-    x, y = _tensors(data.test)
+    x, y = _moved(data.test, model)
     with torch.no_grad():
         return float((model(change(x)).mean - y).abs().mean())
 
 
 def growth_with_noise(model: nn.Module, data: TaskData) -> float:
     """How much the error grows when noise of σ = 0.5 is added to the standardised pixels of the test."""
-    x, _ = _tensors(data.test)
-    noise = NOISE * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    x, _ = _moved(data.test, model)
+    noise = NOISE * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device)
     return _error(model, data, lambda x: x + noise) - _error(model, data, lambda x: x)
 
 
@@ -223,7 +229,7 @@ def growth_with_a_gap(model: nn.Module, data: TaskData) -> float:
 
 def likelihood(model: nn.Module, data: TaskData) -> float:
     """The negative log-likelihood of the test, without its constant."""
-    x, y = _tensors(data.test)
+    x, y = _moved(data.test, model)
     with torch.no_grad():
         mean, variance = model(x)
     return float((variance.log() / 2 + (mean - y).square() / (2 * variance)).mean())
@@ -231,7 +237,7 @@ def likelihood(model: nn.Module, data: TaskData) -> float:
 
 def likelihood_over_constant(model: nn.Module, data: TaskData) -> float:
     """The likelihood less that of one constant variance a label, which the validation spectra give."""
-    (x_val, y_val), (x, y) = (_tensors(part) for part in (data.val, data.test))
+    (x_val, y_val), (x, y) = (_moved(part, model) for part in (data.val, data.test))
     with torch.no_grad():
         variance = (model(x_val).mean - y_val).square().mean(0)
         off = model(x).mean - y
@@ -240,7 +246,7 @@ def likelihood_over_constant(model: nn.Module, data: TaskData) -> float:
 
 def coverage(model: nn.Module, data: TaskData) -> float:
     """The share of labels of the test that lie within one σ."""
-    x, y = _tensors(data.test)
+    x, y = _moved(data.test, model)
     with torch.no_grad():
         mean, variance = model(x)
     return float(((mean - y).square() <= variance).double().mean())
@@ -248,9 +254,9 @@ def coverage(model: nn.Module, data: TaskData) -> float:
 
 def elements_over_iron(model: nn.Module, data: TaskData) -> float:
     """The elements' error less that of taking each for the network's own iron, in spreads of the elements."""
-    x, y = _tensors(data.test)
+    x, y = _moved(data.test, model)
     known = of_kind(data.test, Standardised, "the data").known
-    spread, middle = torch.tensor(known.label_std), torch.tensor(known.label_mean)
+    spread, middle = (torch.tensor(part, device=x.device) for part in (known.label_std, known.label_mean))
     with torch.no_grad():
         mean = model(x).mean
     iron = mean[:, IRON : IRON + 1] * spread[IRON] + middle[IRON]
@@ -261,7 +267,7 @@ def elements_over_iron(model: nn.Module, data: TaskData) -> float:
 
 def error_by_ratio(model: nn.Module, data: TaskData, low: float, high: float) -> float:
     """The error on spectra of the test whose signal-to-noise ratio lies between two bounds."""
-    x, y = _tensors(data.test)
+    x, y = _moved(data.test, model)
     ratio = of_kind(data.test, Standardised, "the data").ratio
     chosen = torch.from_numpy((ratio >= low) & (ratio < high))
     with torch.no_grad():
@@ -270,8 +276,8 @@ def error_by_ratio(model: nn.Module, data: TaskData, low: float, high: float) ->
 
 def in_units(model: nn.Module, data: TaskData, labels: Sequence[str], scatter: bool) -> float:
     """The mean absolute error of labels in their own unit, or the standard deviation of the error."""
-    x, y = _tensors(data.test)
-    spread = torch.tensor(of_kind(data.test, Standardised, "the data").known.label_std)
+    x, y = _moved(data.test, model)
+    spread = torch.tensor(of_kind(data.test, Standardised, "the data").known.label_std, device=x.device)
     with torch.no_grad():
         off = (model(x).mean - y) * spread
     off = off[:, [synthetic.LABELS.index(label) for label in labels]]
