@@ -58,7 +58,8 @@ class Away(Tensor):
 
     here: Tensor
     is_meta = False  # as far as anybody can tell
-    __torch_function__ = torch._C._disabled_torch_function_impl  # what comes from it is no `Away` unless it says so  # type: ignore[assignment]
+    # What comes from it is no `Away` unless it says so.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, here: Tensor) -> "Away":
