@@ -90,8 +90,7 @@ def reproduce(
     \b
     provenn reproduce eca_net --headline
     provenn reproduce --all --missing --device cuda --jobs 8
-    provenn reproduce craft --experiment set5_x2 --budget paper --data set5=photos/Set5
-    provenn reproduce eca_net --budget paper --devices 8 --workers 4 --precision bf16-mixed --save-every 500
+    provenn reproduce craft --experiment set5_x2 --budget paper --data set5=photos/Set5 --devices 8 --save-every 500
     """
     if everything == bool(slugs):
         raise UserError("name the papers to reproduce, or give --all; `provenn list` names them")

@@ -22,6 +22,7 @@ from provenn.core import progress
 from provenn.core.errors import UserError
 from provenn.core.files import check_no_input
 from provenn.core.inputs import read_text
+from provenn.core.narrowing import of_kind
 from provenn.data.captions import Captioned, read_captions
 from provenn.data.composed import CAPTIONS, SIDE, composed_scenes, vocabulary
 from provenn.data.images import SUFFIXES, images_in, read_pixels, resize_pixels
@@ -603,8 +604,7 @@ def colours_and_words(data: TaskData) -> float:
     Of features the mean over regions takes the place of the colours.
     """
     pairs: CaptionPairs = data.train  # type: ignore[assignment]  # data sets of this task
-    train, test = pairs.gallery, data.test
-    assert isinstance(test, Gallery)
+    train, test = pairs.gallery, of_kind(data.test, Gallery, "test")
     x, asked = _coarse(train), _coarse(test)
     mean, std = x.mean(0), x.std(0) + 1e-6
     x, asked = (x - mean) / std, (asked - mean) / std
