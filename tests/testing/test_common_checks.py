@@ -56,7 +56,7 @@ class Mean(nn.Module):
         return self.total(values) / (self.total(weights) + 1e-6)
 
     def init_state(self, batch: int) -> tuple[Tensor, Tensor]:
-        return (torch.zeros(batch, self.value.out_features),) * 2
+        return (self.value.weight.new_zeros(batch, self.value.out_features),) * 2
 
     def step(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         values, weights = (old + new for old, new in zip(state, self.terms(x)))
@@ -456,6 +456,51 @@ class PutsThingsOnCpu(Gate):
         self.register_buffer("one", torch.ones((), device="cpu"))
 
 
+class AddsOnCpu(Gate):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.zeros(x.shape[2:])
+
+
+class MasksOnCpu(Mean):
+    """Without a mask nothing is left there."""
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        values, weights = self.terms(x)
+        if mask is not None:
+            values, weights = (torch.where(mask[..., None], part, torch.zeros(1)) for part in (values, weights))
+        return self.total(values) / (self.total(weights) + 1e-6)
+
+
+class BeginsOnCpu(Mean):
+    def init_state(self, batch: int) -> tuple[Tensor, Tensor]:
+        return (torch.zeros(batch, self.value.out_features, dtype=self.value.weight.dtype),) * 2
+
+
+class KeepsAMapOnCpu(Blur):
+    """Made at the first call, on its device, and no buffer: it stays behind when the module is moved."""
+
+    kept: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = x.new_ones(x.shape[2:]) if self.kept is None else self.kept
+        return super().forward(x) * self.kept
+
+
+class OtherGradientThere(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad if grad.device.type == "cpu" else 2 * grad
+
+
+class OtherOnAGPU(Gate):
+    def forward(self, x: Tensor) -> Tensor:
+        return OtherGradientThere.apply(super().forward(x))
+
+
 class WritesItsInput(Gate):
     def forward(self, x: Tensor) -> Tensor:
         if not x.requires_grad:
@@ -542,6 +587,11 @@ BROKEN = [
     (DependsOnData, "channel-gate", "export-open-sizes"),
     (LooksAheadInPairs, "token-mixer", "export-open-sizes"),
     (PutsThingsOnCpu, "channel-gate", "build-on-meta"),
+    (AddsOnCpu, "channel-gate", "run-on-another-device"),
+    (MasksOnCpu, "token-mixer", "run-on-another-device"),
+    (BeginsOnCpu, "token-mixer", "run-on-another-device"),
+    (KeepsAMapOnCpu, "map-mixer", "run-on-another-device"),
+    (OtherOnAGPU, "channel-gate", "run-on-another-device"),
     (WritesItsInput, "channel-gate", "leave-its-input"),
     (ReadsMemory, "channel-gate", "take-any-layout"),
     (TakesAnything, "channel-gate", "refuse-bad-arguments"),

@@ -26,8 +26,8 @@ OF_LARGE_PRESETS = ("match-published-counts", "build-on-meta")
 OF_BOTH_WAYS = (
     "keep-shape", "keep-examples-apart", "mix", "heed-mask", "reach-parameters", "keep-gradients-finite",
     "pass-gradcheck", "differentiate-twice", "differentiate-forward", "train-in-mixed-precision",
-    "take-an-empty-batch", "run-in-bfloat16", "build-on-meta", "be-deterministic", "train-as-it-evaluates",
-    "leave-its-input", "take-any-layout", "export-open-sizes", "export",
+    "take-an-empty-batch", "run-in-bfloat16", "build-on-meta", "run-on-another-device", "be-deterministic",
+    "train-as-it-evaluates", "leave-its-input", "take-any-layout", "export-open-sizes", "export",
 )  # fmt: skip
 FAULTS = {"claims": faults_of_claims, "experiments": faults_of_experiments, "evidence": faults_of_evidence}
 FOLLOWS = {"export": "export-open-sizes"}  # what need not be asked where another, asked before it, was kept

@@ -5,7 +5,7 @@ import inspect
 import pickle
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from provenn.catalog import COUNTING_UNITS
 from provenn.core.cost import count_parameters
 from provenn.nn.backbone import check_backbone
+from provenn.testing.elsewhere import DEVICE, elsewhere, move
 from provenn.testing.subject import WIDTH, Subject
 
 
@@ -280,7 +281,8 @@ def _weighted_sum(output: Any) -> Tensor:
     outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
     assert outputs, "the output depends on nothing that can be trained"
     generator = torch.Generator().manual_seed(0)
-    return torch.stack([(y * torch.randn(y.shape, generator=generator)).sum() for y in outputs]).sum()
+    weights = (torch.randn(y.shape, generator=generator).to(y.device) for y in outputs)
+    return torch.stack([(y * weight).sum() for y, weight in zip(outputs, weights)]).sum()
 
 
 @_check("pass-gradcheck", *MECHANISMS)
@@ -611,6 +613,43 @@ def _build_on_meta(subject: Subject) -> None:
     with torch.no_grad():
         output = _first(module(*(x.to("meta") for x in subject.inputs())))
     assert output.is_meta, "gives a real tensor on the meta device"
+
+
+@_check("run-on-another-device")
+def _run_on_another_device(subject: Subject) -> None:
+    """Moved to another device with its inputs, it gives the outputs and the gradients that it gave before.
+
+    A token mixer is also asked with a mask, and step by step. The device is emulated (`provenn.testing.elsewhere`), so
+    what stays on the CPU is found without a GPU. All is float64: rounding could turn a neuron off.
+    """
+    module = subject.build().double()
+    results = []
+    for moved in (False, True):
+        inputs = _cast(subject.inputs(), Tensor.double)
+        with elsewhere() if moved else nullcontext():
+            if moved:
+                move(module)
+                inputs = [x.to(DEVICE) for x in inputs]
+            outputs = _backward(_silence(module), inputs)
+            slopes = [x.grad for x in (*inputs, *module.parameters()) if x.grad is not None]
+            outputs += _evaluated(module.eval(), subject, inputs)
+            results.append([[y.detach().cpu() for y in tensors] for tensors in (outputs, slopes)])
+        module.zero_grad()
+    _close(results[1][0], results[0][0], "there it gives another output")
+    _close(results[1][1], results[0][1], "there it gives another gradient", 1e-3)
+
+
+def _evaluated(module: Any, subject: Subject, inputs: list[Tensor]) -> list[Tensor]:
+    """What a module gives without gradients; of a token mixer also with a mask, and what its steps give."""
+    with torch.no_grad():
+        outputs = tree_leaves(module(*inputs))
+        if subject.slot is not None and subject.slot.name == "token-mixer":
+            mask = torch.ones(inputs[0].shape[:2], dtype=torch.bool, device=inputs[0].device)
+            mask[:, 2] = False
+            outputs.append(module(*inputs, mask=mask))
+            with suppress(ValueError):  # one that looks both ways refuses to stream
+                outputs.append(_stacked_steps(module, inputs[0]) if hasattr(module, "step") else None)
+    return [y for y in outputs if isinstance(y, Tensor)]
 
 
 @_check("leave-its-input")

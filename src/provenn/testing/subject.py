@@ -78,11 +78,7 @@ class Subject:
         """The module in eval mode, with weights of that seed; `stir` moves parameters off the zeros they start at."""
         torch.manual_seed(seed)
         module = self.make(**options).eval()
-        with torch.no_grad():
-            for parameter in module.parameters() if stir else ():
-                size = parameter.square().mean().sqrt().item() if parameter.numel() else 0.0
-                parameter.add_(torch.randn_like(parameter), alpha=0.1 * size or 0.02)
-        return module
+        return stirred(module) if stir else module
 
     def inputs(self, seed: int = 0, **sizes: int) -> list[Tensor]:
         """Noise of that seed in the shape of each input."""
@@ -94,6 +90,15 @@ class Subject:
             else torch.randint(below, shape, generator=generator)
             for shape, below in zip(shapes, self.below or [None] * len(shapes))
         ]
+
+
+def stirred(module: nn.Module) -> nn.Module:
+    """The module with noise on its parameters, by torch's global generator, so that none rests at zero."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            size = parameter.square().mean().sqrt().item() if parameter.numel() else 0.0
+            parameter.add_(torch.randn_like(parameter), alpha=0.1 * size or 0.02)
+    return module
 
 
 class _ByName(nn.Module):
