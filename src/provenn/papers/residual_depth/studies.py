@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from provenn.tasks import TaskData, fingerprint, get_task
+from provenn.tasks import TaskData, device_of, fingerprint, get_task
 
 from .layers import Expansion, ResidualTower, SkipInit, geometric_complexity, residual_expansion
 from .model import CausalAttention, CifarResNet, ResidualMLP, mlp_branch
@@ -52,18 +52,18 @@ def resnet(policy: str, most: int) -> nn.Module:
     return CifarResNet(min(18, most // 3), in_channels=1, policy=policy, width=8)
 
 
-def _images(data: TaskData) -> Tensor:
-    return data.test[:][0].flatten(1)
+def _images(model: Network, data: TaskData) -> Tensor:
+    return data.test[:][0].flatten(1).to(device_of(model))
 
 
 def feature_complexity(model: Network, data: TaskData) -> float:
     """Geometric complexity of what the tower gives to the decoder."""
     with torch.enable_grad():
-        return geometric_complexity(lambda x: model.tower(model.encoder(x)), _images(data)[:SLOPES])
+        return geometric_complexity(lambda x: model.tower(model.encoder(x)), _images(model, data)[:SLOPES])
 
 
 def _levels(model: Network, data: TaskData) -> Expansion:
-    return residual_expansion(model.tower, model.encoder(_images(data)), 2)
+    return residual_expansion(model.tower, model.encoder(_images(model, data)), 2)
 
 
 def first_level(model: Network, data: TaskData) -> float:
@@ -85,7 +85,7 @@ def learned_scale(model: Network, data: TaskData) -> float:
 
 def wrong_labels_fitted(model: nn.Module, data: TaskData) -> float:
     """The share of the moved labels that the network gives as they were moved."""
-    images, labels = data.train[data.meta["moved"]]
+    images, labels = (part.to(device_of(model)) for part in data.train[data.meta["moved"]])
     return (model(images).argmax(-1) == labels).double().mean().item()
 
 
