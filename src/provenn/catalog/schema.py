@@ -85,6 +85,15 @@ class Preset(Facts):
         return [{"shape": given}] if plain and given else given
 
 
+class Probes(Facts):
+    """Figures of trained networks that the studies of a paper read.
+
+    `expected_failures` names those that cannot read a network on a GPU, each with the reason.
+    """
+
+    expected_failures: dict[str, str] = {}
+
+
 def _key(facts: Any, name: str) -> Any:
     return facts.get(name) if isinstance(facts, dict) else None
 
@@ -121,6 +130,7 @@ class Card(Facts):
     scales: dict[str, str] = {}
     roles: Roles | None = None
     presets: list[Preset] = []
+    probes: Probes = Probes()
     claims: list[Claim] = []
     experiments: list[Experiment] = []
 

@@ -16,6 +16,7 @@ from provenn.core.names import in_a_line
 from provenn.testing.common import CHECKS, parameters_on_meta
 from provenn.testing.evidence import faults_of_claims, faults_of_evidence, faults_of_experiments
 from provenn.testing.golden import GOLDEN, check_case, read_cases
+from provenn.testing.probes import faults_of_probes
 from provenn.testing.shipped import check_weights, files_of
 from provenn.testing.subject import Subject
 
@@ -29,7 +30,12 @@ OF_BOTH_WAYS = (
     "take-an-empty-batch", "run-in-bfloat16", "build-on-meta", "run-on-another-device", "be-deterministic",
     "train-as-it-evaluates", "leave-its-input", "take-any-layout", "export-open-sizes", "export",
 )  # fmt: skip
-FAULTS = {"claims": faults_of_claims, "experiments": faults_of_experiments, "evidence": faults_of_evidence}
+FAULTS = {
+    "claims": faults_of_claims,
+    "experiments": faults_of_experiments,
+    "evidence": faults_of_evidence,
+    "probes": faults_of_probes,
+}
 FOLLOWS = {"export": "export-open-sizes"}  # what need not be asked where another, asked before it, was kept
 TRACED = ("compile", "export", "export-open-sizes")
 LARGE = 2**28  # parameters; beyond, weights and gradients are more than a test should hold

@@ -5,7 +5,7 @@ import inspect
 import pickle
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -617,39 +617,38 @@ def _build_on_meta(subject: Subject) -> None:
 
 @_check("run-on-another-device")
 def _run_on_another_device(subject: Subject) -> None:
-    """Moved to another device with its inputs, it gives the outputs and the gradients that it gave before.
+    """Moved to another device with its inputs, it runs forward and back there.
 
-    A token mixer is also asked with a mask, and step by step. The device is emulated (`provenn.testing.elsewhere`), so
-    what stays on the CPU is found without a GPU. All is float64: rounding could turn a neuron off.
+    A mechanism gives the outputs and the gradients that it gave before, in float64: rounding could turn a neuron off. A
+    token mixer is also asked with a mask, and step by step. A preset is made of mechanisms, and large: it only has to
+    run. The device is emulated (`provenn.testing.elsewhere`), so what stays on the CPU is found without a GPU.
     """
-    module = subject.build().double()
-    results = []
-    for moved in (False, True):
-        inputs = _cast(subject.inputs(), Tensor.double)
-        with elsewhere() if moved else nullcontext():
-            if moved:
-                move(module)
-                inputs = [x.to(DEVICE) for x in inputs]
-            outputs = _backward(_silence(module), inputs)
-            slopes = [x.grad for x in (*inputs, *module.parameters()) if x.grad is not None]
-            outputs += _evaluated(module.eval(), subject, inputs)
-            results.append([[y.detach().cpu() for y in tensors] for tensors in (outputs, slopes)])
-        module.zero_grad()
-    _close(results[1][0], results[0][0], "there it gives another output")
-    _close(results[1][1], results[0][1], "there it gives another gradient", 1e-3)
+    module, inputs = subject.build(), subject.inputs(batch=2)
+    if subject.slot is not None:
+        module, inputs = module.double(), _cast(inputs, Tensor.double)
+    before = None if subject.slot is None else _results(module, subject, [x.clone() for x in inputs])
+    module.zero_grad()
+    with elsewhere():
+        after = _results(move(module), subject, [x.to(DEVICE) for x in inputs])
+    if before is not None:
+        _close(after[0], before[0], "there it gives another output")
+        _close(after[1], before[1], "there it gives another gradient", 1e-3)
 
 
-def _evaluated(module: Any, subject: Subject, inputs: list[Tensor]) -> list[Tensor]:
-    """What a module gives without gradients; of a token mixer also with a mask, and what its steps give."""
+def _results(module: Any, subject: Subject, inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """What a module gives, and the gradients of its inputs and parameters, on the CPU."""
+    outputs = _backward(_silence(module), inputs)
+    slopes = [x.grad for x in (*inputs, *module.parameters()) if x.grad is not None]
+    module.eval()
     with torch.no_grad():
-        outputs = tree_leaves(module(*inputs))
+        outputs += tree_leaves(module(*inputs))
         if subject.slot is not None and subject.slot.name == "token-mixer":
             mask = torch.ones(inputs[0].shape[:2], dtype=torch.bool, device=inputs[0].device)
             mask[:, 2] = False
             outputs.append(module(*inputs, mask=mask))
             with suppress(ValueError):  # one that looks both ways refuses to stream
-                outputs.append(_stacked_steps(module, inputs[0]) if hasattr(module, "step") else None)
-    return [y for y in outputs if isinstance(y, Tensor)]
+                outputs.append(_stacked_steps(module, inputs[0][:, :4]) if hasattr(module, "step") else None)
+    return [y.detach().cpu() for y in outputs if isinstance(y, Tensor)], [slope.cpu() for slope in slopes]
 
 
 @_check("leave-its-input")

@@ -25,7 +25,7 @@ RuntimeError: Expected all tensors to be on the same device, but found at least 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -108,12 +108,20 @@ class Away(Tensor):
         self.here = value.here  # type: ignore[attr-defined]  # what is not away, torch has refused
 
 
+class _Enough(BaseException):
+    """As many operations were done as were asked for; no `except Exception` on the way catches it."""
+
+
 @contextmanager
-def elsewhere() -> Iterator[None]:
-    """For as long as it lasts, tensors can be made on `DEVICE` and moved there."""
+def elsewhere(operations: int | None = None) -> Iterator[None]:
+    """For as long as it lasts, tensors can be made on `DEVICE` and moved there.
+
+    Args:
+        operations: after so many operations of torch the block ends, without an error. Default: no limit.
+    """
     enabled = torch.is_autocast_enabled
     asked = patch("torch.is_autocast_enabled", lambda *of: not (of and _is_away(of[0])) and enabled(*of))
-    with patch("torch.Generator", _Generator), asked, _Functions(), _Operations():
+    with suppress(_Enough), patch("torch.Generator", _Generator), asked, _Functions(), _Operations(operations):
         yield
 
 
@@ -137,7 +145,15 @@ def move(module: nn.Module) -> nn.Module:
 class _Operations(TorchDispatchMode):
     """Operations that make tensors, of which none is an `Away` yet."""
 
+    def __init__(self, left: int | None = None):
+        super().__init__()
+        self.left = left
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.left is not None:
+            if self.left == 0:
+                raise _Enough
+            self.left -= 1
         return _perform(func, args, kwargs or {})
 
 

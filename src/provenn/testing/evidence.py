@@ -14,8 +14,9 @@ from provenn.evidence.experiment import measuring_functions
 from provenn.evidence.interval import estimate
 from provenn.evidence.measurement import Measurement
 from provenn.evidence.record import EVIDENCE, PICTURES, Evidence, Record, why_unread
-from provenn.evidence.study import Contrast, Reading, Study
+from provenn.evidence.study import Contrast, Reading
 from provenn.evidence.timing import Exponent, Ratio
+from provenn.testing.probes import studies_of
 
 LARGEST = 70_000  # bytes of a record
 EXACT = {"rel_tol": 1e-9, "abs_tol": 1e-12}
@@ -57,16 +58,13 @@ def faults_of_experiments(card: Card) -> Iterator[str]:
             yield f"{name}: experiments.py measures it, paper.toml does not list it{meant(name, listed)}"
         elif name not in to_measure:
             yield f"{name}: experiments.py measures it, paper.toml says that it needs {listed[name].needs}"
-    studies = {id(value): value for value in vars(module).values() if isinstance(value, Study)}
     for name, function in functions.items():
         sides = listed[name].sides if name in listed else None
         if isinstance(function, Contrast | Ratio) and sides != function.sides:
             yield f"{name}: experiments.py compares {function.sides}, paper.toml says sides = {sides}"
         if isinstance(function, Reading | Exponent) and sides is not None:
             yield f"{name}: experiments.py compares nothing, paper.toml says sides = {sides}"
-        if isinstance(function, Contrast | Reading):
-            studies[id(function.study)] = function.study
-    for study in studies.values():
+    for study in studies_of(card) if functions else ():
         if len(study.lrs) in (1, 2):
             yield f"the study {study.name!r}: {len(study.lrs)} learning rates; at least 3, or none where nothing learns"
 
