@@ -74,7 +74,7 @@ class Away(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]  # torch's own has other types
-        return _perform(func, args, kwargs or {})
+        return NotImplemented if _knows_better(types) else _perform(func, args, kwargs or {})
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # has no content to choose
         return f"Away({self.here})"
@@ -150,6 +150,8 @@ class _Operations(TorchDispatchMode):
         self.left = left
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _knows_better(types):
+            return NotImplemented
         if self.left is not None:
             if self.left == 0:
                 raise _Enough
@@ -187,6 +189,11 @@ class _Generator(torch.Generator):
     @property
     def device(self) -> torch.device:  # type: ignore[override]  # an attribute of C
         return self.drawn_on
+
+
+def _knows_better(types: Any) -> bool:
+    """Whether another subclass with its own dispatch takes part: it comes first, and its parts come here."""
+    return any(not issubclass(type_, Away | nn.Parameter) for type_ in types)
 
 
 def _is_away(device: Any) -> bool:

@@ -14,11 +14,10 @@ from provenn.catalog import Card
 from provenn.core.errors import UserError
 from provenn.core.names import in_a_line, meant
 from provenn.evidence.experiment import measuring_functions
-from provenn.evidence.study import Contrast, Reading, Study
+from provenn.evidence.study import SMOKE_EXAMPLES, Contrast, Reading, Study
 from provenn.tasks import TaskData
 from provenn.testing.elsewhere import elsewhere, move
 
-EXAMPLES = 8  # of a test split, for a probe
 OPERATIONS = 1000  # of torch that are followed in one probe: what is left out repeats them, for more examples
 
 
@@ -35,7 +34,7 @@ def studies_of(card: Card) -> list[Study]:
 def faults_of_probes(card: Card) -> Iterator[str]:
     """Every probe of a study reads a network on another device, which is emulated (`provenn.testing.elsewhere`).
 
-    It reads an untrained network of a few examples, for its first thousand operations: of the variant whose figure an
+    It reads an untrained network and a smoke run's examples, for its first thousand operations: of the variant whose figure an
     experiment takes from it, or else of the last. A probe in `probes.expected_failures` has to fail.
     """
     try:
@@ -87,4 +86,4 @@ def _shortened(data: TaskData) -> TaskData:
 
 def _first(examples: Any) -> Any:
     """The first of tensors; other data sets know their length, and what probes ask them for."""
-    return TensorDataset(*examples[:EXAMPLES]) if type(examples) is TensorDataset else examples
+    return TensorDataset(*examples[:SMOKE_EXAMPLES]) if type(examples) is TensorDataset else examples
