@@ -295,3 +295,37 @@ def test_autocast_is_off_there():
     assert not torch.is_autocast_enabled("meta") and not torch.is_autocast_enabled("cpu")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled(DEVICE.type)
+
+
+def test_after_so_many_operations_the_block_ends():
+    done = []
+    with elsewhere(operations=3):
+        x = away(3)  # drawn here, and moved
+        for _ in range(9):
+            try:
+                done.append(x + 1)
+            except Exception:
+                continue
+    assert len(done) == 1 and same(done[0], numbers(3) + 1)
+
+
+class Twice(Tensor):
+    """A tensor that stands for two, as `torch.func` and others have them."""
+
+    parts: list[Tensor]
+
+    @staticmethod
+    def __new__(cls, parts: list[Tensor]) -> "Twice":
+        made = Tensor._make_wrapper_subclass(cls, parts[0].shape, dtype=parts[0].dtype, device=parts[0].device)
+        made.parts = parts
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return cls([func(*(arg.parts[i] if isinstance(arg, Twice) else arg for arg in args)) for i in range(2)])
+
+
+def test_another_subclass_comes_first():
+    with torch.no_grad():
+        both = move(nn.Linear(3, 2))(Twice([away(1, 3), away(1, 3, seed=1)]))
+    assert all(part.device == DEVICE for part in both.parts) and not torch.equal(*(part.cpu() for part in both.parts))

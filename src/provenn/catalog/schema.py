@@ -86,12 +86,20 @@ class Preset(Facts):
 
 
 class Probes(Facts):
-    """Figures of trained networks that the studies of a paper read.
+    """Figures that the studies of a paper read off trained networks.
 
-    `expected_failures` names those that cannot read a network on a GPU, each with the reason.
+    `cpu_only` names those that fail where the network is on a GPU, and `why` says why they do.
     """
 
-    expected_failures: dict[str, str] = {}
+    cpu_only: list[str] = []
+    why: str = ""
+
+    @model_validator(mode="after")
+    def has_a_reason(self) -> "Probes":
+        """What fails has a reason, and a reason is of something."""
+        if bool(self.cpu_only) != bool(self.why):
+            raise ValueError("probes: cpu_only and why go together")
+        return self
 
 
 def _key(facts: Any, name: str) -> Any:

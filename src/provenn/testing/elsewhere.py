@@ -193,7 +193,7 @@ class _Generator(torch.Generator):
 
 def _knows_better(types: Any) -> bool:
     """Whether another subclass with its own dispatch takes part: it comes first, and its parts come here."""
-    return any(not issubclass(type_, Away | nn.Parameter) for type_ in types)
+    return any(type_ is not Tensor and not issubclass(type_, Away | nn.Parameter) for type_ in types)
 
 
 def _is_away(device: Any) -> bool:

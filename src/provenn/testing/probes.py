@@ -34,35 +34,32 @@ def studies_of(card: Card) -> list[Study]:
 def faults_of_probes(card: Card) -> Iterator[str]:
     """Every probe of a study reads a network on another device, which is emulated (`provenn.testing.elsewhere`).
 
-    It reads an untrained network and a smoke run's examples, for its first thousand operations: of the variant whose figure an
-    experiment takes from it, or else of the last. A probe in `probes.expected_failures` has to fail.
+    It reads an untrained network and a smoke run's examples, for its first thousand operations. The network is of the
+    variant whose figure an experiment takes from it, or else of the last. A probe that is `cpu_only` has to fail.
     """
     try:
         studies = studies_of(card) if card.has("experiments") else []
     except (UserError, ValueError):
         return  # as the check of experiments says
-    known = card.probes.expected_failures
+    excused = card.probes.cpu_only
     probes: set[str] = set()
     failed: set[str] = set()
-    for study in studies:
-        if not study.probes:
-            continue
+    for study in (study for study in studies if study.probes):
         data = _shortened(study.data(0, True))
         for name in study.probes:
             probes.add(name)
-            variant = _variant_read(card, study, name)
             try:
-                read_elsewhere(study, name, variant, data)
+                read_elsewhere(study, name, _variant_read(card, study, name), data)
             except Exception as error:  # whatever a probe raises is what a reader of it would see
                 failed.add(name)
-                if name not in known:
-                    why = in_a_line(error)
-                    yield f"the probe {name!r} of the study {study.name!r} fails on another device: {why}"
-    for name, reason in known.items():
+                if name not in excused:
+                    about = f"the probe {name!r} of the study {study.name!r}"
+                    yield f"{about} fails on another device: {in_a_line(error)}"
+    for name in excused:
         if name not in probes:
-            yield f"probes.expected_failures: no study has a probe {name!r}{meant(name, list(probes))}"
+            yield f"cpu_only: no study has a probe {name!r}{meant(name, list(probes))}"
         elif name not in failed:
-            yield f"the probe {name!r} runs on another device: take it out of probes.expected_failures ({reason})"
+            yield f"the probe {name!r} runs on another device: take it out of cpu_only ({card.probes.why})"
 
 
 def read_elsewhere(study: Study, probe: str, variant: str, data: TaskData) -> None:
