@@ -397,7 +397,9 @@ class OfOneSize(nn.Module):
         return nn.functional.adaptive_avg_pool2d(images * self.places, (4, 2)).flatten(1)
 
 
-@pytest.mark.parametrize("model, sizes", [(network, "any batch, height"), (OfOneSize, "any batch; fixed: height 16 and")])
+@pytest.mark.parametrize(
+    "model, sizes", [(network, "any batch, height"), (OfOneSize, "any batch; fixed: height 16 and")]
+)
 def test_an_exported_file_embeds_other_sizes_as_the_model_or_refuses_them(tmp_path, model, sizes):
     runtime, system = pytest.importorskip("onnxruntime"), model().eval()
     file = tmp_path / "a.onnx"
@@ -408,9 +410,8 @@ def test_an_exported_file_embeds_other_sizes_as_the_model_or_refuses_them(tmp_pa
     for batch, height, width in ((1, 16, 8), (5, 16, 8), (1, 37, 13), (2, 21, 64)):
         image = torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(height))
         if "fixed" in said and (height, width) != (16, 8):
-            with pytest.raises(Exception, match=r"invalid dimensions[\s\S]*Got: 37|Got: 21") as refused:
+            with pytest.raises(Exception, match=rf"Got: {height} Expected: 16"):
                 session.run(None, {"image": image.numpy()})
-            assert len(str(refused.value).strip().splitlines()) <= 3
             continue
         with torch.no_grad():
             expected = nn.functional.normalize(embeddings_of(system(standardise(image, META))))

@@ -717,7 +717,7 @@ class InBatches(nn.Module):
 
 @pytest.mark.parametrize("rpe_size", [None, 4])
 def test_recognition_of_a_batch_is_exported_for_any_batch_and_size(rpe_size):
-    options = {"mean": [0.0] * 3, "std": [1.0] * 3, "rpe_size": rpe_size, "support": 3}
+    options = {"mean": [0.0] * 3, "std": [1.0] * 3, "rpe_size": rpe_size, "support": 3 if rpe_size else 0}
     model = InBatches(stirred(RBI(SmallCNN((4, 8)), 5, feat_dim=8, **options).double()).eval())
     traced = torch.rand(4, 3, 20, 26, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
     dims = {axis: torch.export.Dim.DYNAMIC for axis in (0, 2, 3)}

@@ -20,8 +20,8 @@ class Distances(NamedTuple):
     """How far the patches of an image look, block by block.
 
     Args:
-        shares: the share of a patch's attention at each distance, the mean over heads and patches. The rest of 1 goes to
-            tokens without a place, such as the class token.
+        shares: the share of a patch's attention at each distance, the mean over heads and patches. The rest of 1 goes
+            to tokens without a place, such as the class token.
         uniform: the same of attention that is alike everywhere.
         means: the mean distance of what goes to patches, in patches.
     """
@@ -61,9 +61,7 @@ def attention_over_distance(model: nn.Module, x: Float[Tensor, "1 channels heigh
     return Distances(found.float(), (counts / (count * total)).float(), means.float())
 
 
-def inspect(
-    model: nn.Module, x: Float[Tensor, "1 channels height width"]
-) -> dict[str, Float[Tensor, "height width"] | Float[Tensor, " numbers"]]:
+def inspect(model: nn.Module, x: Float[Tensor, "1 channels height width"]) -> dict[str, Float[Tensor, "..."]]:
     """The class token's attention rollout by patch, the queries of GLCA (1), and attention over distance by block."""
     found, far = _explained(model, x), attention_over_distance(model, x)
     chosen = torch.zeros_like(found.rollout)
