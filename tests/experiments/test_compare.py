@@ -16,11 +16,12 @@ from provenn.core.cost import count_parameters
 from provenn.core.errors import UserError
 from provenn.evidence import Study
 from provenn.evidence.study import TUNING_SEED
-from provenn.experiments.compare import COSTS, Candidate, SlotComparison, compare, host_for, hosts_of
+from provenn.experiments.compare import COSTS, Candidate, SlotComparison, compare, comparison, host_for, hosts_of
 from provenn.experiments.compare.context import settled
 from provenn.nn.channel_gates import SqueezeExcitation
 from provenn.nn.resnet import resnet20
 from provenn.tasks import get_task
+from provenn.tasks.re_identification_hosts import Nothing
 from provenn.training import Diverged
 
 
@@ -327,3 +328,42 @@ def test_backbones_of_papers_have_about_as_many_parameters_as_the_baselines():
     with torch.device("meta"):
         sizes = {name: count_parameters(make(**options)) for name, make in makes.items()}
     assert all(0.5 < size / sizes["resnet14"] < 2 for size in sizes.values()), sizes
+
+
+def test_identities_choose_a_host_of_their_own(tmp_path: Path):
+    assert host_for("channel-gate", "digits").task == "image-classification"
+    assert [host_for(slot, "cameras").task for slot in ("channel-gate", "map-mixer")] == ["re-identification"] * 2
+    # A layout of the field, and a folder of classes: both are folders of pictures.
+    for name in ("bounding_box_train", "query", "bounding_box_test"):
+        (tmp_path / "market" / name).mkdir(parents=True)
+        (tmp_path / "market" / name / "0002_c1s1_000451_03.jpg").touch()
+    (tmp_path / "birds" / "wren").mkdir(parents=True)
+    (tmp_path / "birds" / "wren" / "a.jpg").touch()
+    assert host_for("channel-gate", tmp_path / "market").task == "re-identification"
+    assert host_for("channel-gate", tmp_path / "birds").task == "image-classification"
+
+
+@pytest.mark.parametrize(("slot", "names"), [("map-mixer", ["depthwise", "none"]), ("channel-gate", ["se", "none"])])
+def test_a_search_of_identities_compares_mixers_and_gates(slot: str, names: list[str], tmp_path: Path):
+    result = compare(slot, names, data="cameras", budget="smoke", seeds=1, device="cpu", out=tmp_path)
+    none, other = result.candidates
+    assert (result.metric, none.name, other.name) == ("mAP", "none", names[0])
+    assert all(0 < one.mean < 1 for one in result.candidates)
+    assert none.parameters < other.parameters < 1.05 * none.parameters and none.flops < other.flops
+
+
+def test_every_map_mixer_fits_the_host_and_reaches_what_is_searched():
+    (host,) = hosts_of("map-mixer")
+    image = torch.rand(2, 3, 64, 32, generator=torch.Generator().manual_seed(0))
+    known = comparison._choose("map-mixer", host, None, print)
+    assert {"depthwise", "non-local", "lka", "ss2d"} <= set(known)
+    for name, (factory, _) in known.items():
+        model = host.build(factory, {"num_classes": 3}).eval()
+        stage = model.backbone.layer3[-1]
+        with torch.no_grad():
+            for parameter in stage.mixer.parameters():  # some begin as the identity
+                parameter.add_(0.1)
+            before = model(image).embeddings
+            stage.mixer = Nothing(64)
+            moved = (model(image).embeddings - before).abs().max()
+        assert before.shape == (2, 64) and (moved > 1e-6) == (name != "none"), name

@@ -12,11 +12,13 @@ from torch.utils.data import DataLoader
 
 import miniature
 from provenn.core.errors import UserError
+from provenn.inference.onnx import portable_system
 from provenn.nn.embedding import EmbeddingNetwork, batch_hard_triplet, keep_last_map_fine
 from provenn.nn.resnet import BasicBlock, ResNet
 from provenn.tasks import TaskData, get_task, re_identification
 from provenn.tasks.demos import Trial
-from provenn.tasks.re_identification import FLOORS, Groups, Pictures, erase, floors, move
+from provenn.tasks.portable import standardise
+from provenn.tasks.re_identification import FLOORS, Groups, Pictures, embeddings_of, erase, floors, move
 from provenn.training import Recipe, fit
 
 TASK = get_task("re-identification")
@@ -376,11 +378,46 @@ def test_pictures_of_one_pixel_and_grey_ones_are_seen(tmp_path):
 def test_the_exported_form_is_the_prediction():
     portable = TASK.portable(network().eval(), META)
     image = portable.example["image"]
-    assert image.shape == (2, 3, 16, 8) and portable.open_sizes == {"image": {0: "batch"}}
+    assert image.shape == (2, 3, 16, 8)
+    assert portable.open_sizes == {"image": {0: "batch", 2: "height", 3: "width"}}
     with torch.no_grad():
         embedding = portable.system(**portable.example)
         assert torch.allclose(embedding, portable.predict(image), atol=1e-6)
     assert torch.allclose(embedding.norm(dim=1), torch.ones(2), atol=1e-5)
+
+
+class OfOneSize(nn.Module):
+    """Positions for pictures of 16×8 pixels alone, as attention with learned weights over places has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.places = nn.Parameter(torch.randn(3, 16, 8, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, images):
+        return nn.functional.adaptive_avg_pool2d(images * self.places, (4, 2)).flatten(1)
+
+
+@pytest.mark.parametrize(
+    "model, sizes", [(network, "any batch, height"), (OfOneSize, "any batch; fixed: height 16 and")]
+)
+def test_an_exported_file_embeds_other_sizes_as_the_model_or_refuses_them(tmp_path, model, sizes):
+    runtime, system = pytest.importorskip("onnxruntime"), model().eval()
+    file = tmp_path / "a.onnx"
+    lines = portable_system(system, TASK, META, file, {})
+    session = runtime.InferenceSession(file)
+    said = session.get_modelmeta().custom_metadata_map["sizes"]
+    assert said.startswith(sizes) and said in lines
+    for batch, height, width in ((1, 16, 8), (5, 16, 8), (1, 37, 13), (2, 21, 64)):
+        image = torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(height))
+        if "fixed" in said and (height, width) != (16, 8):
+            with pytest.raises(Exception, match=rf"Got: {height} Expected: 16"):
+                session.run(None, {"image": image.numpy()})
+            continue
+        with torch.no_grad():
+            expected = nn.functional.normalize(embeddings_of(system(standardise(image, META))))
+        torch.testing.assert_close(
+            torch.from_numpy(session.run(None, {"image": image.numpy()})[0]), expected, rtol=1e-3, atol=1e-5
+        )
 
 
 def test_the_form_in_the_browser_searches_the_embedded_pictures(tmp_path, monkeypatch):

@@ -42,7 +42,8 @@ def test_every_official_repository_has_a_case_of_its_newest_commit_with_code():
         assert {f"{repository}@{commit}" for repository, commit in newest.items()} <= sources, file.name
 
 
-NO_CODE = {"dimap"}  # whose authors' repository holds a README alone; its own tests compare it with transformers'
+# Whose repository holds a README alone (37dc80b, its one commit); its own tests compare it with transformers'.
+NO_CODE = {"dimap"}
 
 
 def test_every_paper_that_takes_official_weights_has_golden_values():
@@ -50,3 +51,17 @@ def test_every_paper_that_takes_official_weights_has_golden_values():
     official = {slug for slug, card in ours.items() if card.has("official") and card.code}
     assert official >= NO_CODE
     assert official - NO_CODE == {file.parent.name for file in PAPERS.glob("*/golden.json")}
+
+
+def test_every_paper_with_public_code_holds_values_of_that_code():
+    """In `golden.json`, or in another file where the code has no checkpoints: layers, masks, placements, losses."""
+    without = set()
+    for slug, card in cards().items():
+        if not (card.code and card.package.startswith("provenn.")):
+            continue
+        contents = [json.loads(file.read_text()) for file in (PAPERS / slug).glob("*.json")]
+        sources = [content["source"] for content in contents if isinstance(content, dict) and "source" in content]
+        assert all(len(source.partition("@")[2]) == 40 for source in sources), slug
+        if not any(source.startswith(f"{card.code}@") for source in sources):
+            without.add(slug)
+    assert without == NO_CODE

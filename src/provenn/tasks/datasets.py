@@ -128,6 +128,12 @@ def find(name: str, paths: DataPaths | None = None) -> Found:
     return Found(name, inside / member if member else inside)
 
 
+def in_layout_of(task: str, path: Path) -> str | None:
+    """The known data set of a task whose layout a folder has, by its name; None of another folder."""
+    sets = face_of(task).datasets.items()
+    return next((name for name, entry in sets if path.is_dir() and not _missing(path, entry, "")), None)
+
+
 def _below_roots(entry: DataSet) -> Iterator[Path]:
     for root in roots():
         yield from (root / name for name in (entry.name, *entry.also) if (root / name).is_dir())

@@ -52,6 +52,7 @@ class Host:
         files: endings of the files that are this host's, where a slot has several; "hf:" stands for data of the hub.
         probe: a second task for every candidate.
         contexts: by budget, after how many tokens the time of one token more is measured.
+        example: a batch of one example of the data, whose loss is timed; by default the first one of the test.
     """
 
     task: str
@@ -64,6 +65,7 @@ class Host:
     files: tuple[str, ...] = ()
     probe: Probe | None = None
     contexts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    example: Callable[[TaskData], Any] | None = None
 
 
 def budgets(recipe: Mapping[str, Any], small: int, paper: int) -> dict[str, dict[str, Any]]:

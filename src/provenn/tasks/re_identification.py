@@ -46,7 +46,7 @@ from provenn.tasks.following import MOMENTUM, THRESHOLD, draw_following, follow_
 from provenn.tasks.found import SHEET, draw_sheet, in_lines, search_targets, write_ranking
 from provenn.tasks.image_classification import IMAGENET_MEAN, IMAGENET_STD, LARGEST_CHECKED, MEMORY
 from provenn.tasks.meta import Crops
-from provenn.tasks.portable import Standardising, draw_images, standardise
+from provenn.tasks.portable import SMALLEST, Standardising, draw_images, standardise
 from provenn.tasks.ranking import JUNK, Ranking, Sightings, judge_embeddings, nearest
 from provenn.tasks.stores import Store, check_ending, checksum_of, read_store, same_files
 
@@ -438,14 +438,18 @@ class ReIdentification(Task):
         return known
 
     def portable(self, model: nn.Module, meta: dict[str, Any]) -> Portable:
-        """From `image` in 0…1, at the size of training, to `embedding` of length 1."""
+        """From `image` in 0…1 to `embedding` of length 1. A search brings every picture to `meta["size"]` before."""
         height, width = meta["size"]
+        # Traced twice, and neither at the size of training nor at sides alike: no rule of one size gets through.
+        tall, wide = height + 5, width + 11
         return Portable(
             Embedder(model, meta["mean"], meta["std"]).eval(),
             {"image": draw_images(2, 3, height, width)},
             ["embedding"],
-            {"image": {0: "batch"}},
-            predict=lambda image: F.normalize(embeddings_of(model(standardise(image, meta)))),
+            {"image": {0: "batch", 2: "height", 3: "width"}},
+            {"height": min(SMALLEST, height), "width": min(SMALLEST, width)},
+            [{"height": tall, "width": wide}, {"height": 2 * wide + 3, "width": tall + width // 2 + 2}],
+            lambda image: F.normalize(embeddings_of(model(standardise(image, meta)))),
         )
 
     def picture(self, model: nn.Module, data: TaskData) -> "Figure":

@@ -1,15 +1,19 @@
 """GLCA, PWCA, the rollout and the loss, by the equations; and that inference has nothing of PWCA."""
 
 import copy
+import math
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn import functional as F
 
 from provenn.core.errors import UserError
+from provenn.inference.inspection import Inspection
 from provenn.nn.embedding import Identified, batch_hard_triplet
 from provenn.papers.dcal import (
     DCAL,
@@ -27,6 +31,7 @@ from provenn.papers.dcal import (
     weigh_losses,
 )
 from provenn.papers.dcal.hosts import host_of
+from provenn.papers.dcal.inspection import attention_over_distance, draw, inspect
 from provenn.papers.dcal.layers import attend, attend_and_show, draw_order
 from provenn.papers.dcal.model import sum_probabilities
 from provenn.training import Recipe
@@ -420,3 +425,54 @@ def test_networks_without_a_rollout_are_refused():
     headless.head = torch.nn.Identity()
     with pytest.raises(UserError, match="no linear classifier"):
         DCAL(headless)
+
+
+def test_attention_over_distance_is_the_brute_force_share():
+    model, x = stirred(system()), images(1, 16, 24)
+    far = attention_over_distance(model, x)
+    host = host_of(model.backbone)
+    rows, columns = host.grid(x)
+    tokens, sums, uniform = host.embed(x), [], {}
+    for block in host.blocks:
+        tokens, weights = attend_and_show(block, tokens)
+        found: dict[int, float] = {}
+        for query in range(rows * columns):
+            for key in range(rows * columns):
+                apart = math.hypot(query // columns - key // columns, query % columns - key % columns)
+                found[round(apart)] = found.get(round(apart), 0) + float(weights[0, query + 1, key + 1])
+                uniform[round(apart)] = uniform.get(round(apart), 0) + 1
+        sums.append([found[d] / (rows * columns) for d in range(len(found))])
+    torch.testing.assert_close(far.shares, torch.tensor(sums), rtol=1e-4, atol=1e-6)
+    assert (far.shares.sum(1) < 1).all()  # the rest goes to the class token
+    expected = [uniform[d] / len(sums) / (rows * columns * (rows * columns + 1)) for d in range(len(uniform))]
+    torch.testing.assert_close(far.uniform, torch.tensor(expected), rtol=1e-5, atol=1e-7)
+    distances = torch.arange(far.shares.shape[1])
+    torch.testing.assert_close(far.means, (far.shares * distances).sum(1) / far.shares.sum(1))
+    # A plain vision transformer has the same; attention that is alike everywhere has the share of each distance.
+    torch.testing.assert_close(attention_over_distance(model.backbone, x).shares, far.shares)
+    for block in model.backbone.blocks:
+        nn.init.zeros_(block.attn.qkv.weight)
+        nn.init.zeros_(block.attn.qkv.bias)
+    even = attention_over_distance(model, x)
+    torch.testing.assert_close(even.shares, even.uniform.expand_as(even.shares), rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_inspected_has_a_row_a_block_and_is_drawn_below_the_image():
+    model, x = system().eval(), images(1)
+    rows = inspect(model, x)
+    blocks = len(model.backbone.blocks)
+    assert [name for name in rows if "block" in name][:-1] == [
+        f"attention over distance, block {k}" for k in range(1, blocks + 1)
+    ]
+    meta = {"mean": [0.5] * x.shape[1], "std": [0.5] * x.shape[1]}
+    found = Inspection("a", "b", rows, partial(draw, model, x, meta)).picture()
+    image, below = found.axes[:2]
+    assert image.get_title().startswith("attention rollout") and below.get_xlabel() == "distance in patches"
+    assert len(below.lines) == blocks + 1
+    with pytest.raises(UserError, match="has no GLCA"):
+        inspect(model.backbone, x)
+
+
+def test_attention_of_another_network_over_distance_is_refused_in_one_line():
+    with pytest.raises(UserError, match=r"^Linear: expected a vision transformer with a class token"):
+        attention_over_distance(nn.Linear(3, 3), images(1))

@@ -1,10 +1,23 @@
 """What the experiments cut from one dense network, and what they read of it."""
 
+import copy
+
 import pytest
 import torch
 
 from provenn.papers.dimap import masks, swin_digits
-from provenn.papers.dimap.studies import Cut, accuracies, bound_and_change, digits, network, pairs, pruned, removed
+from provenn.papers.dimap.pruning import find_layers
+from provenn.papers.dimap.studies import (
+    Cut,
+    accuracies,
+    bound_and_change,
+    digits,
+    network,
+    pairs,
+    pruned,
+    removed,
+    taylor,
+)
 from provenn.tasks import get_task
 from provenn.training import Recipe
 
@@ -82,3 +95,24 @@ def test_cuts_of_a_seed_start_from_one_network_and_tuning_keeps_the_zeros():
         assert len(curve) == 5 and curve[2] == TASK.evaluate(cut, data.test)["accuracy"]
         assert accuracies(dense, data) == [TASK.evaluate(dense, data.test)["accuracy"]]
         assert -1 <= bound_and_change(dense, data) <= 1 and bound_and_change(cut, data) == 0
+
+
+def test_taylor_is_the_saliency_of_snip(dense):
+    """|∂L / ∂c| at c = 1, where each weight is c · w (Lee et al., 2019, equation 3)."""
+    data = digits(0, True)
+    net = copy.deepcopy(dense).eval()
+    names = [name for layer in find_layers(net) for name in layer.names]
+    weights = {name: parameter.detach() for name, parameter in net.named_parameters()}
+    switches = {name: torch.ones_like(weights[name]).requires_grad_() for name in names}
+    switched = {name: weight * switches[name] if name in switches else weight for name, weight in weights.items()}
+    images, labels = (torch.stack([torch.as_tensor(data.train[i][part]) for i in range(64)]) for part in (0, 1))
+    loss = torch.nn.functional.cross_entropy(torch.func.functional_call(net, switched, (images,)), labels)
+    slopes = torch.autograd.grad(loss, list(switches.values()))
+    found = taylor(dense, data)
+    assert list(found) == names
+    for name, slope in zip(names, slopes):
+        torch.testing.assert_close(found[name].float(), slope.abs(), rtol=1e-4, atol=1e-8)
+    # What stays has the larger ones, in all layers together.
+    kept = removed(dense, "taylor", 0.7, data, 0).kept
+    gone = max(found[name][~kept[name]].max() for name in names)
+    assert gone <= min(found[name][kept[name]].min() for name in names if kept[name].any())

@@ -702,3 +702,27 @@ def test_the_small_preset_trains_on_either_data():
         loss(model.train(), torch.rand(4, channels, side, side), torch.tensor([0, 1, 2, 3])).backward()
         model.before_saving()
         assert model.eval()(torch.rand(2, channels, side, side)).shape == (2, 4)
+
+
+class InBatches(nn.Module):
+    """A system whose images always see each other, as `--together` has it."""
+
+    def __init__(self, model: RBI):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        return self.model(images, "batch").softmax(1)
+
+
+@pytest.mark.parametrize("rpe_size", [None, 4])
+def test_recognition_of_a_batch_is_exported_for_any_batch_and_size(rpe_size):
+    options = {"mean": [0.0] * 3, "std": [1.0] * 3, "rpe_size": rpe_size, "support": 3 if rpe_size else 0}
+    model = InBatches(stirred(RBI(SmallCNN((4, 8)), 5, feat_dim=8, **options).double()).eval())
+    traced = torch.rand(4, 3, 20, 26, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
+    dims = {axis: torch.export.Dim.DYNAMIC for axis in (0, 2, 3)}
+    exported = torch.export.export(model, (traced,), dynamic_shapes=(dims,)).module()
+    for shape in ((4, 3, 20, 26), (2, 3, 33, 17), (7, 3, 16, 41)):
+        images = torch.rand(*shape, generator=torch.Generator().manual_seed(1), dtype=DOUBLE)
+        torch.testing.assert_close(exported(images), model(images))
+        assert (model(images) - model.model(images, "single").softmax(1)).abs().max() > 1e-4

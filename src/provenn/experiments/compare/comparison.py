@@ -112,9 +112,15 @@ def compare(
                     None if name == reference else partial(host.build, chosen[reference][0], loaded.options)
                 )
                 cost = partial(
-                    _cost, build, build_reference, task=task, data=loaded, device=device, rounds=3 if run.smoke else 15
+                    _cost,
+                    build,
+                    build_reference,
+                    task=task,
+                    batch=partial(host.example or _one_example, loaded),
+                    device=device,
+                    rounds=3 if run.smoke else 15,
                 )
-                code = digest(_cost, host.build, factory, chosen[reference][0])
+                code = digest(_cost, host.example or _one_example, host.build, factory, chosen[reference][0])
                 # Kept under the digest of all code that it times, so that a changed mechanism is timed anew.
                 facts = {"reference": reference, "code": code, **study.facts(run)}
                 costs[name] = run_to_end(run.trial(f"{name}: cost", cost, **facts))
@@ -209,29 +215,34 @@ def _log_diverged(trials: Sequence[dict[str, Any]], name: str, run: Run, log: Ca
             log(f"{name}, seed {seed}: the training diverged; it counts as the dummy baseline")
 
 
+def _one_example(data: TaskData) -> Any:
+    # One example: what a cost of a whole batch would say depends on its size.
+    return next(iter(DataLoader(Subset(data.test, [0]), batch_size=1, collate_fn=data.collate)))
+
+
 def _cost(
     build: Callable[[], nn.Module],
     reference: Callable[[], nn.Module] | None,
     *,
     task: Task,
-    data: TaskData,
+    batch: Callable[[], Any],
     device: str,
     rounds: int,
 ) -> dict[str, Any]:
     """Parameters, operations and time of the network on one example, its loss included."""
     torch.manual_seed(0)
     model = build().to(device).eval()
-    # One example: what a cost of a whole batch would say depends on its size.
-    batch = next(iter(DataLoader(Subset(data.test, [0]), batch_size=1, collate_fn=data.collate)))
-    batch = [entry.to(device) if isinstance(entry, torch.Tensor) else entry for entry in batch]
+    example = [entry.to(device) if isinstance(entry, torch.Tensor) else entry for entry in batch()]
     counts = {"parameters": cost.count_parameters(model), "latency": 1.0, "latency_low": 1.0, "latency_high": 1.0}
     with torch.no_grad():
-        counts["flops"] = cost.flops(partial(task.loss, model, batch), elementwise=True)
+        counts["flops"] = cost.flops(partial(task.loss, model, example), elementwise=True)
         if reference is None:
             return counts
         reference_model = reference().to(device).eval()
         # In turns, so that what else the machine does weighs on both alike.
-        time = cost.compare(partial(task.loss, model, batch), partial(task.loss, reference_model, batch), rounds=rounds)
+        time = cost.compare(
+            partial(task.loss, model, example), partial(task.loss, reference_model, example), rounds=rounds
+        )
     low, high = time.interval
     timed = {"latency": time.ratio, "latency_low": low, "latency_high": high, "latency_method": time.method}
     return {**counts, **timed, "seconds": list(time.a), "reference_seconds": list(time.b)}

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from provenn.core.errors import UserError
 from provenn.tasks import face_of, get_task, task_names
+from provenn.tasks.datasets import in_layout_of
 from provenn.tasks.hosts import Host
 
 
@@ -22,7 +23,7 @@ def hosts_of(slot: str) -> list[Host]:
 
 
 def host_for(slot: str, data: str | Path) -> Host:
-    """The host of a slot that fits the data: by the embedded name, or by what files a path names.
+    """The host of a slot that fits the data: by the embedded name, by the layout of a folder, or by its files' names.
 
     Raises:
         UserError: a slot without a host, an empty folder, or data that is neither embedded nor a path.
@@ -33,6 +34,9 @@ def host_for(slot: str, data: str | Path) -> Host:
         if data in get_task(host.task).embedded or len(hosts) == 1:
             return host
     path, tasks = Path(data), [get_task(host.task) for host in hosts]
+    laid_out = next((host for host in hosts if in_layout_of(host.task, path)), None)
+    if laid_out is not None:
+        return laid_out
     remote = str(data).startswith("hf:")
     files = [path] if not path.is_dir() else [file for file in path.rglob("*") if file.is_file()]
     reads = "; or ".join(task.reads for task in tasks)

@@ -37,7 +37,7 @@ def portable_system(
         model: in eval mode; left as it is.
         task, meta: what it does, and what prediction needs to know.
         file: where it goes, ending in .onnx.
-        about: is kept in the file's metadata.
+        about: is kept in the file's metadata, beside the `sizes` that it takes.
         calibration: what `read_calibration` gives: the file is quantised by it, see `quantize`.
 
     Returns:
@@ -152,7 +152,9 @@ def _write_compared(
                 inputs = _inputs(form, sizes)
                 with torch.no_grad():
                     system(**inputs)
-                write(system, inputs, open_sizes, inputs=list(inputs), outputs=form.outputs, path=path, about=about)
+                # The file itself says which sizes it takes, for whoever has nothing else.
+                facts = {**about, "sizes": words[0]} if words else about
+                write(system, inputs, open_sizes, inputs=list(inputs), outputs=form.outputs, path=path, about=facts)
                 if importlib.util.find_spec("onnxruntime") is None:
                     words = [
                         f"not compared with predict, onnxruntime is missing: traced at {_listed([sizes])}, and other "
