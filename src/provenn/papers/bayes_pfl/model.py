@@ -144,6 +144,7 @@ class BayesPFL(nn.Module):
         turn: whether images of training are turned, and their brightness and noise are changed.
         noise_seed: of the samples in evaluation.
         clip_steps: steps in which a small CLIP learns from textures first; 0 takes it as it is.
+        pretrained: whether the CLIP has trained weights, as `stages` asks for.
 
     Shapes: images (batch, 3, height, width), and a name for each, to `Anomalies`.
 
@@ -179,6 +180,7 @@ class BayesPFL(nn.Module):
         turn: bool = True,
         noise_seed: int = 0,
         clip_steps: int = 0,
+        pretrained: bool = True,
     ):
         super().__init__()
         check_whole(prompts=prompts, context=context, state=state, samples=samples, top=top, hidden=hidden)
@@ -218,7 +220,7 @@ class BayesPFL(nn.Module):
         self.prompts, self.words, self.samples = prompts, (context, state), samples
         self.bias_scale, self.smoothing, self.top = bias_scale, smoothing, top
         self.official_log_det, self.standardised, self.turn = official_log_det, standardised, turn
-        self.noise_seed, self.clip_steps = noise_seed, clip_steps
+        self.noise_seed, self.clip_steps, self.pretrained = noise_seed, clip_steps, pretrained
         self.room = text.max_length - 1 - context - state
         if self.room < 2:
             raise ValueError(f"{context} + {state} words leave no room in {text.max_length} tokens for a name")
@@ -567,6 +569,7 @@ def bayes_clip(
         specific=specific, agnostic=agnostic, bias_scale=bias_scale, attention=attention, stage=stage,
         smoothing=smoothing, top=top, invertible=invertible, official_log_det=official_log_det,
         standardised=standardised, turn=turn, noise_seed=noise_seed,
+        pretrained=clip is not None,
     )  # fmt: skip
 
 
@@ -613,7 +616,7 @@ def bayes_defects(
     official_log_det: bool = False,
     turn: bool = True,
     noise_seed: int = 0,
-    clip_steps: int = 1200,
+    clip_steps: int = 400,
 ) -> BayesPFL:
     """Bayes-PFL upon a small CLIP that learns from textures first; ours, what trains in minutes.
 
