@@ -153,7 +153,7 @@ TEXTS = Timing(
     {"one call": partial(text_branch, True), "one by one": partial(text_branch, False)},
     sizes=(10,),
     unit="samples",
-    rounds=5,
+    rounds=11,
     setting={"threads": 1, "text tower": "4 layers, D = 512"},
 )
 EXPERIMENTS["batched_texts"] = TEXTS.against("one call", "one by one")

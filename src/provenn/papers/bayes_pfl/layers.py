@@ -167,7 +167,7 @@ class PromptDistribution(nn.Module):
         sizes = (self.steps, self.dim)
         return FlowParameters(u.unflatten(1, sizes), w.unflatten(1, sizes), b)
 
-    def forward(self, x: Float[Tensor, "batch dim"] | None, noise: Float[Tensor, "samples #batch dim"]) -> Draw:
+    def forward(self, x: Float[Tensor, "batch dim"] | None, noise: Float[Tensor, "samples noises dim"]) -> Draw:
         """A sample for each row of standard normal noise.
 
         Args:

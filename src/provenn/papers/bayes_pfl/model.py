@@ -222,7 +222,7 @@ class BayesPFL(nn.Module):
         self.official_log_det, self.standardised, self.turn = official_log_det, standardised, turn
         self.noise_seed, self.clip_steps, self.pretrained = noise_seed, clip_steps, pretrained
         self.room = text.max_length - 1 - context - state
-        if self.room < 2:
+        if self.room < len(tokenizer.encode(OBJECT)) + 1:
             raise ValueError(f"{context} + {state} words leave no room in {text.max_length} tokens for a name")
 
         self.context = nn.Parameter(torch.empty(prompts, context, dim))
@@ -331,7 +331,7 @@ class BayesPFL(nn.Module):
         states = states + samples.states.transpose(0, 1)[None, :, :, None, None]
         states = states.expand(batch, -1, -1, -1, -1, -1)
         tower = self.clip.text_model
-        start = tower.embed(tokens.new_full((1,), self.tokenizer.start)).expand(batch, 2, count, bank, 1, dim)
+        start = tower.embed(tokens.new_full((1, 1), self.tokenizer.start)).expand(batch, 2, count, bank, 1, dim)
         name = tower.embed(tokens)[:, None, None, None].expand(-1, 2, count, bank, -1, -1)
         words = torch.cat([start, context, states, name], 4).flatten(0, 3)
         before = 1 + sum(self.words)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from provenn.core.errors import UserError
 
@@ -33,6 +33,7 @@ def called(name: str) -> str:
     return CALLED.get(name.lower(), name.lower())
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """Tokens of a name, and those that begin and end a text."""
 
@@ -96,7 +97,8 @@ class OfFolder:
         except (OSError, ValueError, TypeError, KeyError) as error:
             line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
-                f"{folder} has no tokenizer that can be read ({line}): expected tokenizer.json, or vocab.json and merges.txt"
+                f"{folder} has no tokenizer that can be read ({line}): expected tokenizer.json, or vocab.json and "
+                "merges.txt"
             ) from None
         self.start, self.end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if self.start is None or self.end is None:
@@ -127,7 +129,8 @@ def prompts_of(names: Sequence[str], tokenizer: Tokenizer, longest: int) -> list
         row = [*tokenizer.encode(called(name).strip()), tokenizer.end]
         if len(row) > longest:
             raise UserError(
-                f"the category {name[:60]!r} has {len(row) - 1} tokens, and a prompt has room for {longest - 1}: shorten it"
+                f"the category {name[:60]!r} has {len(row) - 1} tokens, and a prompt has room for {longest - 1}: "
+                "shorten it"
             )
         rows[name] = row
     return [rows[name] for name in names]
