@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from provenn.catalog import cards
-from provenn.testing.golden import check_case, read_cases
+from provenn.testing.golden import check_case, joined, read_cases
 
 PAPERS = Path(__file__).parents[1] / "papers"
 CASES = {
@@ -50,3 +51,9 @@ def test_every_paper_that_takes_official_weights_has_golden_values():
     official = {slug for slug, card in ours.items() if card.has("official") and card.code}
     assert official >= NO_CODE
     assert official - NO_CODE == {file.parent.name for file in PAPERS.glob("*/golden.json")}
+
+
+def test_outputs_of_other_shapes_are_joined_by_example():
+    score, maps = torch.arange(2.0), torch.arange(12.0).reshape(2, 2, 3)
+    assert joined((score, maps)).tolist() == [[0, 0, 1, 2, 3, 4, 5], [1, 6, 7, 8, 9, 10, 11]]
+    assert joined((maps, maps)).shape == (2, 2, 6)
