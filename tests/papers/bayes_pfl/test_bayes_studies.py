@@ -21,8 +21,8 @@ from provenn.papers.bayes_pfl.studies import (
     network,
     seen_defects,
     spread,
-    trained_clip,
     traced,
+    trained_clip,
     tuned,
     unseen_at_level,
 )

@@ -98,7 +98,7 @@ def test_prompts_are_put_together_as_the_paper_says():
         for state, words in enumerate((model.normal, model.abnormal)):
             for r in range(2):
                 for pair in range(2):
-                    row = torch.tensor([Letters().encode(name) + [END]])
+                    row = torch.tensor([[*Letters().encode(name), END]])
                     parts = [
                         tower.embed(torch.tensor([[START]]))[0],
                         model.context[pair] + samples.context[r, image],
@@ -459,12 +459,14 @@ def test_a_clip_of_other_sizes_is_refused(folder, tmp_path):
 
 
 def authors_head(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A head in the authors' names, from the mapping turned round by hand, with its copies and what computes nothing."""
+    """A head in the authors' names, with its copies and what computes nothing."""
     own = {name: value for name, value in model.state_dict().items() if not name.startswith("clip.")}
     state = {
-        "prompt_context": own["context"], "prompt_state_normal": own["normal"], "prompt_state_abnormal": own["abnormal"],
+        "prompt_context": own["context"],
+        "prompt_state_normal": own["normal"], "prompt_state_abnormal": own["abnormal"],
         "temperature_pixel": own["temperature_pixel"], "temperature_image": own["temperature_image"],
-        "RCA.q_proj_pre.weight": own["attention.query.weight"][..., None], "RCA.q_proj_pre.bias": own["attention.query.bias"],
+        "RCA.q_proj_pre.weight": own["attention.query.weight"][..., None],
+        "RCA.q_proj_pre.bias": own["attention.query.bias"],
         "context_decoder.weight_mean.module.0.weight": torch.zeros(2, 2), "PFL_context.p_mu.0.bias": torch.zeros(2),
     }  # fmt: skip
     for ours, theirs, copies in (("specific", "context", ["context"]), ("agnostic", "state", ["normal", "abnormal"])):
@@ -484,7 +486,8 @@ def authors_head(model: nn.Module) -> dict[str, torch.Tensor]:
         state[f"PFL_{kind}.amor_w"] = own["agnostic.free.w"][row : row + 1, :, None]
         state[f"PFL_{kind}.amor_b"] = own["agnostic.free.b"][row : row + 1, :, None, None]
     renamed = (("to_text.", "RCA.linear_proj."), ("fuse.mix.", "fuse.fuse_modules."), ("fuse.weigh.", "fuse.compress."),
-               ("fuse.out.", "fuse.post_process."), ("text_mapping.", "class_mapping."), ("image_mapping.", "image_mapping."))  # fmt: skip
+               ("fuse.out.", "fuse.post_process."), ("text_mapping.", "class_mapping."),
+               ("image_mapping.", "image_mapping."))  # fmt: skip
     for name, value in own.items():
         for ours, theirs in renamed:
             if name.startswith(ours):

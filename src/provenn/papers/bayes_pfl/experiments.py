@@ -30,8 +30,8 @@ RATES = (3e-4, 1e-3, 3e-3)
 SCALE = 0.01  # bias_scale, as the pilot's validation textures choose it
 NOTE = "One small CLIP a seed learned from the textures that are trained on, and is frozen under all heads."
 ABOUT = (
-    "17 textures of photographs, 64×64 pixels, with composed scratches, blends and stains; 10 to train on, 2 to validate, "
-    "5 to test, others for each seed. Text, coins and cells among them have much that looks like a defect."
+    "17 textures of photographs, 64×64 pixels, with composed scratches, blends and stains; 10 to train on, 2 to "
+    "validate, 5 to test, others for each seed. Text, coins and cells among them have much that looks like a defect."
 )
 RCA = head(plain=True, attention="rca")
 HEADS: dict[str, tuple[str, Variant]] = {

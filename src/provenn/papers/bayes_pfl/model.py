@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -69,8 +69,8 @@ class Samples(NamedTuple):
         states: to the words of the normal and of the abnormal state, of each sample.
     """
 
-    context: Float[Tensor, "samples #batch dim"]
-    states: Float[Tensor, "samples 2 dim"]
+    context: Float[Tensor, "draws images dim"]
+    states: Float[Tensor, "draws states dim"]
 
 
 class Explanation(NamedTuple):
@@ -189,7 +189,8 @@ class BayesPFL(nn.Module):
         vision, text = clip.vision_model.config, clip.text_model.config
         if clip.layout != "clip" or text.dim != clip.dim:
             raise ValueError(
-                f"expected a CLIP whose texts are as wide as its common space, got {clip.layout} with {text.dim} and {clip.dim}"
+                "expected a CLIP whose texts are as wide as its common space, got "
+                f"{clip.layout} with {text.dim} and {clip.dim}"
             )
         for name, value in (("prompts", prompts), ("samples", samples), ("top", top)):
             if value < 1:
@@ -460,7 +461,7 @@ class BayesPFL(nn.Module):
         return torch.stack(list(self.losses(batch).values())).sum()
 
     def of_stage(self, stage: int) -> list[nn.Parameter]:
-        """The parameters that learn in a stage: all but CLIP and what stage 2 adds, or both mappings and the pooling."""
+        """What learns in a stage: all but CLIP and what stage 2 adds; or both mappings and the pooling."""
         added = [part for part in (self.fuse, self.image_mapping) if part is not None]
         late = [p for part in (*added, self.text_mapping) for p in part.parameters()]
         if stage == 2:
@@ -582,7 +583,8 @@ def _from_folder(folder: str | Path, vision: VisionConfig, text: TextConfig) -> 
             here, there = getattr(own, name), getattr(other, name)
             if here != there:
                 raise UserError(
-                    f"{folder}: its {what} tower has {name} {there}, and this preset {here}: choose another preset, or set it"
+                    f"{folder}: its {what} tower has {name} {there}, and this preset {here}: choose another preset, or "
+                    "set it"
                 )
     for part in pair.modules():
         if isinstance(part, MLP):

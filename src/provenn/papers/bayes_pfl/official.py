@@ -1,13 +1,12 @@
 """Checkpoints of xiaozhen228/Bayes-PFL, and of the CLIP below it: the authors' parameter names to ours.
 
-Their trainer saves the head alone, under `MyModel`. CLIP comes from a folder of Hugging Face, or from the same file with
+Their trainer saves the head alone, under `MyModel`. CLIP comes from a folder of Hugging Face, or from the same file in
 its names of OpenAI behind `clip.`. Decoders and the layers behind them are in their files and compute nothing: they are
 left out. Whether the second stage was trained follows from the file's name there; here it is an option.
 """
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,7 +76,7 @@ def convert(
         options: what else the preset is built with.
 
     Raises:
-        UserError: other parameters, encoders that should be one and differ, or a CLIP that is missing or of other sizes.
+        UserError: other parameters; encoders that should be one and differ; a CLIP that is missing or does not fit.
     """
     pair = {name.removeprefix(CLIP): value for name, value in state.items() if name.startswith(CLIP)}
     head = _head({name: value for name, value in state.items() if not name.startswith(CLIP)}, stage)
@@ -125,7 +124,8 @@ def _head(state: dict[str, Tensor], stage: int) -> dict[str, Tensor]:
             twin = state.get(f"{TIED.get(tied[1], '')}.{tied[2]}")
             if twin is None or not torch.equal(twin, value):
                 raise UserError(
-                    f"{name}: expected what {TIED.get(tied[1], 'no encoder')} holds, since both are one; the file is damaged"
+                    f"{name}: expected what {TIED.get(tied[1], 'no encoder')} holds, since both are one; the file is "
+                    "damaged"
                 )
             continue
         if UNUSED.match(name) or name.startswith(("PFL_normal.", "PFL_abnormal.")):

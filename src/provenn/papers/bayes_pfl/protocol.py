@@ -48,7 +48,8 @@ def official_scores(
     """
     if not len(probabilities) == len(maps) == len(categories):
         raise ValueError(
-            f"expected as many probabilities, maps and categories, got {len(probabilities)}, {len(maps)} and {len(categories)}"
+            "expected as many probabilities, maps and categories, got "
+            f"{len(probabilities)}, {len(maps)} and {len(categories)}"
         )
     scores = np.zeros(len(maps))
     for name in dict.fromkeys(categories):

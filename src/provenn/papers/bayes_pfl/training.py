@@ -61,7 +61,7 @@ def stages(model: BayesPFL, task: Task, data: TaskData, recipe: Recipe) -> list[
                 decay_vectors=False,
                 schedule="onecycle",
                 clip=1.0,
-            )  # fmt: skip
+            )
         )
     elif not model.pretrained:
         raise UserError(
