@@ -588,7 +588,7 @@ class TextTower(nn.Module):
             longest = length
         else:
             self._refuse(lengths < 1, "has no token")
-            longest = int(lengths.max())
+            longest = int(lengths.max()) if batch else length
             if given.dim() == 2:
                 inside = torch.arange(length, device=given.device) < lengths[:, None]
                 known = (given >= 0) & (given < self.config.vocab) | ~inside

@@ -323,7 +323,7 @@ class BayesPFL(nn.Module):
         They are cut to the longest, which changes nothing: the tower is causal. Pairs are sorted by sample, then by
         their place in the bank.
         """
-        batch, count = len(tokens), len(samples.states)
+        batch, count = tokens.shape[0], samples.states.shape[0]
         dim, bank = self.context.shape[-1], self.prompts
         # (batch, state, sample, pair, word, dim), of which each part is missing some axes.
         shift = samples.context.transpose(0, 1)[:, None, :, None, None]
