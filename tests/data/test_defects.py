@@ -51,6 +51,13 @@ def test_the_same_seed_draws_the_same():
     assert (one.images == again.images).all() and not (one.images == other.images).all()
 
 
+def test_other_textures_can_be_asked_for():
+    drawn = composed_defects.__wrapped__("train", 0, 4, ("moon", "grass"))
+    assert drawn.categories == ("moon",) * 4 + ("grass",) * 4
+    whole = composed_defects.__wrapped__("train", 0, 4, CATEGORIES["train"])
+    assert (whole.images == composed_defects.__wrapped__("train", 0, 4).images).all()
+
+
 def picture(file, level=100, size=(12, 10)):
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.new("L", size, level).save(file)

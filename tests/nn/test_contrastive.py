@@ -301,6 +301,20 @@ def test_released_models_have_their_published_parameters(preset, exact, millions
     assert tuple(round(count / 1e6, 2) for count in (count_parameters(model), image, text)) == millions
 
 
+def test_texts_are_embedded_on_the_meta_device():
+    with torch.device("meta"):
+        pair = ContrastivePair(VisionConfig("clip", 8, 1, 1, image=16, patch=8), TextConfig("clip", 8, 1, 1), 8)
+        words = torch.zeros(3, 5, 8)
+        assert pair.encode_text(embeddings=words).shape == (3, 8)
+        assert pair.encode_text(embeddings=words, mask=torch.ones(3, 5, dtype=torch.bool)).shape == (3, 8)
+
+
+def test_no_text_gives_no_embedding():
+    pair = ContrastivePair(VisionConfig("clip", 8, 1, 1, image=16, patch=8), TextConfig("clip", 8, 1, 1), 8)
+    none = pair.encode_text(embeddings=torch.zeros(0, 5, 8), mask=torch.ones(0, 5, dtype=torch.bool))
+    assert none.shape == (0, 8)
+
+
 def test_presets_without_their_head_and_at_another_size_are_counted():
     with torch.device("meta"):
         vision = contrastive_pair("siglip-large-patch16-384").vision_model

@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from provenn.catalog import cards
-from provenn.testing.golden import check_case, read_cases
+from provenn.testing.golden import check_case, joined, read_cases
 
 PAPERS = Path(__file__).parents[1] / "papers"
 CASES = {
@@ -65,3 +66,9 @@ def test_every_paper_with_public_code_holds_values_of_that_code():
         if not any(source.startswith(f"{card.code}@") for source in sources):
             without.add(slug)
     assert without == NO_CODE
+
+
+def test_outputs_of_other_shapes_are_joined_by_example():
+    score, maps = torch.arange(2.0), torch.arange(12.0).reshape(2, 2, 3)
+    assert joined((score, maps)).tolist() == [[0, 0, 1, 2, 3, 4, 5], [1, 6, 7, 8, 9, 10, 11]]
+    assert joined((maps, maps)).shape == (2, 2, 6)

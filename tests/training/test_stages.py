@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from line_task import Line, with_dropout
 from torch import nn
 
 from provenn.core.errors import UserError
-from provenn.training import Batches, Hardware, Saving, Stage, only, run_stages
+from provenn.training import Batches, Hardware, Recipe, Saving, Stage, fit_stages, only, run_stages
 from provenn.training.checkpoints import CHECKPOINT
 
 LENGTHS = {"first": 5, "second": 8}
@@ -110,6 +112,29 @@ def test_a_run_that_is_killed_in_its_second_stage_ends_with_the_weights_of_one_t
     assert same(whole, again)
     assert [done.losses for done in results] == [done.losses for done in expected]
     assert trained == ["second"] * (LENGTHS["second"] - KILLED_AT)
+
+
+def plan(model, task, data, recipe):
+    whole = Stage("whole", task, data, replace(recipe, lr=1e-3), lambda network: nullcontext(network))
+    return [*stages(), whole]
+
+
+def test_stages_of_a_preset_have_one_outcome(tmp_path):
+    """Built from the seed, trained stage by stage, and judged by the task's own test at the end."""
+    data = Line().load()
+    saving = Saving(tmp_path)
+    done = fit_stages(start, plan, Line(), data, Recipe(epochs=2), seed=3, saving=saving)
+    torch.manual_seed(3)
+    by_hand = start()
+    parts = run_stages(by_hand, plan(by_hand, Line(), data, Recipe(epochs=2)), seed=3)
+    assert same(done.model, by_hand) and not done.model.training
+    with torch.no_grad():
+        assert done.metrics == Line().evaluate(by_hand.eval(), data.test)
+    assert done.steps == sum(part.steps for part in parts) and done.losses == parts[-1].losses
+    assert [entry["epoch"] for entry in done.curve] == [1, 2, 3, 4]
+    assert (tmp_path / "whole" / CHECKPOINT).exists()
+    again = fit_stages(start, plan, Line(), data, Recipe(epochs=2), seed=4, saving=saving)
+    assert again.steps == done.steps, "checkpoints of another training are not gone on from"
 
 
 def test_a_stage_in_which_nothing_learns_is_passed_over():

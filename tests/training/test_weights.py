@@ -69,6 +69,14 @@ def test_plain_checkpoints_are_unwrapped(tmp_path, model, wrapper):
     assert label is None and list(read) == list(model.state_dict())
 
 
+def test_a_state_alone_under_a_name_of_its_authors_is_unwrapped(tmp_path, model):
+    torch.save({"MyNet": model.state_dict()}, tmp_path / "a.pth")
+    assert list(weights.read(tmp_path / "a.pth")[0]) == list(model.state_dict())
+    torch.save({"MyNet": model.state_dict(), "other": {}}, tmp_path / "b.pth")
+    with pytest.raises(UserError, match="expected a state dict of tensors"):
+        weights.read(tmp_path / "b.pth")
+
+
 class Code:
     """A pickle that would leave a file behind when it is loaded."""
 

@@ -62,7 +62,8 @@ class Preset(Facts):
     """A system of the paper, with what was published of it.
 
     `task` is the paper's where it is left out; "" says that there is nothing to train or to predict: a procedure.
-    `reads` is how the user's own files are read for it, where `--set` does not say.
+    `reads` is how the user's own files are read for it, where `--set` does not say. `stages` names a function of model,
+    task, data and recipe that gives the stages of its training, where there are several.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Preset(Facts):
     expected_failures: dict[str, str] = {}
     data: str | None = None
     reads: dict[str, Any] = {}
+    stages: str | None = None
     summary: str = ""
 
     @field_validator("input", mode="before")

@@ -88,34 +88,38 @@ class Drawn(NamedTuple):
 
 
 @cache
-def composed_defects(split: Split, seed: int = 0, count: int | None = None) -> Drawn:
+def composed_defects(
+    split: Split, seed: int = 0, count: int | None = None, categories: tuple[str, ...] | None = None
+) -> Drawn:
     """Textures with scratches, blends of another texture, and stains, with exact masks; the same for a seed.
 
     Args:
         split: whose textures they have.
         seed: of the drawing.
         count: images of each texture, of which every second has a defect. Default: `COUNTS`.
+        categories: the textures, two at least. Default: those of the split in `CATEGORIES`.
 
     >>> drawn = composed_defects("val", count=2)
     >>> drawn.images.shape, drawn.masks.any((1, 2)).tolist()
     ((4, 64, 64, 3), [False, True, False, True])
     """
     rng = np.random.default_rng([seed, list(CATEGORIES).index(split), 26])
-    images, masks, categories, kinds = [], [], [], []
-    for name in CATEGORIES[split]:
+    textures = CATEGORIES[split] if categories is None else categories
+    images, masks, names, kinds = [], [], [], []
+    for name in textures:
         for number in range(COUNTS[split] if count is None else count):
             canvas = _piece(name, rng)
             mask = np.zeros((SIDE, SIDE), bool)
             kind = KINDS[int(rng.integers(len(KINDS)))] if number % 2 else ""
             if kind:
-                others = [other for other in CATEGORIES[split] if other != name]
+                others = [other for other in textures if other != name]
                 mask = _spoil(canvas, kind, _piece(others[int(rng.integers(len(others)))], rng), rng)
             noisy = canvas + rng.normal(0, 3, canvas.shape[:2])[..., None]
             images.append(noisy.round().clip(0, 255).astype(np.uint8))
             masks.append(mask)
-            categories.append(name)
+            names.append(name)
             kinds.append(kind)
-    return Drawn(np.stack(images), np.stack(masks), tuple(categories), tuple(kinds))
+    return Drawn(np.stack(images), np.stack(masks), tuple(names), tuple(kinds))
 
 
 @cache

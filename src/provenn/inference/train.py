@@ -105,6 +105,10 @@ def train(
     hardware = training.Hardware(**{**on, "device": choose_device(on.get("device", "auto"))})
     saving = training.Saving(folder, save=lambda model, file: files.save(model, file, label), **given)
     written = [folder / step for step in STEPS] if two_steps else [folder]  # where checkpoints go
+    if chosen.stages is not None:
+        if two_steps:
+            raise UserError(f"{chosen.name} has stages of its own: leave --two-steps out")
+        written = sorted(place for place in folder.glob("*") if place.is_dir())
     is_begun = any(begun(place) for place in written)
     if saving.resume and not is_begun:
         raise UserError(f"nothing to resume in {folder}: it holds no {CHECKPOINT}")
@@ -180,6 +184,10 @@ def train(
         _keep_masks(start, folder)
         if two_steps:
             result = _in_two_steps(build, present(start, "weights"), kind, loaded, final, seed, hardware, saving)
+        elif chosen.stages is not None:
+            result = training.fit_stages(
+                build, card.resolve(chosen.stages), kind, loaded, final, seed=seed, hardware=hardware, saving=saving
+            )
         else:
             result = training.fit(
                 build,

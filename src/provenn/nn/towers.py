@@ -581,19 +581,20 @@ class TextTower(nn.Module):
         clip, max_length = self.config.layout == "clip", self.config.max_length
         check_mask(mask, given)
         lengths = torch.full((batch,), length, device=given.device)
+        unseen = torch.compiler.is_compiling() or given.is_meta
         if mask is not None:
             given, lengths = pack(given, packed_positions(mask)), mask.sum(1)
         if clip and given.dim() == 2:
             inside = torch.arange(length, device=given.device) < lengths[:, None]
             ends = (given == self.config.end_of_text) & inside
-            if not torch.compiler.is_compiling():
+            if not unseen:
                 self._refuse(~ends.any(1), f"has no end of text (token {self.config.end_of_text})")
             lengths = ends.int().argmax(1) + 1
-        if torch.compiler.is_compiling():  # lengths are data there: no check, and no cut
+        if unseen:  # lengths are data there: no check, and no cut
             longest = length
         else:
             self._refuse(lengths < 1, "has no token")
-            longest = int(lengths.max())
+            longest = int(lengths.max()) if batch else length
             if given.dim() == 2:
                 inside = torch.arange(length, device=given.device) < lengths[:, None]
                 known = (given >= 0) & (given < self.config.vocab) | ~inside

@@ -194,7 +194,8 @@ class AnomalyDetection(Task):
         return max(floors(data.test).values())
 
     def default_meta(self, options: dict[str, Any]) -> dict[str, Any]:
-        return {"size": SIZE, "categories": ["object"], "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
+        size = int(options.get("image_size", SIZE))
+        return {"size": size, "categories": ["object"], "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
 
     def example(self, file: Path, meta: dict[str, Any]) -> Float[Tensor, "1 3 size size"]:
         return standardise(_seen(read_pixels(file), int(meta["size"])).float() / 255, meta)[None]

@@ -64,6 +64,13 @@ def assert_values(
     assert excess[worst] <= 1, f"{what}: {said}"
 
 
+def joined(outputs: tuple[Tensor, ...]) -> Tensor:
+    """Several outputs along the last axis, such as a mean and a variance; of other shapes a row for each example."""
+    if len({output.shape[:-1] for output in outputs}) == 1:
+        return torch.cat(outputs, -1)
+    return torch.cat([output.flatten(1) if output.dim() > 1 else output[:, None] for output in outputs], 1)
+
+
 def check_case(card: Card, case: Mapping[str, Any]) -> None:
     """Hold our model, with the authors' weights through `official.py`, to the values of the authors' model.
 
@@ -86,8 +93,8 @@ def check_case(card: Card, case: Mapping[str, Any]) -> None:
     inputs = [drawn(spec, case["seed"]) for spec in case.get("inputs") or [case["input"]]]
     with torch.set_grad_enabled(gradient is not None):
         output = model(*(x.requires_grad_(gradient is not None and x.is_floating_point()) for x in inputs))
-    if isinstance(output, tuple):  # several of one shape, such as a mean and a variance
-        output = torch.cat(output, -1)
+    if isinstance(output, tuple):
+        output = joined(output)
     assert_values(output, case["output"], tolerance)
     if gradient is not None:
         weight = torch.from_numpy(seeded_array(output.shape, "gradient", case["seed"]).astype(np.float32))

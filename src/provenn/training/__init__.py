@@ -6,7 +6,7 @@ from provenn.training.module import Diverged
 from provenn.training.options import Hardware, Saving
 from provenn.training.order import Batches
 from provenn.training.recipes import Recipe
-from provenn.training.stages import Stage, new_then_all, only, run_stages
+from provenn.training.stages import Stage, fit_stages, new_then_all, only, run_stages
 
 __all__ = [
     "Batches",
@@ -18,6 +18,7 @@ __all__ = [
     "Stage",
     "check_recipe",
     "fit",
+    "fit_stages",
     "new_then_all",
     "only",
     "run_stages",

@@ -7,15 +7,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from provenn.core.errors import UserError
 from provenn.tasks.base import Task, TaskData
+from provenn.training.checkpoints import CHECKPOINT, PREVIOUS
+from provenn.training.history import in_float32
 from provenn.training.loop import ONE_CPU, Fit, NothingToTrain, fit
 from provenn.training.options import Hardware, Saving
 from provenn.training.order import Batches
 from provenn.training.recipes import Recipe
+from provenn.training.systems import before_saving
 
 STEPS = ("new parts", "all")  # of `new_then_all`
 
@@ -127,6 +131,50 @@ def new_then_all(
     whole = replace(recipe, epochs=max(1, recipe.epochs - alone), max_steps=then)
     whole = replace(whole, lr=share * recipe.lr, final_lr=share * recipe.final_lr)
     return [Stage(STEPS[0], task, data, fresh, partial(only, new)), Stage(STEPS[1], task, data, whole)]
+
+
+def fit_stages(
+    build: Callable[[], nn.Module],
+    plan: Callable[[Any, Task, TaskData, Recipe], Sequence[Stage]],
+    task: Task,
+    data: TaskData,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    hardware: Hardware = ONE_CPU,
+    saving: Saving | None = None,
+    title: str = "",
+) -> Fit:
+    """Build a model from the seed and train it stage after stage; in one outcome, with the task's metrics of the test.
+
+    Args:
+        build, task, data, recipe, seed, hardware, saving: as in `fit`.
+        plan: the stages of a model, by task, data and recipe.
+        title: of the whole, as in `fit`. Each stage shows its own name.
+
+    Raises:
+        UserError: as in `run_stages`.
+    """
+    torch.manual_seed(seed)
+    model = build()
+    stages = [
+        replace(stage, data=replace(stage.data, test=Batches.of([]))) for stage in plan(model, task, data, recipe)
+    ]
+    if saving is not None and not saving.resume:
+        for stage in stages:  # or a later --resume would go on with those of another training
+            for name in (CHECKPOINT, PREVIOUS):
+                (saving.folder / stage.name / name).unlink(missing_ok=True)
+    parts = run_stages(model, stages, seed=seed, hardware=hardware, saving=saving)
+    curve: list[dict[str, float | int]] = []
+    for part in parts:
+        before = len(curve)
+        curve += [{**entry, "epoch": entry["epoch"] + before} for entry in part.curve]
+    model = in_float32(parts[-1].model)
+    before_saving(model.eval())
+    with torch.no_grad():
+        metrics = task.evaluate(model, data.test)
+    seconds, steps = sum(part.seconds for part in parts), sum(part.steps for part in parts)
+    return Fit(model, metrics, curve, round(seconds, 3), steps, parts[-1].losses)
 
 
 def run_stages(

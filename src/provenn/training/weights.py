@@ -128,6 +128,8 @@ def read_contents(path: str | Path) -> Contents:
     for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
+    if isinstance(content, dict) and len(content) == 1 and isinstance(alone := next(iter(content.values())), dict):
+        content = alone  # under a name of its authors' own
     if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise UserError(f"refused {file}: expected a state dict of tensors, got {type(content).__name__}")
     names = list(content)

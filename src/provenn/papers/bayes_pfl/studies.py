@@ -1,0 +1,292 @@
+"""Data, networks and trainings of Bayes-PFL's experiments: one small CLIP a seed, and heads of all kinds upon it."""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from provenn.data.defects import CATEGORIES, COUNTS, SIDE, Drawn, composed_defects
+from provenn.papers.bayes_pfl.clip import small_clip
+from provenn.papers.bayes_pfl.model import BayesPFL
+from provenn.papers.bayes_pfl.rivals import HELD_OUT, LocalContrast, NoisyBank, Templates, encode_sentences
+from provenn.papers.bayes_pfl.training import stages
+from provenn.papers.bayes_pfl.words import Letters
+from provenn.tasks import Task, TaskData, fingerprint, get_task
+from provenn.tasks.anomaly_detection import TEXTURES, AnomalyDetection, Composed, join_named
+from provenn.tasks.base import device_of
+from provenn.training import Fit, Hardware, Recipe, Stage, fit, fit_stages, run_stages
+
+ONE_CPU = Hardware()
+CLIP_STEPS = 400  # of the small CLIP of each seed
+SIZES = {"train": 10, "val": 2, "test": 5}  # textures of each split; which ones, the seed decides
+SEGMENTS = 6  # of a training that is looked at on its way
+LEVEL = 0.1  # pixel AP on seen textures at which unseen ones are compared
+HEAD = Recipe(
+    epochs=24, batch_size=32, optimizer="adam", lr=1e-3, betas=(0.5, 0.999), schedule="cosine", warmup_steps=30,
+    patience=8,
+)  # fmt: skip
+PLAIN = (("agnostic", False), ("attention", "none"), ("samples", 1), ("specific", False))
+
+
+class Variant(NamedTuple):
+    """A head and how it is trained.
+
+    Args:
+        kind: a key of `KINDS`.
+        options: of the head.
+        longer: factor on the epochs.
+        decay: of the weights.
+    """
+
+    kind: str = "bayes"
+    options: tuple[tuple[str, Any], ...] = ()
+    longer: float = 1.0
+    decay: float = 0.0
+
+
+def head(
+    kind: str = "bayes", *, longer: float = 1.0, decay: float = 0.0, plain: bool = False, **options: Any
+) -> Variant:
+    """A variant by its options; a plain one has no distributions, and no attention unless it is named."""
+    return Variant(kind, tuple(sorted({**(dict(PLAIN) if plain else {}), **options}.items())), longer, decay)
+
+
+# Data
+
+
+def folds(seed: int) -> dict[str, tuple[str, ...]]:
+    """Which textures are trained on, validated and tested with: others for each seed, and none twice."""
+    names = sorted(name for split in CATEGORIES.values() for name in split)
+    order = [names[place] for place in np.random.default_rng([seed, 17]).permutation(len(names))]
+    first, second = SIZES["train"], SIZES["train"] + SIZES["val"]
+    return {"train": tuple(order[:first]), "val": tuple(order[first:second]), "test": tuple(order[second:])}
+
+
+@lru_cache(maxsize=8)  # a study asks for them once a trial
+def defects(seed: int, smoke: bool) -> TaskData:
+    """Textures with composed defects, in the folds of the seed."""
+    return _joined(seed, smoke, seen=False)
+
+
+@lru_cache(maxsize=8)  # likewise
+def seen_defects(seed: int, smoke: bool) -> TaskData:
+    """The same, validated with other images of the textures that are trained on."""
+    return _joined(seed, smoke, seen=True)
+
+
+def _joined(seed: int, smoke: bool, seen: bool) -> TaskData:
+    fold = folds(seed)
+    if seen:
+        fold = {**fold, "val": fold["train"]}
+    few: dict[str, int | None] = {
+        split: 4 if smoke else COUNTS[split] // (4 if seen and split == "val" else 1) for split in fold
+    }
+    drawn = {s: composed_defects.__wrapped__(s, seed, few[s], names) for s, names in fold.items()}  # kept here
+    pixels = drawn["train"].images / 255
+    meta = {
+        "size": SIDE,
+        "categories": list(fold["train"]),
+        "mean": pixels.mean((0, 1, 2)).tolist(),
+        "std": pixels.std((0, 1, 2)).tolist(),
+    }
+    sets = {split: Composed(part, meta, TEXTURES) for split, part in drawn.items()}
+    return TaskData(
+        "defects by folds",
+        sets["train"],
+        sets["val"],
+        sets["test"],
+        fingerprint=fingerprint(*(array for part in drawn.values() for array in (part.images, part.masks))),
+        meta=meta,
+        collate=join_named(TEXTURES),
+    )
+
+
+# Networks
+
+
+def _bayes(kind: type[BayesPFL], **options: Any) -> BayesPFL:
+    return kind(small_clip(), Letters(), (1, 2, 3, 4), **{"smoothing": 1.0, "top": 40, **options})
+
+
+KINDS: dict[str, Callable[..., nn.Module]] = {
+    "bayes": partial(_bayes, BayesPFL),
+    "templates": partial(_bayes, Templates),
+    "noise": partial(_bayes, NoisyBank),
+    "contrast": LocalContrast,
+}
+
+
+def network(variant: Variant) -> nn.Module:
+    """The network of a variant, which carries it."""
+    made = KINDS[variant.kind](**dict(variant.options))
+    made.variant = variant  # type: ignore[assignment]  # read again by `tuned`
+    return made
+
+
+# Trainings
+
+
+@lru_cache(maxsize=8)  # trained once a seed, and frozen under all heads
+def trained_clip(textures: tuple[str, ...], seed: int, steps: int, hardware: Hardware) -> Mapping[str, Tensor]:
+    """The weights of a small CLIP that learned from these textures."""
+    data = defects(seed, False)
+    torch.manual_seed(seed)
+    model = _bayes(BayesPFL, clip_steps=steps)
+    plan = stages(
+        model, get_task("anomaly-detection"), replace(data, meta={**data.meta, "categories": list(textures)}), HEAD
+    )
+    run_stages(model, plan[:1], seed=seed, hardware=hardware)
+    return copy.deepcopy(model.clip).cpu().state_dict()
+
+
+def tuned(
+    build: Callable[[], nn.Module],
+    task: Task,
+    data: TaskData,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    hardware: Hardware = ONE_CPU,
+    title: str = "",
+) -> Fit:
+    """The head of a variant, trained by the recipe upon the CLIP of the seed, in the way of the variant."""
+    first: Any = build()
+    recipe = _of_variant(recipe, first.variant)
+    if not isinstance(first, BayesPFL):
+        return fit(build, task, data, recipe, seed=seed, hardware=hardware, title=title)
+    return fit_stages(
+        partial(_upon, build, data, seed, recipe.max_steps is not None, hardware), stages, task, data, recipe,
+        seed=seed, hardware=hardware, title=title,
+    )  # fmt: skip
+
+
+def _of_variant(recipe: Recipe, variant: Variant) -> Recipe:
+    return replace(recipe, epochs=max(1, round(recipe.epochs * variant.longer)), weight_decay=variant.decay)
+
+
+def _upon(build: Callable[[], nn.Module], data: TaskData, seed: int, short: bool, hardware: Hardware) -> BayesPFL:
+    model: Any = build()
+    weights = trained_clip(tuple(data.meta["categories"]), seed, 1 if short else CLIP_STEPS, hardware)
+    model.clip.load_state_dict(weights)
+    return model
+
+
+def traced(
+    build: Callable[[], nn.Module],
+    task: Task,
+    data: TaskData,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    hardware: Hardware = ONE_CPU,
+    title: str = "",
+) -> Fit:
+    """Stage 1 in six parts of equal length and constant rate; after each the AP on seen and on unseen textures.
+
+    The model carries them as `trace`.
+    """
+    first: Any = build()
+    recipe = replace(_of_variant(recipe, first.variant), schedule="constant", warmup_steps=0, patience=None)
+    torch.manual_seed(seed)
+    model: Any = _upon(build, data, seed, recipe.max_steps is not None, hardware)
+    part = replace(recipe, epochs=max(1, recipe.epochs // SEGMENTS))
+    whole = stages(model, task, data, part)[0]
+    listed = [replace(whole, name=f"prompts {number}") for number in range(1 if recipe.max_steps else SEGMENTS)]
+    model.trace = []
+
+    def look(stage: Stage, done: Fit) -> None:
+        with model.in_stage(1), torch.no_grad():
+            model.eval()
+            model.trace.append([task.evaluate(model, split)["pixel_ap"] for split in (data.val, data.test)])
+
+    run_stages(model, listed, seed=seed, hardware=hardware, after=look)
+    return Fit(model.eval(), task.evaluate(model, data.test))
+
+
+# Probes
+
+
+def kind_ap(model: nn.Module, data: TaskData, kind: str) -> float:
+    """AP of pixels among good images and those with one kind of defect, the mean over textures that have it."""
+    whole: Any = data.test
+    drawn: Drawn = whole.drawn
+    with_it = {name for name, each in zip(drawn.categories, drawn.kinds, strict=True) if each == kind}
+    rows = [
+        k
+        for k, (name, each) in enumerate(zip(drawn.categories, drawn.kinds, strict=True))
+        if name in with_it and each in ("", kind)
+    ]
+    if not rows:
+        return 0.0
+    part = Drawn(
+        drawn.images[rows],
+        drawn.masks[rows],
+        tuple(drawn.categories[k] for k in rows),
+        tuple(drawn.kinds[k] for k in rows),
+    )
+    return float(AnomalyDetection().evaluate(model, Composed(part, whole.meta, whole.names))["pixel_ap"])
+
+
+def image_auroc(model: nn.Module, data: TaskData) -> float:
+    """AUROC of images of unseen textures."""
+    return float(AnomalyDetection().evaluate(model, data.test)["image_auroc"])
+
+
+def unseen_at_level(model: nn.Module, data: TaskData) -> float | None:
+    """Pixel AP on unseen textures where that on seen ones first reaches `LEVEL`, between two looks by a line.
+
+    A training that never reaches it gives its last.
+    """
+    trace = getattr(model, "trace", None)
+    if trace is None:
+        return None
+    before: list[float] | None = None
+    for seen, unseen in trace:
+        if seen >= LEVEL:
+            if before is None or seen == before[0]:
+                return float(unseen)
+            share = (LEVEL - before[0]) / (seen - before[0])
+            return float(before[1] + share * (unseen - before[1]))
+        before = [seen, unseen]
+    return float(trace[-1][1])
+
+
+def _sampled(model: BayesPFL, data: TaskData) -> tuple[Tensor, list[str]]:
+    """Embeddings of the sampled prompts of the first image of each unseen texture."""
+    whole: Any = data.test
+    names = list(whole.drawn.categories)
+    rows = [names.index(name) for name in dict.fromkeys(names)]
+    images = torch.stack([whole[row][0] for row in rows]).to(device_of(model))
+    return model.prompt_embeddings(images, [names[row] for row in rows]), [names[row] for row in rows]
+
+
+def cover(model: nn.Module, data: TaskData) -> float | None:
+    """How near the nearest sampled prompt lies to each held-out sentence of its state, by the cosine; the mean."""
+    if not isinstance(model, BayesPFL) or isinstance(model, Templates):
+        return None
+    texts, names = _sampled(model, data)
+    nearest = []
+    with torch.no_grad():
+        for row, name in enumerate(names):
+            for state, sentences in enumerate(HELD_OUT):
+                wanted = encode_sentences(model, [sentence.format(name) for sentence in sentences])
+                nearest.append((wanted @ texts[row, state].mT).amax(1))
+    return float(torch.cat(nearest).mean())
+
+
+def spread(model: nn.Module, data: TaskData) -> float | None:
+    """One less the mean cosine of two sampled prompts of a state."""
+    if not isinstance(model, BayesPFL) or isinstance(model, Templates):
+        return None
+    texts, _ = _sampled(model, data)
+    cosines = F.normalize(texts, dim=-1) @ F.normalize(texts, dim=-1).mT
+    count = cosines.shape[-1]
+    if count < 2:
+        return 0.0
+    return float(1 - (cosines.sum((-1, -2)) - count).mean() / (count * (count - 1)))

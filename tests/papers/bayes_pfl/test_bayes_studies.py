@@ -1,0 +1,224 @@
+"""What the experiments compare: each control is what its name says, and no texture is in two splits."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from provenn.data.defects import CATEGORIES
+from provenn.nn.anomaly import Anomalies
+from provenn.papers.bayes_pfl.experiments import HEADS, ON_THE_WAY, SCALE, UNSEEN, operations
+from provenn.papers.bayes_pfl.layers import INIT
+from provenn.papers.bayes_pfl.rivals import HELD_OUT, TEMPLATES, LocalContrast, encode_sentences
+from provenn.papers.bayes_pfl.studies import (
+    LEVEL,
+    cover,
+    defects,
+    folds,
+    head,
+    kind_ap,
+    network,
+    seen_defects,
+    spread,
+    traced,
+    trained_clip,
+    tuned,
+    unseen_at_level,
+)
+from provenn.papers.bayes_pfl.words import Letters
+from provenn.tasks import get_task
+from provenn.training import Recipe
+
+TASK = get_task("anomaly-detection")
+SHORT = Recipe(epochs=1, batch_size=8, max_steps=2, optimizer="adam", lr=1e-30, betas=(0.5, 0.999))
+
+
+@pytest.fixture(scope="module")
+def data():
+    return defects(0, True)
+
+
+def test_no_texture_is_in_two_splits_and_seeds_have_others():
+    everything = {name for names in CATEGORIES.values() for name in names}
+    for seed in (0, 1, 700, 900_001):
+        fold = folds(seed)
+        assert [len(fold[split]) for split in ("train", "val", "test")] == [10, 2, 5]
+        assert {name for names in fold.values() for name in names} == everything
+    assert folds(0) != folds(1)
+    drawn = defects(0, True)
+    seen = {split: set(getattr(drawn, split).drawn.categories) for split in ("train", "val", "test")}
+    assert not seen["train"] & seen["test"] and not seen["train"] & seen["val"] and not seen["val"] & seen["test"]
+    assert set(drawn.meta["categories"]) == seen["train"]
+    assert set(seen_defects(0, True).val.drawn.categories) == seen["train"]
+
+
+def made(name: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return network(HEADS[name][1]).double().eval()
+
+
+def images(count: int = 2) -> torch.Tensor:
+    return torch.randn(count, 3, 64, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def test_heads_differ_in_what_their_labels_say():
+    assert made("pair").prompts == 1 and made("three").prompts == 3
+    assert [type(made(name).attention).__name__ for name in ("three", "plain", "rca")] == [
+        "Unchanged", "PlainResidual", "ResidualCrossModalAttention",
+    ]  # fmt: skip
+    count = {name: sum(p.numel() for p in made(name).attention.parameters()) for name in ("plain", "rca")}
+    assert count["plain"] == count["rca"]
+    for name, parts in (
+        ("both", (True, True)),
+        ("agnostic", (False, True)),
+        ("specific", (True, False)),
+        ("rca", (False, False)),
+    ):
+        model = made(name)
+        assert (model.specific is not None, model.agnostic is not None) == parts
+        assert model.samples == (1 if name == "rca" else 10)
+    assert made("gaussian").specific.steps == 0 and made("official").bias_scale == 1.0
+    assert made("both").bias_scale == made("gaussian").bias_scale == SCALE
+    assert HEADS["pair long"][1] == replace(HEADS["pair"][1], longer=3.0)
+
+
+def test_a_plain_layer_sees_no_patch():
+    texts, patches = torch.randn(1, 6, 64, dtype=torch.float64), torch.randn(1, 9, 64, dtype=torch.float64)
+    for name, sees in (("plain", False), ("three", False), ("rca", True)):
+        layer = made(name).attention
+        assert torch.allclose(layer(texts, patches), layer(texts, -patches)) != sees
+    assert made("plain").attention(texts, patches).norm(dim=-1).sub(1).abs().max() < 1e-9
+
+
+def test_templates_are_whole_sentences():
+    model = made("templates")
+    tokens, lengths = model.name_tokens(["brick", "moon"], 2)
+    texts = model.embed_texts(tokens, lengths, model.draw(torch.zeros(2, 64, dtype=torch.float64)))
+    for row, name in enumerate(("brick", "moon")):
+        for state, words in enumerate(TEMPLATES):
+            expected = encode_sentences(model, [f"{word} {name}" for word in words])
+            torch.testing.assert_close(texts[row, state], expected)
+    assert not {word for words in TEMPLATES for word in words} & {s.split()[0] for s in HELD_OUT[1]} - {"stained"}
+
+
+def test_noise_is_of_a_words_size_and_does_not_learn():
+    model = made("noise")
+    drawn = model.draw(torch.zeros(4, 64, dtype=torch.float64))
+    assert drawn.context.shape == (10, 4, 64) and drawn.states.shape == (10, 2, 64)
+    assert drawn.states.std().item() == pytest.approx(INIT, rel=0.1)
+    samples, divergence = model.draw_training(torch.zeros(400, 64, dtype=torch.float64))
+    assert samples.context.std().item() == pytest.approx(INIT, rel=0.1) and divergence == 0
+
+
+def test_local_contrast_looks_no_further_than_its_windows():
+    model, x = made("contrast"), images(1)
+    features = model.contrasts(x)
+    changed = x.clone()
+    changed[..., 32, 32] += 5
+    moved = (model.contrasts(changed) != features).any(1)[0].nonzero()
+    assert moved.sub(32).abs().max() == 8  # half a window of means of three pixels
+    assert isinstance(model(x), Anomalies)
+    torch.testing.assert_close(model.contrasts(-x), features)
+    batch = (x.float(), ["moon"], torch.ones(1), torch.zeros(1, 64, 64))
+    assert LocalContrast().training_loss(batch).requires_grad
+
+
+def test_all_heads_stand_upon_the_clip_of_the_seed(data):
+    from provenn.training import Hardware
+
+    weights = trained_clip(tuple(data.meta["categories"]), 0, 1, Hardware())
+    for name in ("rca", "both"):
+        variant = HEADS[name][1]
+        model = tuned(lambda variant=variant: network(variant), TASK, data, SHORT, seed=0).model
+        for key, value in model.clip.state_dict().items():
+            assert torch.equal(value, weights[key]), key
+    decayed = {}
+
+    def stop(build, plan, task, data, recipe, **_):
+        decayed["recipe"] = recipe
+        raise InterruptedError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("provenn.papers.bayes_pfl.studies.fit_stages", stop)
+        with pytest.raises(InterruptedError):
+            tuned(lambda: network(head(plain=True, longer=3.0, decay=0.01)), TASK, data, replace(SHORT, epochs=4))
+    assert decayed["recipe"] == replace(SHORT, epochs=12, weight_decay=0.01)
+
+
+def test_a_training_is_looked_at_on_its_way():
+    given = seen_defects(0, True)
+    done = traced(lambda: network(HEADS["rca"][1]), TASK, given, SHORT, seed=0)
+    trace = done.model.trace
+    assert len(trace) == 1
+    with done.model.in_stage(1):
+        assert trace[0] == [TASK.evaluate(done.model, split)["pixel_ap"] for split in (given.val, given.test)]
+
+
+@pytest.mark.parametrize(
+    ("trace", "expected"),
+    [
+        ([[0.0, 0.02], [2 * LEVEL, 0.06]], 0.04),
+        ([[LEVEL, 0.5], [1.0, 0.9]], 0.5),
+        ([[0.01, 0.2], [0.02, 0.3]], 0.3),
+        ([[0.0, 0.1], [LEVEL / 2, 0.2], [1.5 * LEVEL, 0.6]], 0.4),
+    ],
+)
+def test_unseen_skill_is_read_where_seen_skill_reaches_the_level(trace, expected, data):
+    model = torch.nn.Identity()
+    model.trace = trace
+    assert unseen_at_level(model, data) == pytest.approx(expected)
+    assert unseen_at_level(torch.nn.Identity(), data) is None
+
+
+class Told(torch.nn.Module):
+    """A map that knows one kind of defect, by the pixels of its own images."""
+
+    def __init__(self, known: dict[bytes, torch.Tensor]):
+        super().__init__()
+        self.known = known
+
+    def forward(self, images: torch.Tensor) -> Anomalies:
+        heat = torch.stack([self.known.get(x.numpy().tobytes(), torch.zeros(x.shape[1:])) for x in images])
+        return Anomalies(heat.amax((1, 2)), heat)
+
+
+def test_defects_of_a_kind_are_judged_apart(data):
+    test = data.test
+    known = {test[k][0].numpy().tobytes(): test[k][3] for k, kind in enumerate(test.drawn.kinds) if kind == "blend"}
+    model = Told(known)
+    assert "blend" in test.drawn.kinds
+    assert kind_ap(model, data, "blend") == 1
+    others = [kind for kind in ("scratch", "stain") if kind in test.drawn.kinds]
+    assert others and all(kind_ap(model, data, kind) < 0.2 for kind in others)
+    assert kind_ap(model, data, "none of these") == 0
+
+
+def test_cover_and_spread_are_of_sampled_prompts(data):
+    model = made("rca").float()
+    assert cover(Told({}), data) is None and spread(made("templates"), data) is None
+    whole = data.test
+    names = list(dict.fromkeys(whole.drawn.categories))
+    texts = model.prompt_embeddings(torch.stack([whole[whole.drawn.categories.index(n)][0] for n in names]), names)
+    cosines, nearest = [], []
+    for row, name in enumerate(names):
+        for state in range(2):
+            pairs = texts[row, state] @ texts[row, state].mT
+            cosines.append((pairs.sum() - 3).item() / 6)
+            wanted = encode_sentences(model, [s.format(name) for s in HELD_OUT[state]])
+            nearest += [max(float(sentence @ text) for text in texts[row, state]) for sentence in wanted]
+    assert spread(model, data) == pytest.approx(1 - np.mean(cosines), abs=1e-5)
+    assert cover(model, data) == pytest.approx(np.mean(nearest), abs=1e-5)
+    assert Letters.size == 41
+
+
+def test_experiments_read_what_claims_ask():
+    assert set(UNSEEN.variants) == set(HEADS) and len(UNSEEN.lrs) == len(ON_THE_WAY.lrs) == 3
+    decays = {variant.decay for _, variant in ON_THE_WAY.variants.values()}
+    assert decays == {0.0, 1e-4, 1e-2}
+
+
+def test_operations_grow_with_samples_but_for_the_vision_tower():
+    few, many = operations(1), operations(4)
+    assert few["vision tower"] == many["vision tower"] == pytest.approx(511, rel=0.01)
+    assert many["texts"] / few["texts"] == pytest.approx(4, rel=0.01) and many["RCA"] > 3 * few["RCA"]

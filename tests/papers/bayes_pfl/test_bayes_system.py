@@ -1,0 +1,532 @@
+"""The system: prompts, samples, what learns in which stage, names, the authors' files, folders of CLIP."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from provenn.core.cost import count_parameters
+from provenn.core.errors import UserError
+from provenn.papers import bayes_pfl
+from provenn.papers.bayes_pfl import bayes_clip, bayes_defects
+from provenn.papers.bayes_pfl.augmentation import augment
+from provenn.papers.bayes_pfl.clip import KINDS, WORDS, _draw, captioned, small_clip, textures_of
+from provenn.papers.bayes_pfl.experiments import one_by_one
+from provenn.papers.bayes_pfl.model import CLIP_MEAN, CLIP_STD, Samples
+from provenn.papers.bayes_pfl.official import convert
+from provenn.papers.bayes_pfl.training import stages
+from provenn.papers.bayes_pfl.words import END, START, Letters, OneWord, called, prompts_of
+from provenn.tasks import get_task
+from provenn.training import Recipe
+
+TINY = {
+    "vision_dim": 64,
+    "vision_depth": 2,
+    "vision_heads": 1,
+    "patch": 8,
+    "text_dim": 64,
+    "text_depth": 2,
+    "layers": (1, 2),
+}
+NAMES = ["brick", "metal nut", "moss"]
+
+
+def small(**options) -> nn.Module:
+    torch.manual_seed(0)
+    return bayes_defects(**{"samples": 2, "turn": False, **options}).double().eval()
+
+
+def images(count: int = 3, side: int = 64) -> torch.Tensor:
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def batch(count: int = 3) -> tuple:
+    masks = torch.zeros(count, 64, 64, dtype=torch.float64)
+    masks[0, 10:30, 20:40] = 1
+    return images(count), NAMES[:count], masks.amax((1, 2)), masks
+
+
+# Counts: by hand, of the authors' modules, without decoders and the layers behind them.
+
+
+def linear(n: int, m: int, bias: bool = True) -> int:
+    return n * m + bias * m
+
+
+def counted(vision: int, dim: int, layers: int = 4, flows: int = 10) -> int:
+    hidden = vision // 2
+    encoder = 2 * (linear(dim, hidden) + linear(hidden, hidden) + linear(hidden, dim))
+    specific = 2 * linear(dim, flows * dim) + linear(dim, flows)
+    states = 2 * (2 * flows * dim + flows + dim)
+    pooling = linear(layers * vision, hidden) + linear(hidden, 1) + linear(hidden, dim)
+    attention = linear(dim, dim) + layers * linear(vision, dim, False)
+    return 3 * 15 * dim + 2 * encoder + specific + states + pooling + attention + 2 * linear(dim, dim) + 2
+
+
+@pytest.mark.parametrize(
+    ("name", "published", "clip", "late"),
+    [
+        ("bayes_vit_l14", 27_370_017 - 3_872_512, 428_756_225, 3_673_345),
+        ("bayes_vit_b16", 13_080_865 - 1_871_872, 150_256_641, 1_902_849),
+    ],
+)
+def test_counts_are_those_of_the_authors_modules(name, published, clip, late):
+    with torch.device("meta"):
+        model = getattr(bayes_pfl, name)()
+        side = model.clip.vision_model.config.image
+        assert model.eval()(torch.zeros(2, 3, side, side)).heat.shape == (2, side, side)
+    assert count_parameters(model.clip) == clip
+    vision = model.clip.vision_model.config.dim
+    assert count_parameters(model) - clip == published == counted(vision, model.clip.dim)
+    assert sum(p.numel() for p in model.of_stage(2)) == late
+
+
+# Prompts
+
+
+def test_prompts_are_put_together_as_the_paper_says():
+    """Word by word: start, context and state words with their shifts, the name, its end."""
+    model = small(prompts=2, context=3, state=2)
+    tower = model.clip.text_model
+    tokens, lengths = model.name_tokens(NAMES, 3)
+    samples = Samples(torch.randn(2, 3, 64, dtype=torch.float64), torch.randn(2, 2, 64, dtype=torch.float64))
+    found = model.embed_texts(tokens, lengths, samples)
+    assert found.shape == (3, 2, 4, 64)
+    for image, name in enumerate(NAMES):
+        for state, words in enumerate((model.normal, model.abnormal)):
+            for r in range(2):
+                for pair in range(2):
+                    row = torch.tensor([[*Letters().encode(name), END]])
+                    parts = [
+                        tower.embed(torch.tensor([[START]]))[0],
+                        model.context[pair] + samples.context[r, image],
+                        words[pair] + samples.states[r, state],
+                        tower.embed(row)[0],
+                    ]
+                    text = model.clip.encode_text(embeddings=torch.cat(parts)[None])[0]
+                    torch.testing.assert_close(found[image, state, 2 * r + pair], text / text.norm())
+
+
+def test_one_call_for_all_texts_is_the_loop_of_the_authors():
+    model = small()
+    given = model.name_tokens(NAMES, 3)
+    samples = model.draw(torch.randn(3, 64, dtype=torch.float64))
+    torch.testing.assert_close(
+        model.embed_texts(*given, samples), one_by_one(model, *given, samples), rtol=1e-9, atol=1e-9
+    )
+
+
+def test_an_answer_depends_on_its_image_and_name_alone():
+    model, x = small(), images()
+    together = model(x, NAMES)
+    for row, name in enumerate(NAMES):
+        alone = model(x[row : row + 1], [name])
+        torch.testing.assert_close(alone.heat[0], together.heat[row])
+        torch.testing.assert_close(alone.score[0], together.score[row])
+    other = model(x, ["gravel", *NAMES[1:]])
+    assert not torch.allclose(other.heat[0], together.heat[0]) and torch.equal(other.heat[1], together.heat[1])
+
+
+def test_states_are_drawn_for_all_images_and_contexts_for_each():
+    model = small(bias_scale=1.0)
+    feature = torch.randn(3, 64, dtype=torch.float64)
+    drawn = model.draw(feature)
+    assert drawn.context.shape == (2, 3, 64) and drawn.states.shape == (2, 2, 64)
+    torch.testing.assert_close(drawn.states, model.draw(feature[:1]).states)
+    assert not torch.allclose(drawn.context[:, 0], drawn.context[:, 1])
+    model.resample(1)
+    again = model.draw(feature)
+    assert not torch.allclose(again.states, drawn.states) and not torch.allclose(again.context, drawn.context)
+    model.resample(0)
+    torch.testing.assert_close(model.draw(feature).context, drawn.context)
+    model.resample(0, samples=5)
+    assert len(model.draw(feature).context) == 5
+
+
+def test_without_distributions_it_is_the_deterministic_bank():
+    model = small(specific=False, agnostic=False, samples=4)
+    texts = model.prompt_embeddings(images(1), ["brick"])
+    assert texts.shape == (1, 2, 3, 64)
+    still = Samples(torch.zeros(1, 1, 64, dtype=torch.float64), torch.zeros(1, 2, 64, dtype=torch.float64))
+    torch.testing.assert_close(texts, model.embed_texts(*model.name_tokens(["brick"], 1), still))
+    full = small(bias_scale=0.0)
+    full.load_state_dict(model.state_dict(), strict=False)
+    torch.testing.assert_close(full(images(), NAMES).heat, model(images(), NAMES).heat)
+    _, divergence = model.draw_training(torch.randn(3, 64, dtype=torch.float64))
+    assert divergence == 0
+
+
+def test_maps_are_a_softmax_over_enlarged_logits():
+    """As the authors write it: both logits enlarged, then a softmax, the abnormal share, the mean over all."""
+    model, x = small(smoothing=0.0), images(2)
+    seen = model.see(x)
+    texts = model.embed_texts(*model.name_tokens(NAMES[:2], 2), model.draw(seen.feature))
+    total = 0.0
+    for mapping, patches in zip(model.to_text, seen.patches):
+        local = mapping(patches)
+        local = local / local.norm(dim=-1, keepdim=True)
+        looked = model.attention(texts.flatten(1, 2), local)
+        assert looked.norm(dim=-1).sub(1).abs().max() < 1e-6
+        logits = (model.temperature_pixel.exp() * local @ looked.mT).mT.reshape(2, 12, 8, 8)
+        large = nn.functional.interpolate(logits, (64, 64), mode="bilinear", align_corners=True)
+        total = total + large.unflatten(1, (2, 6)).softmax(1)[:, 1].mean(1)
+    said = model(x, NAMES[:2])
+    torch.testing.assert_close(said.heat, total / 4)
+    logits = model.image_logits(texts, seen)
+    probability = logits.softmax(1)[:, 1].mean(1)
+    top = said.heat.flatten(1).sort(1).values[:, -40:].mean(1)
+    torch.testing.assert_close(said.score, 0.5 * probability + 0.5 * top)
+
+
+def test_large_batches_are_taken_in_parts(monkeypatch):
+    model, x = small(), images(5)
+    names = [*NAMES, "a", "b"]
+    whole = model(x, names)
+    monkeypatch.setattr("provenn.papers.bayes_pfl.model.LARGEST", 2 * 2 * 3 * 64 * 64)
+    parts = model(x, names)
+    torch.testing.assert_close(parts.heat, whole.heat)
+    torch.testing.assert_close(parts.score, whole.score)
+
+
+def test_what_images_are_standardised_by_becomes_clips():
+    torch.manual_seed(0)
+    ours = bayes_clip(**TINY, image_size=32, samples=1).double().eval()
+    theirs = bayes_clip(**TINY, image_size=32, samples=1, standardised="clip").double().eval()
+    theirs.load_state_dict(ours.state_dict())
+    pixels = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
+    imagenet = [
+        torch.tensor(v, dtype=torch.float64)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    ]
+    one, other = ours((pixels - imagenet[0]) / imagenet[1]), theirs((pixels - mean) / std)
+    torch.testing.assert_close(one.heat, other.heat)
+
+
+def test_images_of_any_sides_are_taken():
+    assert small()(torch.randn(1, 3, 40, 72, dtype=torch.float64)).heat.shape == (1, 40, 72)
+
+
+def test_the_explanation_is_the_answer_with_its_spread():
+    model, x = small(), images(2)
+    found, said = model.explain(x, NAMES[:2]), model(x, NAMES[:2])
+    torch.testing.assert_close(found.heat, said.heat)
+    assert found.layers.shape == (4, 2, 64, 64) and found.spread.min() >= 0 and found.spread.max() > 0
+
+
+# Stages
+
+
+def learned(model: nn.Module, stage: int) -> set[str]:
+    with model.in_stage(stage):
+        model.requires_grad_(False)
+        for parameter in model.of_stage(stage):
+            parameter.requires_grad_(True)
+        model.training_loss(batch()).backward()
+    return {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+
+
+def test_exactly_these_learn_in_each_stage():
+    model = small()
+    everything = {name for name, _ in model.named_parameters()}
+    late = {name for name in everything if name.startswith(("fuse.", "image_mapping."))}
+    first = learned(small(), 1)
+    assert everything - first == late | {name for name in everything if name.startswith("clip.")}
+    mapped = {name for name in everything if name.startswith("text_mapping.")}
+    assert learned(model, 2) == late | mapped
+    assert model.stage == 2
+
+
+def test_a_loss_trains_the_chosen_pair_and_spreads_all():
+    model = small(samples=1)
+    with model.in_stage(1):
+        torch.manual_seed(0)
+        parts = model.losses(batch(), chosen=1)
+        assert set(parts) == {"image", "pixel", "divergence", "orthogonal"}
+        gradient = torch.autograd.grad(parts["pixel"] + parts["image"], model.normal, retain_graph=True)[0]
+        assert gradient[1].abs().max() > 0 and gradient[[0, 2]].abs().max() == 0
+        spread = torch.autograd.grad(parts["orthogonal"], model.normal)[0]
+        assert spread.abs().amax((1, 2)).min() > 0
+        torch.manual_seed(0)
+        total = model.training_loss(batch())
+    assert total.ndim == 0
+
+
+def test_the_authors_divergence_divides_the_log_determinant_of_states():
+    one, other = small(bias_scale=1.0), small(bias_scale=1.0, official_log_det=True)
+    feature = torch.randn(8, 64, dtype=torch.float64)
+    values = []
+    for model in (one, other):
+        torch.manual_seed(0)
+        values.append(model.draw_training(feature)[1])
+    torch.manual_seed(0)
+    torch.randn_like(feature)
+    log_det = one.agnostic(None, torch.randn(1, 2, 64, dtype=torch.float64)).log_det.sum()
+    torch.testing.assert_close(values[1] - values[0], log_det * (1 - 1 / 8))
+
+
+def test_rates_are_ten_and_a_hundred_times_as_large():
+    model = small()
+    for parameter in model.of_stage(1):
+        parameter.requires_grad_(True)
+    optimizer = model.optimizers(Recipe(optimizer="adam", lr=1e-4, betas=(0.5, 0.999)))
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    named = {name: rates[id(p)] for name, p in model.named_parameters() if id(p) in rates}
+    assert {n for n, r in named.items() if r == pytest.approx(1e-2)} == {"temperature_pixel", "temperature_image"}
+    fast = {n for n, r in named.items() if r == pytest.approx(1e-3)}
+    assert {
+        "context",
+        "normal",
+        "abnormal",
+        "agnostic.states",
+        "agnostic.free.u",
+        "specific.amortised.w.weight",
+    } <= fast
+    assert not any("encoder" in name or "attention" in name or "to_text" in name for name in fast)
+    assert all(group["betas"] == (0.5, 0.999) for group in optimizer.param_groups)
+    assert len(named) == sum(p.requires_grad for p in model.parameters())
+
+
+def test_stages_follow_each_other():
+    data = get_task("anomaly-detection").load("defects")
+    task, recipe = get_task("anomaly-detection"), Recipe(epochs=24, schedule="cosine", warmup_steps=5, lr=1e-3)
+    listed = stages(bayes_defects(), task, data, recipe)
+    assert [stage.name for stage in listed] == ["clip", "prompts", "scores"]
+    assert listed[1].task.metric == "pixel_ap" and listed[2].task.metric == "image_ap"
+    assert (listed[2].recipe.epochs, listed[2].recipe.schedule) == (6, "constant")
+    assert [stage.name for stage in stages(bayes_defects(stage=1, clip_steps=0), task, data, recipe)] == ["prompts"]
+    with pytest.raises(UserError, match="give --set clip=FOLDER"):
+        stages(bayes_clip(**TINY), task, data, recipe)
+    model = bayes_defects()
+    with listed[0].learning(model):
+        assert {n.partition(".")[0] for n, p in model.named_parameters() if p.requires_grad} == {"clip"}
+    with listed[2].learning(model):
+        assert model.stage == 2
+    with listed[1].learning(model):
+        assert model.stage == 1
+
+
+def test_images_are_turned_with_their_masks():
+    torch.manual_seed(0)
+    masks = torch.zeros(40, 32, 32)
+    masks[:, 4:10, 6:20] = 1
+    pictures = 5 * masks[:, None].expand(-1, 3, -1, -1)
+    changed, turned = augment(pictures, masks)
+    assert set(turned.unique().tolist()) == {0.0, 1.0}
+    assert sum(not torch.equal(one, other) for one, other in zip(turned, masks)) > 15
+    bright = changed.mean(1) > changed.mean((1, 2, 3))[:, None, None] + 1
+    agree = (bright == (turned > 0)).float().mean()
+    assert agree > 0.95
+
+
+# The small CLIP
+
+
+def test_captions_are_true_of_their_images_and_of_no_other():
+    drawn = _draw(("brick", "moon"), 3)
+    assert drawn.images.shape == (80, 3, 64, 64) and (drawn.kind > 0).sum() == 40
+    meta = {"mean": [0.5] * 3, "std": [0.25] * 3}
+    first = list(captioned(("brick", "moon"), meta, seed=5, steps=2, batch=16))
+    again = next(iter(captioned(("brick", "moon"), meta, seed=5, steps=2, batch=16)))
+    assert torch.equal(first[0].tokens, again.tokens) and torch.equal(first[0].images, again.images)
+    letters = {3 + place: letter for place, letter in enumerate(" -0123456789abcdefghijklmnopqrstuvwxyz")}
+    for one in first:
+        texts = ["".join(letters.get(token, "") for token in row if token > 1) for row in one.tokens.tolist()]
+        assert one.positives.diagonal().all()
+        whole = {word for words in WORDS[""] for word in [words]}
+        for row, text in enumerate(texts):
+            for column, other in enumerate(texts):
+                fits = {t.split()[1] for t in (text, other)}
+                good = {t.split()[0] in whole for t in (text, other)}
+                if len(fits) > 1 or len(good) > 1:
+                    assert not one.positives[row, column], (text, other)
+    assert set(KINDS) == {"", "scratch", "blend", "stain"}
+
+
+def test_the_small_clip_sees_no_texture_of_the_test():
+    assert textures_of(["brick", "gravel"]) == ("brick", "gravel")
+    data = get_task("anomaly-detection").load("defects")
+    train = set(textures_of(data.meta["categories"]))
+    assert train == set(data.train.drawn.categories) and not train & set(data.test.drawn.categories)
+    assert set(textures_of(["bottle", "zipper"])) == train
+    assert small_clip().vision_model.config.image == 64
+
+
+# Names
+
+
+def test_names_become_words():
+    assert [called(name) for name in ("macaroni2", "pcb1", "metal_nut", "pipe_fryum", "Bottle")] == [
+        "macaroni", "printed circuit board", "metal nut", "pipe fryum", "bottle",
+    ]  # fmt: skip
+    assert Letters().encode("Ab_é") == [15, 16, 3, 2]
+    rows = prompts_of(["pcb4", "x"], Letters(), 40)
+    assert rows[0] == [*Letters().encode("printed circuit board"), END]
+    with pytest.raises(UserError, match=re.escape("'aaaaa' has 5 tokens, and a prompt has room for 4: shorten it")):
+        prompts_of(["aaaaa"], Letters(), 5)
+    with pytest.raises(UserError, match="a category has no name"):
+        prompts_of([" "], Letters(), 5)
+    with pytest.raises(UserError, match="needs CLIP's tokenizer"):
+        OneWord().encode("bottle")
+    model = small()
+    with pytest.raises(UserError, match="3 images have 2 names of categories: expected one for each"):
+        model(images(), ["a", "b"])
+    torch.testing.assert_close(model(images()).heat, model(images(), ["object"] * 3).heat)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompts": 0}, "prompts must be at least 1, got 0"),
+        ({"samples": -1}, "samples must be at least 1, got -1"),
+        ({"context": 0, "state": 0}, "context and state are both 0"),
+        ({"context": -1}, "context must not be negative, got -1"),
+        ({"context": 40}, r"40 \+ 5 words leave no room in 48 tokens"),
+        ({"attention": "cross"}, "attention must be one of rca, plain, none, got 'cross'"),
+        ({"stage": 3}, "stage must be 1 or 2, got 3"),
+        ({"smoothing": -1}, "smoothing must not be negative, got -1"),
+        ({"bias_scale": float("nan")}, "bias_scale must be a finite number, got nan"),
+        ({"flows": -1}, "steps and kinds must not be negative, got -1"),
+        ({"prompts": True}, "prompts must be a whole number, got True"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        bayes_defects(**options)
+
+
+def test_bad_layers_and_activations_are_refused():
+    with pytest.raises(ValueError, match=r"layers must be blocks from 1 to 2, got \(1, 3\)"):
+        bayes_clip(**{**TINY, "layers": (1, 3)})
+    with pytest.raises(ValueError, match="activation must be one of quick_gelu, gelu"):
+        bayes_clip(**TINY, activation="relu")
+    with pytest.raises(ValueError, match="standardised must be one of imagenet, clip, got 'own'"):
+        bayes_clip(**TINY, standardised="own")
+
+
+# Folders of Hugging Face, and the authors' files
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A CLIP and a tokenizer of letters, as transformers writes them."""
+    t = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    place = tmp_path_factory.mktemp("clip")
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 256}
+    config = t.CLIPConfig(
+        text_config={**sizes, "num_attention_heads": 1, "vocab_size": 300, "eos_token_id": 299, "bos_token_id": 298},
+        vision_config={**sizes, "num_attention_heads": 1, "image_size": 32, "patch_size": 8},
+        projection_dim=64,
+    )
+    torch.manual_seed(0)
+    t.CLIPModel(config).save_pretrained(place)
+    words = {chr(code): code for code in range(256)} | {"<|startoftext|>": 298, "<|endoftext|>": 299}
+    made = Tokenizer(models.WordLevel(words, unk_token="?"))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    fast = t.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<|startoftext|>", eos_token="<|endoftext|>")
+    fast.save_pretrained(place)
+    return place
+
+
+HERE = {**TINY, "vocab": 300}
+
+
+def test_a_clip_comes_from_its_folder(folder):
+    model = bayes_clip(**HERE, image_size=48, clip=str(folder), activation="quick_gelu", samples=2).eval()
+    assert model.pretrained and model.tokenizer.encode("nut") == [ord(letter) for letter in "nut"]
+    assert (model.tokenizer.start, model.tokenizer.end) == (298, 299)
+    assert model.clip.vision_model.embeddings.position_embedding.weight.shape == (37, 64)
+    t = pytest.importorskip("transformers")
+    theirs = t.CLIPModel.from_pretrained(folder).eval()
+    tokens = torch.tensor([[298, *model.tokenizer.encode("nut"), 299]])
+    with torch.no_grad():
+        found = model.clip.encode_text(tokens)
+        expected = theirs.text_projection(theirs.text_model(input_ids=tokens).pooler_output)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    gelu = bayes_clip(**HERE, image_size=48, clip=str(folder)).eval()
+    assert not torch.allclose(gelu.clip.encode_text(tokens), found, atol=1e-5)
+    assert model(torch.randn(2, 3, 48, 48), ["nut", "bolt"]).heat.shape == (2, 48, 48)
+
+
+def test_a_clip_of_other_sizes_is_refused(folder, tmp_path):
+    with pytest.raises(UserError, match="its vision tower has dim 64, and this preset 1024"):
+        bayes_pfl.bayes_vit_l14(clip=str(folder))
+    with pytest.raises(UserError, match="there is no such folder"):
+        bayes_clip(**TINY, clip=str(tmp_path / "none"))
+
+
+def authors_head(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A head in the authors' names, with its copies and what computes nothing."""
+    own = {name: value for name, value in model.state_dict().items() if not name.startswith("clip.")}
+    state = {
+        "prompt_context": own["context"],
+        "prompt_state_normal": own["normal"], "prompt_state_abnormal": own["abnormal"],
+        "temperature_pixel": own["temperature_pixel"], "temperature_image": own["temperature_image"],
+        "RCA.q_proj_pre.weight": own["attention.query.weight"][..., None],
+        "RCA.q_proj_pre.bias": own["attention.query.bias"],
+        "context_decoder.weight_mean.module.0.weight": torch.zeros(2, 2), "PFL_context.p_mu.0.bias": torch.zeros(2),
+    }  # fmt: skip
+    for ours, theirs, copies in (("specific", "context", ["context"]), ("agnostic", "state", ["normal", "abnormal"])):
+        for part, name in (("mean", "weight_mean"), ("spread", "weight_log_variance")):
+            for layer in (0, 2, 4):
+                for what in ("weight", "bias"):
+                    value = own[f"{ours}.encoder.{part}.{layer}.{what}"]
+                    state[f"{theirs}_encoder.{name}.module.{layer}.{what}"] = value
+                    for copy in copies:
+                        state[f"PFL_{copy}.encoder.{name}.module.{layer}.{what}"] = value.clone()
+    for name in "uwb":
+        for what in ("weight", "bias"):
+            state[f"PFL_context.amor_{name}.{what}"] = own[f"specific.amortised.{name}.{what}"]
+    for row, kind in enumerate(("normal", "abnormal")):
+        state[f"PFL_{kind}.state"] = own["agnostic.states"][row : row + 1]
+        state[f"PFL_{kind}.amor_u"] = own["agnostic.free.u"][row : row + 1, :, :, None]
+        state[f"PFL_{kind}.amor_w"] = own["agnostic.free.w"][row : row + 1, :, None]
+        state[f"PFL_{kind}.amor_b"] = own["agnostic.free.b"][row : row + 1, :, None, None]
+    renamed = (("to_text.", "RCA.linear_proj."), ("fuse.mix.", "fuse.fuse_modules."), ("fuse.weigh.", "fuse.compress."),
+               ("fuse.out.", "fuse.post_process."), ("text_mapping.", "class_mapping."),
+               ("image_mapping.", "image_mapping."))  # fmt: skip
+    for name, value in own.items():
+        for ours, theirs in renamed:
+            if name.startswith(ours):
+                state[theirs + name.removeprefix(ours)] = value
+    return state
+
+
+def test_a_released_head_loads_upon_its_clip(folder, tmp_path):
+    """As the authors' trainer saves it: under MyModel, with copies and what computes nothing."""
+    import provenn
+
+    torch.manual_seed(3)
+    made = bayes_clip(**HERE, image_size=32, clip=str(folder), samples=2, prompts=2, flows=3).eval()
+    with torch.no_grad():
+        for parameter in made.of_stage(1) + made.of_stage(2):
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    torch.save({"MyModel": authors_head(made)}, tmp_path / "train_visa.pth")
+    loaded = provenn.from_official("bayes_pfl", tmp_path / "train_visa.pth", clip=str(folder), samples=2)
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(loaded(x, ["nut", "bolt"]).heat, made(x, ["nut", "bolt"]).heat)
+    torch.testing.assert_close(loaded(x, ["nut", "bolt"]).score, made(x, ["nut", "bolt"]).score)
+    first = provenn.from_official("bayes_pfl", tmp_path / "train_visa.pth", clip=str(folder), samples=2, stage=1)
+    assert first.fuse is None and first.stage == 1
+    with pytest.raises(UserError, match="the file holds the head alone"):
+        provenn.from_official("bayes_pfl", tmp_path / "train_visa.pth")
+
+
+def test_other_files_of_the_authors_are_refused(folder):
+    made = bayes_clip(**HERE, image_size=32, prompts=2, flows=3)
+    state = authors_head(made)
+    spoilt = {**state, "PFL_normal.encoder.weight_mean.module.0.bias": torch.ones(32)}
+    with pytest.raises(UserError, match="expected what state_encoder holds"):
+        convert(spoilt, clip=str(folder))
+    with pytest.raises(UserError, match="this is no Bayes-PFL head"):
+        convert({"conv.weight": torch.zeros(2, 2)}, clip=str(folder))
+
+
+def test_noise_is_the_same_everywhere():
+    """What golden values rest on: the first numbers of the stream."""
+    drawn = np.random.default_rng([0, 2503]).standard_normal(3)
+    model = bayes_defects()
+    assert model.noise.flatten()[:3].tolist() == pytest.approx(drawn.tolist(), rel=1e-6)
