@@ -1,0 +1,356 @@
+"""FALCON: a vision encoder whose registers are all that leaves it, and the language model that reads them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from provenn.core.errors import UserError
+from provenn.nn.arguments import check_whole
+from provenn.nn.contrastive import vision_from_huggingface
+from provenn.nn.decoder import Decoder, RotaryPositions, Stretch
+from provenn.nn.towers import Block, VisionConfig, VisionTower
+from provenn.nn.vision_language import MLPProjector, VisionLanguageModel
+from provenn.papers.falcon.crops import LIMIT, Grid, choose_grid, cut, markers_of, places_of
+from provenn.papers.falcon.layers import Generator, ReAtten, VisualRegisters
+
+
+class Encoded(NamedTuple):
+    """What the encoder says of crops, in SigLIP's layout after the last norm.
+
+    Args:
+        registers: what leaves the encoder.
+        patches: row by row; nobody reads them but baselines and pictures.
+        layers: the input of each layer and the last one's output, before the norm, of all tokens; empty unless asked.
+    """
+
+    registers: Float[Tensor, "crops registers dim"]
+    patches: Float[Tensor, "crops patches dim"]
+    layers: tuple[Float[Tensor, "crops tokens dim"], ...]
+
+
+class RegisterViT(nn.Module):
+    """A vision transformer with registers: ReCompact within a crop, ReAtten between the crops of an image.
+
+        x = [class token ; patches ; R_ij]
+        in each layer:  y = attention(LN x);  y_r ← y_r + ReAtten(y_r);  x ← x + y;  x ← x + MLP(LN x)
+
+    No mask parts patches and registers. The outputs are the registers of each crop, in SigLIP's layout after the last
+    norm.
+
+    Args:
+        config: sizes of the ViT, in the layout of SigLIP or CLIP. SigLIP's pooling head is left out.
+        registers: M, of each crop; 0 leaves the plain ViT.
+        limit: G, crops of an image at most.
+        interact: whether there is ReAtten, which is so in the last stage of training alone.
+        generate: what makes the registers; see `VisualRegisters`.
+
+    Shapes: crops (crops, channels, side, side) to (crops, M, D). Parameters: those of the ViT, M·D + 2·(G + 1)·D, and
+    of ReAtten 4·D² + 4·D a layer.
+
+    >>> model = RegisterViT(VisionConfig("siglip", 32, 2, 4, image=24, patch=4), registers=4)
+    >>> model(torch.randn(5, 3, 24, 24), places_of((2, 2)), [5]).shape
+    torch.Size([5, 4, 32])
+    """
+
+    def __init__(
+        self,
+        config: VisionConfig,
+        *,
+        registers: int = 64,
+        limit: int = LIMIT,
+        interact: bool = True,
+        generate: Generator | None = None,
+    ):
+        super().__init__()
+        self.tower = VisionTower(replace(config, head=False))
+        self.registers = VisualRegisters(config.dim, registers, limit, generate)
+        self.interact: nn.ModuleList | None = None
+        if interact:
+            self.add_interaction()
+
+    @classmethod
+    def from_siglip(
+        cls,
+        model: VisionTower | nn.Module | str | Path,
+        *,
+        registers: int = 64,
+        limit: int = LIMIT,
+        interact: bool = True,
+        generate: Generator | None = None,
+    ) -> "RegisterViT":
+        """Registers for a ViT that is trained, of SigLIP or of CLIP.
+
+        Args:
+            model: a `VisionTower`, a vision model or pair of transformers, or a folder of one. It is not changed.
+            registers, limit, interact, generate: as of the class.
+
+        Raises:
+            UserError: another model.
+        """
+        tower = model if isinstance(model, VisionTower) else vision_from_huggingface(model)
+        own = cls(tower.config, registers=registers, limit=limit, interact=interact, generate=generate)
+        like = next(tower.parameters())
+        own.to(device=like.device, dtype=like.dtype)
+        state = tower.state_dict()
+        own.tower.load_state_dict({name: state[name] for name in own.tower.state_dict()})
+        if own.interact is not None:
+            own.copy_attention()
+        return own.train(tower.training)
+
+    @property
+    def dim(self) -> int:
+        """Width of the registers."""
+        return self.tower.config.dim
+
+    @property
+    def side(self) -> int:
+        """Of a crop, in pixels."""
+        return self.tower.config.image
+
+    @property
+    def blocks(self) -> Sequence[Block]:
+        """Layers of the ViT."""
+        return list(self.tower.encoder.layers)  # type: ignore[arg-type]  # blocks are what the list holds
+
+    def add_interaction(self) -> None:
+        """Give each layer ReAtten, a copy of its self-attention: the last stage of training begins so."""
+        config = self.tower.config
+        like = next(self.tower.parameters())
+        self.interact = nn.ModuleList(ReAtten(config.dim, config.heads) for _ in range(config.depth))
+        self.interact.to(device=like.device, dtype=like.dtype)
+        self.copy_attention()
+
+    def copy_attention(self) -> None:
+        """Start ReAtten of each layer from the layer's self-attention, again."""
+        if self.interact is not None:
+            for layer, block in zip(self.interact, self.blocks):
+                layer.copy_from(block.self_attn)  # type: ignore[operator]  # ReAtten
+
+    def exchange(
+        self, number: int, y: Float[Tensor, "crops tokens dim"], counts: Sequence[int]
+    ) -> Float[Tensor, "crops tokens dim"]:
+        """What crops of an image tell each other in a layer: by ReAtten, through their registers alone.
+
+        Args:
+            number: of the layer, from 0.
+            y: what the layer's attention gave, patches and registers.
+            counts: crops of each image.
+        """
+        if self.interact is None or not y.shape[1] - self._before:
+            return y
+        before, registers = y[:, : self._before], y[:, self._before :]
+        return torch.cat([before, self.interact[number](registers, counts)], dim=1)
+
+    @property
+    def _before(self) -> int:
+        """Tokens before the registers: patches, and CLIP's class token."""
+        return self.tower.embeddings.position_embedding.num_embeddings
+
+    def encode(
+        self,
+        crops: Float[Tensor, "crops channels side side"],
+        places: Int[Tensor, "crops 2"] | None = None,
+        counts: Sequence[int] | None = None,
+        *,
+        registers: Float[Tensor, "#crops registers dim"] | None = None,
+        layers: bool = False,
+    ) -> Encoded:
+        """Registers and patches of crops.
+
+        Args:
+            crops: standardised, of all images one after the other.
+            places: row and column of each; by default those of a whole image.
+            counts: crops of each image; by default all are of one.
+            registers: in place of the model's own, of any number, for all crops or for each.
+            layers: whether to keep what each layer reads.
+
+        Raises:
+            ValueError: crops of another size, or places or counts of another number.
+        """
+        config, number = self.tower.config, len(crops)
+        if tuple(crops.shape[1:]) != (config.in_channels, self.side, self.side):
+            raise ValueError(
+                f"expected crops of {config.in_channels}×{self.side}×{self.side}, got {tuple(crops.shape[1:])}"
+            )
+        if places is None:
+            places = torch.full((number, 2), self.registers.limit, device=crops.device)
+        if len(places) != number:
+            raise ValueError(f"expected a row and a column for each of {number} crops, got {len(places)}")
+        counts = [number] if counts is None else list(counts)
+        if sum(counts) != number:
+            raise ValueError(f"counts of crops must sum to {number}, got {counts}")
+        x = self.tower.embeddings(crops, self.side // config.patch)[0]
+        x = torch.cat([x, self.registers(places, registers).to(x.dtype)], dim=1)
+        if self.tower.pre_layrnorm is not None:
+            x = self.tower.pre_layrnorm(x)  # of CLIP, and of the registers too, as in the authors' code
+        between = []
+        for index, block in enumerate(self.blocks):
+            if layers:
+                between.append(x)
+            if self.tower.encoder.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(self._layer, index, block, x, counts, use_reentrant=False)
+            else:
+                x = self._layer(index, block, x, counts)
+        first = int(config.layout == "clip")
+        # CLIP's last norm is for its class token, as in the authors' code.
+        tokens = x if first else self.tower.post_layernorm(x)
+        return Encoded(
+            tokens[:, self._before :], tokens[:, first : self._before], (*between, x) if layers else ()
+        )
+
+    def _layer(self, index: int, block: Block, x: Tensor, counts: Sequence[int]) -> Tensor:
+        x = x + self.exchange(index, block.self_attn(block.layer_norm1(x)), counts)
+        return x + block.mlp(block.layer_norm2(x))
+
+    def forward(
+        self,
+        crops: Float[Tensor, "crops channels side side"],
+        places: Int[Tensor, "crops 2"] | None = None,
+        counts: Sequence[int] | None = None,
+        *,
+        registers: Float[Tensor, "#crops registers2 dim"] | None = None,
+    ) -> Float[Tensor, "crops registers dim"]:
+        """The registers of `encode`."""
+        return self.encode(crops, places, counts, registers=registers).registers
+
+
+class Falcon(VisionLanguageModel):
+    """A language model that reads the registers of an image's crops, in reading order.
+
+    Args:
+        decoder: of the text.
+        vision: the encoder.
+        projector: from registers to the decoder's vectors. Default: two linear maps with GELU.
+        image_token: the token that holds the place of a register.
+        max_upscale: as in `crops.choose_grid`.
+        low_resolution: read the whole image alone, as the first two stages of training do.
+        markers: the tokens of each crop's own text, such as those of `<global_img>`, by that text. Where they are
+            given, each crop's text stands before its registers. Default: none.
+
+    Shapes: tokens (batch, tokens) and images to logits (batch, tokens, vocab). Images are a tensor (images, channels,
+    height, width) or a tuple of those of other sizes, standardised; they are cut here. Or they are crops, with grids.
+    """
+
+    vision: RegisterViT
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        vision: RegisterViT,
+        projector: nn.Module | None = None,
+        *,
+        image_token: int,
+        max_upscale: float | int | None = None,
+        low_resolution: bool = False,
+        markers: Mapping[str, Sequence[int]] | None = None,
+    ):
+        projector = MLPProjector(vision.dim, decoder.norm.weight.shape[0]) if projector is None else projector
+        super().__init__(decoder, vision, projector, image_token=image_token)
+        self.max_upscale, self.low_resolution = max_upscale, low_resolution
+        self.markers = None if markers is None else {name: list(tokens) for name, tokens in markers.items()}
+
+    @property
+    def limit(self) -> int:
+        """Crops of an image at most."""
+        return self.vision.registers.limit
+
+    def grid_of(self, height: int, width: int) -> Grid:
+        """Rows and columns of the crops of an image; none of a small one that is read as a whole."""
+        if self.low_resolution:
+            return 0, 0
+        return choose_grid(width, height, self.vision.side, self.limit, max_upscale=self.max_upscale)
+
+    def cut(
+        self, images: Float[Tensor, "images channels height width"] | Sequence[Float[Tensor, "channels _ _"]]
+    ) -> tuple[Float[Tensor, "crops channels side side"], Int[Tensor, "images 3"]]:
+        """Crops of images, the whole image first, and the grid of each: 1, rows and columns."""
+        grids = [self.grid_of(*image.shape[-2:]) for image in images]
+        side = self.vision.side
+        parts = [cut(image, grid, side) for image, grid in zip(images, grids)]
+        crops = torch.cat(parts) if parts else torch.zeros(0)
+        return crops, torch.tensor([(1, *grid) for grid in grids], device=crops.device)
+
+    def features(
+        self, images: Any, grids: Int[Tensor, "images 3"] | None = None
+    ) -> tuple[Float[Tensor, "features dim"], list[int]]:
+        """What stands for images in the text, and how many vectors of it each image has.
+
+        Args:
+            images: as of the class: whole images, or with `grids` their crops, one image after the other.
+            grids: 1, rows and columns of the crops of each image; 0 and 0 where the whole image stands alone.
+
+        Raises:
+            UserError: other crops than the grids have.
+        """
+        if grids is None:
+            images, grids = self.cut(images)
+        shapes: list[Grid] = [(rows, columns) for _, rows, columns in grids.tolist()]
+        counts = [1 + rows * columns for rows, columns in shapes]
+        if sum(counts) != len(images):
+            raise UserError(
+                f"grids {[list(shape) for shape in shapes]} have {sum(counts)} crops with the whole images, got "
+                f"{len(images)}"
+            )
+        places = torch.cat([places_of(shape, self.limit) for shape in shapes]).to(images.device)
+        x = self.projector(self.vision(images, places, counts))
+        if self.markers is None:
+            return x.flatten(0, 1), [count * x.shape[1] for count in counts]
+        return self._with_markers(x, shapes)
+
+    def _with_markers(self, x: Tensor, shapes: Sequence[Grid]) -> tuple[Tensor, list[int]]:
+        """Each crop's own text before its registers, as vectors."""
+        assert self.markers is not None
+        parts, sizes, number = [], [], 0
+        for shape in shapes:
+            before = len(parts)
+            for name in markers_of(shape):
+                if name not in self.markers:
+                    raise UserError(f"the model has no tokens for {name}: give them in markers, or a smaller limit")
+                words = torch.tensor(self.markers[name], dtype=torch.long, device=x.device)
+                parts += [self.decoder.embed(words).to(x.dtype), x[number]]
+                number += 1
+            sizes.append(sum(map(len, parts[before:])))
+        return torch.cat(parts), sizes
+
+
+# Sizes of the paper. SigLIP-L/16-384: D = 1024, 24 layers, 16 heads, 576 patches.
+SIGLIP_LARGE = VisionConfig("siglip", 1024, 24, 16, image=384, patch=16, head=False)
+LLAMA_3_1_8B: dict[str, Any] = {
+    "vocab": 128256,
+    "dim": 4096,
+    "layers": 32,
+    "heads": 32,
+    "kv_heads": 8,
+    "hidden": 14336,
+    "eps": 1e-5,
+    "tied": False,
+    "rotary": RotaryPositions(500000.0, stretch=Stretch(8.0, 1.0, 4.0, 8192)),
+    "max_length": 131072,
+}
+
+
+def falcon_encoder(
+    *,
+    dim: int = 1024,
+    depth: int = 24,
+    heads: int = 16,
+    hidden: int | None = None,
+    image: int = 384,
+    patch: int = 16,
+    in_channels: int = 3,
+    layout: str = "siglip",
+    registers: int = 64,
+    limit: int = LIMIT,
+    interact: bool = True,
+) -> RegisterViT:
+    """FALCON's encoder, by default SigLIP-L/16-384 with 64 registers; arguments as of `RegisterViT`."""
+    sizes: dict[str, Any] = {"image": image, "patch": patch, "in_channels": in_channels, "hidden": hidden or 0}
+    config = VisionConfig(layout, dim, depth, heads, head=False, **sizes)
+    return RegisterViT(config, registers=registers, limit=limit, interact=interact)
