@@ -147,31 +147,31 @@ def write_prompt(text: str, grids: Sequence[Grid], *, placeholder: str = "<image
 
 
 def cut(
-    image: Float[Tensor, "channels height width"], grid: Grid, side: int
-) -> Float[Tensor, "crops channels side side"]:
+    images: Float[Tensor, "batch channels height width"], grid: Grid, side: int
+) -> Float[Tensor, "batch crops channels side side"]:
     """The whole image at the size of a crop, and then the crops of the image resized to a grid, its shape not kept.
 
     Args:
-        image: of any size.
+        images: of one size.
         grid: rows and columns; none of either gives the whole image alone.
         side: of a crop, in pixels.
     """
     rows, columns = grid
-    whole = resize(image, side, side)[None]
+    whole = resize(images, side, side)[:, None]
     if not rows * columns:
         return whole
-    large = resize(image, rows * side, columns * side)
-    parts = large.unflatten(1, (rows, side)).unflatten(3, (columns, side)).permute(1, 3, 0, 2, 4).flatten(0, 1)
-    return torch.cat([whole, parts])
+    large = resize(images, rows * side, columns * side)
+    parts = large.unflatten(2, (rows, side)).unflatten(4, (columns, side)).permute(0, 2, 4, 1, 3, 5)
+    return torch.cat([whole, parts.flatten(1, 2)], dim=1)
 
 
 def resize(
-    image: Float[Tensor, "channels height width"], height: int, width: int
-) -> Float[Tensor, "channels height2 width2"]:
-    """Bicubic, with PIL's filter: pixels beyond an enlarged or reduced one are averaged, not skipped."""
-    if tuple(image.shape[1:]) == (height, width):
-        return image
-    return F.interpolate(image[None], (height, width), mode="bicubic", align_corners=False, antialias=True)[0]
+    images: Float[Tensor, "batch channels height width"], height: int, width: int
+) -> Float[Tensor, "batch channels height2 width2"]:
+    """Bicubic, with PIL's filter, which averages all pixels that a smaller one covers."""
+    if tuple(images.shape[2:]) == (height, width):
+        return images
+    return F.interpolate(images, (height, width), mode="bicubic", align_corners=False, antialias=True)
 
 
 def cut_image(
@@ -191,6 +191,6 @@ def cut_image(
     """
     height, width = image.shape[1:]
     grid = (0, 0) if low_resolution else choose_grid(width, height, side, limit, max_upscale=max_upscale)
-    pixels = cut(image.float(), grid, side)
+    pixels = cut(image[None].float(), grid, side)[0]
     mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
     return Crops((pixels.round().clamp(0, 255) / 255 - mean) / std, places_of(grid, limit), grid)

@@ -1,13 +1,13 @@
 """FALCON: a vision encoder whose registers are all that leaves it, and the language model that reads them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,8 +17,10 @@ from provenn.nn.contrastive import vision_from_huggingface
 from provenn.nn.decoder import Decoder, RotaryPositions, Stretch
 from provenn.nn.towers import Block, VisionConfig, VisionTower
 from provenn.nn.vision_language import MLPProjector, VisionLanguageModel
-from provenn.papers.falcon.crops import LIMIT, Grid, choose_grid, cut, markers_of, places_of
+from provenn.papers.falcon.crops import LIMIT, Grid, choose_grid, cut, cut_image, markers_of, places_of
 from provenn.papers.falcon.layers import Generator, ReAtten, VisualRegisters
+
+Images = Float[Tensor, "images channels height width"] | Sequence[Float[Tensor, "channels _ _"]]
 
 
 class Encoded(NamedTuple):
@@ -221,6 +223,111 @@ class RegisterViT(nn.Module):
         return self.encode(crops, places, counts, registers=registers).registers
 
 
+class Tokens(NamedTuple):
+    """What stands for an image in a text.
+
+    Args:
+        tokens: registers of the whole image and of its crops, in reading order.
+        grid: rows and columns of the crops; none of an image that is read as a whole.
+        markers: the text that stands before the registers of each.
+    """
+
+    tokens: Float[Tensor, "crops registers dim"]
+    grid: Grid
+    markers: list[str]
+
+
+class CropEncoder(nn.Module):
+    """FALCON's encoder of images: each is cut by a grid that suits its shape, and becomes (1 + rows · columns) · M tokens.
+
+    Args:
+        vit: of crops.
+        max_upscale: by how much an image may be enlarged at most, as in `crops.choose_grid`. Default: by any factor.
+        low_resolution: read the whole image alone, as the first two stages of training do.
+
+    Shapes: images (images, channels, height, width), standardised, to (images, tokens, dim).
+    """
+
+    def __init__(
+        self, vit: RegisterViT, *, max_upscale: float | int | None = None, low_resolution: bool = False
+    ):
+        super().__init__()
+        choose_grid(1, 1, max_upscale=max_upscale)  # refuses a wrong factor
+        self.vit, self.max_upscale, self.low_resolution = vit, max_upscale, low_resolution
+
+    @property
+    def dim(self) -> int:
+        """Width of the tokens."""
+        return self.vit.dim
+
+    @property
+    def limit(self) -> int:
+        """Crops of an image at most."""
+        return self.vit.registers.limit
+
+    def grid_of(self, height: int, width: int) -> Grid:
+        """Rows and columns of the crops of an image; 0 and 0 where it is read as a whole."""
+        if self.low_resolution:
+            return 0, 0
+        return choose_grid(width, height, self.vit.side, self.limit, max_upscale=self.max_upscale)
+
+    def cut(self, images: Images) -> tuple[Float[Tensor, "crops channels side side"], list[Grid]]:
+        """Crops of images, the whole image first, one image after the other, and the grid of each.
+
+        Args:
+            images: a tensor, or several tensors (channels, height, width) of other sizes.
+        """
+        if isinstance(images, Tensor):
+            grid = self.grid_of(*images.shape[-2:])
+            return cut(images, grid, self.vit.side).flatten(0, 1), [grid] * len(images)
+        grids = [self.grid_of(*image.shape[-2:]) for image in images]
+        return torch.cat([cut(x[None], grid, self.vit.side)[0] for x, grid in zip(images, grids)]), grids
+
+    def of_crops(
+        self, crops: Float[Tensor, "crops channels side side"], grids: Sequence[Grid]
+    ) -> Float[Tensor, "crops registers dim"]:
+        """Registers of crops that are cut.
+
+        Args:
+            crops: of all images, of each the whole image first.
+            grids: of the images; 0 and 0 of one that is read as a whole.
+
+        Raises:
+            UserError: crops of another number than the grids have.
+        """
+        counts = [1 + rows * columns for rows, columns in grids]
+        if sum(counts) != len(crops):
+            raise UserError(
+                f"grids {[list(grid) for grid in grids]} have {sum(counts)} crops with the whole images, got {len(crops)}"
+            )
+        places = torch.cat([places_of(grid, self.limit) for grid in grids] or [torch.zeros(0, 2, dtype=torch.long)])
+        return self.vit(crops, places.to(crops.device), counts)
+
+    def forward(self, images: Float[Tensor, "images channels height width"]) -> Float[Tensor, "images tokens dim"]:
+        crops, grids = self.cut(images)
+        count = 1 + grids[0][0] * grids[0][1] if grids else 1
+        return self.of_crops(crops, grids).unflatten(0, (len(images), count)).flatten(1, 2)
+
+    def encode(self, image: UInt8[Tensor, "3 height width"]) -> Tokens:
+        """The tokens of an 8-bit colour image, as the paper standardises it, its grid and the text between.
+
+        >>> vit = RegisterViT(VisionConfig("siglip", 32, 1, 4, image=24, patch=4), registers=4)
+        >>> tokens, grid, markers = CropEncoder(vit).encode(torch.zeros(3, 30, 60, dtype=torch.uint8))
+        >>> tokens.shape, grid, markers[-1]
+        (torch.Size([3, 4, 32]), (1, 2), '<crop_img_row0_col1>')
+        """
+        crops = cut_image(
+            image,
+            side=self.vit.side,
+            limit=self.limit,
+            max_upscale=self.max_upscale,
+            low_resolution=self.low_resolution,
+        )
+        like = next(self.vit.parameters())
+        tokens = self.of_crops(crops.pixels.to(device=like.device, dtype=like.dtype), [crops.grid])
+        return Tokens(tokens, crops.grid, markers_of(crops.grid))
+
+
 class Falcon(VisionLanguageModel):
     """A language model that reads the registers of an image's crops, in reading order.
 
@@ -229,8 +336,6 @@ class Falcon(VisionLanguageModel):
         vision: the encoder.
         projector: from registers to the decoder's vectors. Default: two linear maps with GELU.
         image_token: the token that holds the place of a register.
-        max_upscale: as in `crops.choose_grid`.
-        low_resolution: read the whole image alone, as the first two stages of training do.
         markers: the tokens of each crop's own text, such as those of `<global_img>`, by that text. Where they are
             given, each crop's text stands before its registers. Default: none.
 
@@ -238,44 +343,20 @@ class Falcon(VisionLanguageModel):
     height, width) or a tuple of those of other sizes, standardised; they are cut here. Or they are crops, with grids.
     """
 
-    vision: RegisterViT
+    vision: CropEncoder
 
     def __init__(
         self,
         decoder: Decoder,
-        vision: RegisterViT,
+        vision: CropEncoder,
         projector: nn.Module | None = None,
         *,
         image_token: int,
-        max_upscale: float | int | None = None,
-        low_resolution: bool = False,
         markers: Mapping[str, Sequence[int]] | None = None,
     ):
         projector = MLPProjector(vision.dim, decoder.norm.weight.shape[0]) if projector is None else projector
         super().__init__(decoder, vision, projector, image_token=image_token)
-        self.max_upscale, self.low_resolution = max_upscale, low_resolution
         self.markers = None if markers is None else {name: list(tokens) for name, tokens in markers.items()}
-
-    @property
-    def limit(self) -> int:
-        """Crops of an image at most."""
-        return self.vision.registers.limit
-
-    def grid_of(self, height: int, width: int) -> Grid:
-        """Rows and columns of the crops of an image; none of a small one that is read as a whole."""
-        if self.low_resolution:
-            return 0, 0
-        return choose_grid(width, height, self.vision.side, self.limit, max_upscale=self.max_upscale)
-
-    def cut(
-        self, images: Float[Tensor, "images channels height width"] | Sequence[Float[Tensor, "channels _ _"]]
-    ) -> tuple[Float[Tensor, "crops channels side side"], Int[Tensor, "images 3"]]:
-        """Crops of images, the whole image first, and the grid of each: 1, rows and columns."""
-        grids = [self.grid_of(*image.shape[-2:]) for image in images]
-        side = self.vision.side
-        parts = [cut(image, grid, side) for image, grid in zip(images, grids)]
-        crops = torch.cat(parts) if parts else torch.zeros(0)
-        return crops, torch.tensor([(1, *grid) for grid in grids], device=crops.device)
 
     def features(
         self, images: Any, grids: Int[Tensor, "images 3"] | None = None
@@ -290,30 +371,24 @@ class Falcon(VisionLanguageModel):
             UserError: other crops than the grids have.
         """
         if grids is None:
-            images, grids = self.cut(images)
-        shapes: list[Grid] = [(rows, columns) for _, rows, columns in grids.tolist()]
-        counts = [1 + rows * columns for rows, columns in shapes]
-        if sum(counts) != len(images):
-            raise UserError(
-                f"grids {[list(shape) for shape in shapes]} have {sum(counts)} crops with the whole images, got "
-                f"{len(images)}"
-            )
-        places = torch.cat([places_of(shape, self.limit) for shape in shapes]).to(images.device)
-        x = self.projector(self.vision(images, places, counts))
+            images, shapes = self.vision.cut(images)
+        else:
+            shapes = [(rows, columns) for _, rows, columns in grids.tolist()]
+        x = self.projector(self.vision.of_crops(images, shapes))
         if self.markers is None:
-            return x.flatten(0, 1), [count * x.shape[1] for count in counts]
+            return x.flatten(0, 1), [(1 + rows * columns) * x.shape[1] for rows, columns in shapes]
         return self._with_markers(x, shapes)
 
     def _with_markers(self, x: Tensor, shapes: Sequence[Grid]) -> tuple[Tensor, list[int]]:
         """Each crop's own text before its registers, as vectors."""
-        assert self.markers is not None
+        known = self.markers or {}
         parts, sizes, number = [], [], 0
         for shape in shapes:
             before = len(parts)
             for name in markers_of(shape):
-                if name not in self.markers:
+                if name not in known:
                     raise UserError(f"the model has no tokens for {name}: give them in markers, or a smaller limit")
-                words = torch.tensor(self.markers[name], dtype=torch.long, device=x.device)
+                words = torch.tensor(known[name], dtype=torch.long, device=x.device)
                 parts += [self.decoder.embed(words).to(x.dtype), x[number]]
                 number += 1
             sizes.append(sum(map(len, parts[before:])))
@@ -342,15 +417,31 @@ def falcon_encoder(
     depth: int = 24,
     heads: int = 16,
     hidden: int | None = None,
-    image: int = 384,
+    side: int = 384,
     patch: int = 16,
     in_channels: int = 3,
     layout: str = "siglip",
     registers: int = 64,
     limit: int = LIMIT,
     interact: bool = True,
-) -> RegisterViT:
-    """FALCON's encoder, by default SigLIP-L/16-384 with 64 registers; arguments as of `RegisterViT`."""
-    sizes: dict[str, Any] = {"image": image, "patch": patch, "in_channels": in_channels, "hidden": hidden or 0}
+    max_upscale: float | int | None = None,
+    low_resolution: bool = False,
+) -> CropEncoder:
+    """FALCON's encoder, by default SigLIP-L/16-384 with 64 registers.
+
+    Args:
+        dim, depth, heads, hidden, side, patch, in_channels, layout: of the ViT; `side` in pixels of a crop.
+        registers: M, of each crop.
+        limit: G, crops of an image at most.
+        interact: whether there is ReAtten.
+        max_upscale, low_resolution: as of `CropEncoder`.
+    """
+    sizes: dict[str, Any] = {"image": side, "patch": patch, "in_channels": in_channels, "hidden": hidden or 0}
     config = VisionConfig(layout, dim, depth, heads, head=False, **sizes)
-    return RegisterViT(config, registers=registers, limit=limit, interact=interact)
+    vit = RegisterViT(config, registers=registers, limit=limit, interact=interact)
+    return CropEncoder(vit, max_upscale=max_upscale, low_resolution=low_resolution)
+
+
+# Ours, not the paper's: what runs in a moment. 36 patches of a crop become 4 registers.
+SMALL: dict[str, Any] = {"dim": 48, "depth": 2, "heads": 4, "side": 24, "patch": 4, "registers": 4, "limit": 9}
+falcon_encoder_small = partial(falcon_encoder, **SMALL)
