@@ -17,8 +17,10 @@ from provenn.papers.falcon.model import (
     Falcon,
     RegisterViT,
     Tokens,
+    falcon_8b,
     falcon_encoder,
     falcon_encoder_small,
+    falcon_scenes,
 )
 from provenn.papers.falcon.official import load_stage
 
@@ -35,8 +37,10 @@ __all__ = [
     "choose_grid",
     "cut",
     "cut_image",
+    "falcon_8b",
     "falcon_encoder",
     "falcon_encoder_small",
+    "falcon_scenes",
     "grids_up_to",
     "load_stage",
     "markers_of",

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
@@ -77,26 +78,30 @@ def choose_grid(
         raise ValueError(f"an image and a crop have at least one pixel, got {width}×{height} and crops of {side}")
     if max_upscale is not None and max_upscale <= 0:
         raise ValueError(f"max_upscale must be above 0, got {max_upscale}")
-    grids = torch.tensor(grids_up_to(limit))
-    tall, wide = (grids * side).unbind(1)
+    return _most_alike(width, height, side, limit, max_upscale)
+
+
+@torch.compiler.assume_constant_result  # of whole numbers: a tracer has nothing to follow here
+def _most_alike(width: int, height: int, side: int, limit: int, max_upscale: float | int | None) -> Grid:
+    grids = grids_up_to(limit)
+    tall, wide = (np.array(sides) * side for sides in zip(*grids))
     # In float32, whose rounding decides between grids that are nearly alike.
-    of_shape = (wide.float() * torch.tensor(height / width, dtype=torch.float32)).long()
+    of_shape = (wide.astype(np.float32) * np.float32(height / width)).astype(np.int64)
     shape = _overlap(wide, tall, wide, of_shape)
-    scores = SHAPE_WEIGHT * shape + _overlap(wide, tall, torch.tensor(width), torch.tensor(height))
+    scores = SHAPE_WEIGHT * shape + _overlap(wide, tall, np.int64(width), np.int64(height))
     if max_upscale is not None:
-        enlarged = torch.maximum(wide / width, tall / height)
-        if not (enlarged <= max_upscale).any():
+        allowed = np.maximum(wide / width, tall / height) <= max_upscale
+        if not allowed.any():
             return 1, 1
-        scores = scores.masked_fill(enlarged > max_upscale, -1)
-    rows, columns = grids[int(scores.argmax())].tolist()
-    return rows, columns
+        scores = np.where(allowed, scores, -1)
+    return grids[int(scores.argmax())]
 
 
-def _overlap(wide: Tensor, tall: Tensor, other_wide: Tensor, other_tall: Tensor) -> Float[Tensor, " grids"]:
-    """Intersection over union of boxes with a common corner."""
-    inside = torch.minimum(wide, other_wide) * torch.minimum(tall, other_tall)
+def _overlap(wide: Any, tall: Any, other_wide: Any, other_tall: Any) -> Any:
+    """Intersection over union of boxes with a common corner, of arrays of sides, in float32."""
+    inside = np.minimum(wide, other_wide) * np.minimum(tall, other_tall)
     union = wide * tall + other_wide * other_tall - inside
-    return inside.float() / (union.float() + EPS)
+    return inside.astype(np.float32) / (union.astype(np.float32) + np.float32(EPS))
 
 
 def places_of(grid: Grid, limit: int = LIMIT) -> Int[Tensor, "crops 2"]:

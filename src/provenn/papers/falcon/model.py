@@ -15,8 +15,9 @@ from provenn.core.errors import UserError
 from provenn.nn.arguments import check_whole
 from provenn.nn.contrastive import vision_from_huggingface
 from provenn.nn.decoder import Decoder, RotaryPositions, Stretch
+from provenn.nn.language import init_narrow
 from provenn.nn.towers import Block, VisionConfig, VisionTower
-from provenn.nn.vision_language import MLPProjector, VisionLanguageModel
+from provenn.nn.vision_language import ImageChat, MLPProjector, VisionLanguageModel
 from provenn.papers.falcon.crops import LIMIT, Grid, choose_grid, cut, cut_image, markers_of, places_of
 from provenn.papers.falcon.layers import Generator, ReAtten, VisualRegisters
 
@@ -145,13 +146,13 @@ class RegisterViT(nn.Module):
             y: what the layer's attention gave, patches and registers.
             counts: crops of each image.
         """
-        if self.interact is None or not y.shape[1] - self._before:
+        if self.interact is None or not y.shape[1] - self.count_before:
             return y
-        before, registers = y[:, : self._before], y[:, self._before :]
+        before, registers = y[:, : self.count_before], y[:, self.count_before :]
         return torch.cat([before, self.interact[number](registers, counts)], dim=1)
 
     @property
-    def _before(self) -> int:
+    def count_before(self) -> int:
         """Tokens before the registers: patches, and CLIP's class token."""
         return self.tower.embeddings.position_embedding.num_embeddings
 
@@ -204,7 +205,7 @@ class RegisterViT(nn.Module):
         # CLIP's last norm is for its class token, as in the authors' code.
         tokens = x if first else self.tower.post_layernorm(x)
         return Encoded(
-            tokens[:, self._before :], tokens[:, first : self._before], (*between, x) if layers else ()
+            tokens[:, self.count_before :], tokens[:, first : self.count_before], (*between, x) if layers else ()
         )
 
     def _layer(self, index: int, block: Block, x: Tensor, counts: Sequence[int]) -> Tensor:
@@ -442,6 +443,169 @@ def falcon_encoder(
     return CropEncoder(vit, max_upscale=max_upscale, low_resolution=low_resolution)
 
 
-# Ours, not the paper's: what runs in a moment. 36 patches of a crop become 4 registers.
-SMALL: dict[str, Any] = {"dim": 48, "depth": 2, "heads": 4, "side": 24, "patch": 4, "registers": 4, "limit": 9}
-falcon_encoder_small = partial(falcon_encoder, **SMALL)
+def falcon_llama(
+    vocab_size: int,
+    image_token: int,
+    *,
+    image_size: int | None = None,
+    dim: int,
+    layers: int,
+    heads: int,
+    kv_heads: int | None = None,
+    text_hidden: int | None = None,
+    eps: float = 1e-6,
+    tied: bool = True,
+    rotary: RotaryPositions = RotaryPositions(),  # it is frozen
+    max_length: int | None = None,
+    checkpointing: bool = False,
+    narrow: bool = False,
+    **encoder: Any,
+) -> ImageChat:
+    """FALCON around a decoder of Llama's layout, for texts with one placeholder an image.
+
+    Args:
+        vocab_size, image_token: of the tokens.
+        image_size: side at which images come, in pixels. They are cut at any size, so nothing depends on it.
+        dim, layers, heads, kv_heads, text_hidden, eps, tied, rotary, max_length: of the `Decoder`.
+        checkpointing: whether encoder and decoder compute their activations again for the gradient, in training.
+        narrow: start decoder and projector as models of some tens of channels do.
+        encoder: as of `falcon_encoder`, its width, depth and heads as `tower_dim`, `tower_depth` and `tower_heads`.
+    """
+    names = {"tower_dim": "dim", "tower_depth": "depth", "tower_heads": "heads", "tower_hidden": "hidden"}
+    vision = falcon_encoder(**{names.get(name, name): value for name, value in encoder.items()})
+    vision.vit.tower.encoder.checkpointing = checkpointing
+    decoder = Decoder(
+        vocab_size,
+        dim,
+        layers,
+        heads,
+        kv_heads=kv_heads,
+        hidden=text_hidden,
+        eps=eps,
+        tied=tied,
+        rotary=rotary,
+        max_length=max_length,
+        checkpointing=checkpointing,
+    )
+    model = Falcon(decoder, vision, image_token=image_token)
+    if narrow:
+        init_narrow(decoder)
+        init_narrow(model.projector)
+    return ImageChat(model)
+
+
+def falcon_8b(
+    vocab_size: int = 128256,
+    image_token: int = -200,
+    *,
+    image_size: int | None = None,
+    registers: int = 64,
+    limit: int = LIMIT,
+    interact: bool = True,
+    max_upscale: float | int | None = None,
+    low_resolution: bool = False,
+    checkpointing: bool = False,
+    tower_dim: int = 1024,
+    tower_depth: int = 24,
+    tower_heads: int = 16,
+    tower_hidden: int | None = None,
+    side: int = 384,
+    patch: int = 16,
+    dim: int = 4096,
+    layers: int = 32,
+    heads: int = 32,
+    kv_heads: int = 8,
+    text_hidden: int = 14336,
+    rope_base: float | int = 500000.0,
+    rope_factor: float | int = 8.0,
+    eps: float = 1e-5,
+) -> ImageChat:
+    """Falcon-8B: SigLIP-L/16-384 with 64 registers, and Llama-3.1-8B-Instruct.
+
+    Args:
+        vocab_size, image_token, image_size: of the tokens and images; the authors' placeholder is −200.
+        registers, limit, interact, max_upscale, low_resolution, side, patch: as of `falcon_encoder`.
+        checkpointing: as of `falcon_llama`.
+        tower_dim, tower_depth, tower_heads, tower_hidden: of the ViT.
+        dim, layers, heads, kv_heads, text_hidden, eps: of the decoder.
+        rope_base, rope_factor: of its positions; a factor of 1 is Llama 3's, which are not stretched.
+    """
+    stretch = None if rope_factor == 1 else Stretch(rope_factor, 1.0, 4.0, 8192)
+    return falcon_llama(
+        vocab_size,
+        image_token,
+        image_size=image_size,
+        dim=dim,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        text_hidden=text_hidden,
+        eps=eps,
+        tied=False,
+        rotary=RotaryPositions(rope_base, stretch=stretch),
+        max_length=LLAMA_3_1_8B["max_length"],
+        checkpointing=checkpointing,
+        registers=registers,
+        limit=limit,
+        interact=interact,
+        max_upscale=max_upscale,
+        low_resolution=low_resolution,
+        tower_dim=tower_dim,
+        tower_depth=tower_depth,
+        tower_heads=tower_heads,
+        tower_hidden=tower_hidden,
+        side=side,
+        patch=patch,
+    )
+
+
+# Ours, not the paper's: what runs in a moment, or trains in minutes. 36 patches of a crop become 4 registers.
+falcon_encoder_small = partial(falcon_encoder, dim=48, depth=2, heads=4, side=24, patch=4, registers=4, limit=9)
+
+
+def falcon_scenes(
+    vocab_size: int,
+    image_token: int,
+    *,
+    image_size: int = 64,
+    side: int = 24,
+    patch: int = 4,
+    registers: int = 4,
+    limit: int = 4,
+    interact: bool = True,
+    max_upscale: float | int | None = None,
+    low_resolution: bool = False,
+    tower_dim: int = 64,
+    tower_depth: int = 3,
+    tower_heads: int = 4,
+    dim: int = 96,
+    layers: int = 3,
+    heads: int = 4,
+) -> ImageChat:
+    """A small FALCON for composed scenes: crops of 24 pixels, 36 patches and 4 registers each; ours.
+
+    Args:
+        vocab_size, image_token, image_size: of the tokens and images.
+        side, patch, registers, limit, interact, max_upscale, low_resolution: as of `falcon_encoder`.
+        tower_dim, tower_depth, tower_heads: of the ViT.
+        dim, layers, heads: of the decoder.
+    """
+    return falcon_llama(
+        vocab_size,
+        image_token,
+        image_size=image_size,
+        dim=dim,
+        layers=layers,
+        heads=heads,
+        narrow=True,
+        side=side,
+        patch=patch,
+        registers=registers,
+        limit=limit,
+        interact=interact,
+        max_upscale=max_upscale,
+        low_resolution=low_resolution,
+        tower_dim=tower_dim,
+        tower_depth=tower_depth,
+        tower_heads=tower_heads,
+    )

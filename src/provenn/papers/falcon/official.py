@@ -1,15 +1,20 @@
 """FALCON's checkpoints: the authors' parameter names to ours, those of a whole model, of its encoder, or of a stage."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from provenn.core.errors import UserError
-from provenn.papers.falcon.model import Falcon, RegisterViT
+from provenn.nn.folders import read_config, read_tensors
+from provenn.nn.vision_language import ImageChat
+from provenn.papers.falcon.crops import grids_up_to, markers_of
+from provenn.papers.falcon.model import Falcon, RegisterViT, falcon_8b
 
+HEAD = 128  # channels of a head of Llama-3.1-8B
 VISION, PROJECTOR = "vision_model.", "vision2text."
 _VISION = (
     (r"^vision_queries$", "registers.registers"),
@@ -87,7 +92,9 @@ def convert(
     Args:
         state: `pytorch_model.bin`, or the shards of it in one.
         config: their config.json, for the heads and positions of the decoder where it is not Llama-3.1-8B.
-        preset, options: as the user gives them; `heads` of a ViT whose heads are not 64 wide.
+        preset: as the user gives it.
+        options: likewise, of the preset; `heads`, of a whole model `tower_heads`, where those of the ViT are not 64
+            wide.
 
     Raises:
         UserError: parameters of another model, or of a part of one.
@@ -101,13 +108,12 @@ def convert(
             f"expected FALCON's whole model or its vision_model, found {len(state)} tensors such as {some}: what a stage "
             "trained goes into a model that is there by provenn.papers.falcon.load_stage"
         ) from None
-    heads = options.get("heads", options.get("tower_heads"))
-    if heads is None:
-        if sizes["dim"] % 64:
-            raise UserError(f"the ViT's {sizes['dim']} channels are no heads of 64: give their number, heads=…")
-        heads = sizes["dim"] // 64
-    sizes["heads"] = heads
-    if not any(name.startswith("decoder.") for name in ours):
+    whole = any(name.startswith("decoder.") for name in ours)
+    name = "tower_heads" if whole else "heads"
+    if name not in options and sizes["dim"] % 64:
+        raise UserError(f"the ViT's {sizes['dim']} channels are no heads of 64: give their number, {name}=…")
+    sizes["heads"] = options.get(name, sizes["dim"] // 64)
+    if not whole:
         encoder = {name.removeprefix("vision."): value for name, value in ours.items() if name.startswith("vision.")}
         return "falcon_encoder", sizes, {f"vit.{name}": value for name, value in encoder.items()}
     return _whole(ours, sizes, config or {}, options)
@@ -165,3 +171,87 @@ def load_stage(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
         vit.copy_attention()
         brought |= {name for name in own if "interact." in name}
     return [name for name in own if name not in brought]
+
+
+def _whole(
+    ours: Mapping[str, Tensor], sizes: Mapping[str, Any], config: Mapping[str, Any], options: Mapping[str, Any]
+) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+    """Options of `falcon_8b`, and the weights of the whole model."""
+    try:
+        vocab, dim = ours["decoder.embed.weight"].shape
+        text_hidden = len(ours["decoder.blocks.0.feedforward.linear1.weight"])
+        rows = [len(ours[f"decoder.blocks.0.attention.{part}.weight"]) for part in ("query", "key")]
+        head = ours["decoder.head.weight"]
+    except KeyError as error:
+        raise UserError(f"the language model lacks {error}: bring all shards of the checkpoint") from None
+    heads = options.get("heads", config.get("num_attention_heads"))
+    if heads is None:
+        if rows[0] % HEAD:
+            raise UserError(f"the decoder's {rows[0]} channels are no heads of {HEAD}: give their number, heads=…")
+        heads = rows[0] // HEAD
+    scaling = config.get("rope_scaling") or {}
+    found = {
+        "vocab_size": vocab,
+        "registers": sizes["registers"],
+        "limit": sizes["limit"],
+        "interact": sizes["interact"],
+        "tower_dim": sizes["dim"],
+        "tower_depth": sizes["depth"],
+        "tower_heads": sizes["heads"],
+        "tower_hidden": sizes["hidden"],
+        "side": sizes["side"],
+        "patch": sizes["patch"],
+        "dim": dim,
+        "layers": len({name.split(".")[2] for name in ours if name.startswith("decoder.blocks.")}),
+        "heads": heads,
+        "kv_heads": rows[1] * heads // rows[0],
+        "text_hidden": text_hidden,
+        "rope_base": config.get("rope_theta", 500000.0),
+        "rope_factor": scaling.get("factor", 1.0) if config else 8.0,
+        "eps": config.get("rms_norm_eps", 1e-5),
+    }
+    if sizes["layout"] != "siglip" or sizes["in_channels"] != 3 or len(head) != vocab:
+        raise UserError("Falcon-8B has SigLIP's layout, colour images and as many outputs as words; found others")
+    weights = {f"model.{name.replace('vision.', 'vision.vit.', 1)}": value for name, value in ours.items()}
+    return "falcon_8b", found, weights
+
+
+def read_folder(folder: str | Path, **options: Any) -> ImageChat:
+    """The model in a folder that the authors' trainer wrote: config.json, and weights in one file or in shards.
+
+    Its tokenizer is transformers': `AutoTokenizer.from_pretrained(folder)`. With `mark_crops` each crop's own text goes
+    before its registers.
+
+    Args:
+        folder: such as a copy of renns/Falcon-8B.
+        options: of `falcon_8b` that neither shapes nor config say, such as `tower_heads`.
+
+    Raises:
+        UserError: no such folder, another model, or files that are damaged or lacking.
+    """
+    config = read_config(folder, ("jiutian",))
+    preset, found, weights = convert(read_tensors(folder), config, **options)
+    if preset != "falcon_8b":
+        raise UserError(f"{folder} holds the weights of an encoder alone: expected a whole model")
+    with torch.device("meta"):
+        model = falcon_8b(**{**found, **options})
+    lacking = sorted(set(model.state_dict()) ^ set(weights))
+    if lacking:
+        raise UserError(f"{folder}: {lacking[0]} is lacking or too many: bring all files of the checkpoint")
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
+
+
+def mark_crops(model: ImageChat, tokens_of: Callable[[str], Sequence[int]]) -> None:
+    """Let each crop's own text, such as `<crop_img_row0_col1>`, stand before its registers, in place.
+
+    Args:
+        model: of a preset.
+        tokens_of: from a text to its tokens, without those of a beginning, such as
+            `lambda text: tokenizer(text, add_special_tokens=False).input_ids`.
+    """
+    falcon = next((part for part in model.modules() if isinstance(part, Falcon)), None)
+    if falcon is None:
+        raise UserError(f"{type(model).__name__} is no FALCON")
+    names = {name for grid in grids_up_to(falcon.vision.limit) for name in markers_of(grid)}
+    falcon.markers = {name: list(tokens_of(name)) for name in sorted(names)}

@@ -191,8 +191,8 @@ class ShiftedWindows(RegisterViT):
         rows, columns = self.grid
         if any(count != rows * columns for count in counts):
             raise ValueError(f"expected {rows * columns} crops of each image, got {list(counts)}")
-        side = math.isqrt(self._before)
-        patches, registers = y[:, : self._before], y[:, self._before :]
+        side = math.isqrt(self.count_before)
+        patches, registers = y[:, : self.count_before], y[:, self.count_before :]
         whole = patches.unflatten(0, (-1, rows, columns)).unflatten(3, (side, side))
         whole = whole.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # images, rows · side, columns · side, dim
         shifted = whole.roll((-(side // 2), -(side // 2)), (1, 2))
