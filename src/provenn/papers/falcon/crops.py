@@ -176,7 +176,10 @@ def resize(
     """Bicubic, with PIL's filter, which averages all pixels that a smaller one covers."""
     if tuple(images.shape[2:]) == (height, width):
         return images
-    return F.interpolate(images, (height, width), mode="bicubic", align_corners=False, antialias=True)
+    # In float32 at least: the filter is not there for less on a CPU.
+    wide = images.to(torch.promote_types(images.dtype, torch.float32))
+    resized = F.interpolate(wide, (height, width), mode="bicubic", align_corners=False, antialias=True)
+    return resized.to(images.dtype)
 
 
 def cut_image(

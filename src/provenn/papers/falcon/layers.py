@@ -11,6 +11,7 @@ from provenn.nn.towers import Attention
 
 FACTOR = 0.5  # of the sum of a crop's two embeddings
 Generator = Callable[[int], Tensor]
+Counts = int | Sequence[int]
 
 
 class VisualRegisters(nn.Module):
@@ -85,13 +86,13 @@ class ReAtten(nn.Module):
         self.attention = Attention(dim, heads)
 
     def forward(
-        self, registers: Float[Tensor, "crops registers dim"], counts: Sequence[int]
+        self, registers: Float[Tensor, "crops registers dim"], counts: Counts
     ) -> Float[Tensor, "crops registers dim"]:
         """Registers of several images' crops, one image after the other.
 
         Args:
             registers: the last tokens of what a crop's own attention gave.
-            counts: crops of each image.
+            counts: crops of each image, or how many all have.
         """
         return registers + attend_jointly(self.attention, registers, counts)
 
@@ -102,7 +103,7 @@ class ReAtten(nn.Module):
 
 
 def attend_jointly(
-    attention: Callable[..., Tensor], tokens: Float[Tensor, "crops tokens dim"], counts: Sequence[int]
+    attention: Callable[..., Tensor], tokens: Float[Tensor, "crops tokens dim"], counts: Counts
 ) -> Float[Tensor, "crops tokens dim"]:
     """Attention of all tokens of all crops of an image, for several images at once.
 
@@ -111,20 +112,21 @@ def attend_jointly(
     Args:
         attention: called with tokens (images, length, dim) and `mask`, True where a token may be attended.
         tokens: of all crops, one image after the other.
-        counts: crops of each image.
+        counts: crops of each image, or how many all have.
 
     Raises:
         ValueError: counts that are not those of the crops.
     """
     crops, length, _ = tokens.shape
-    if sum(counts) != crops or min(counts, default=1) < 1:
-        raise ValueError(f"counts of crops must be at least 1 and sum to {crops}, got {list(counts)}")
+    check_counts(counts, crops)
     if not length or not crops:
         return torch.zeros_like(tokens)
+    if not isinstance(counts, int) and len(set(counts)) == 1:
+        counts = counts[0]
+    if isinstance(counts, int):
+        together = tokens.unflatten(0, (-1, counts)).flatten(1, 2)
+        return attention(together).unflatten(1, (counts, length)).flatten(0, 1)
     longest = max(counts)
-    if all(count == longest for count in counts):
-        together = tokens.unflatten(0, (len(counts), longest)).flatten(1, 2)
-        return attention(together).unflatten(1, (longest, length)).flatten(0, 1)
     sizes = torch.tensor(counts, device=tokens.device)
     image = torch.arange(len(counts), device=tokens.device).repeat_interleave(sizes)
     place = torch.arange(crops, device=tokens.device) - (sizes.cumsum(0) - sizes)[image]
@@ -132,3 +134,16 @@ def attend_jointly(
     there = torch.arange(longest, device=tokens.device) < sizes[:, None]
     mask = there[:, :, None].expand(-1, -1, length).flatten(1)
     return attention(padded.flatten(1, 2), mask=mask).unflatten(1, (longest, length))[image, place]
+
+
+def check_counts(counts: Counts, crops: int) -> None:
+    """Are these the crops of each image, of so many crops in all?
+
+    Raises:
+        ValueError: another sum, or an image without a crop.
+    """
+    if isinstance(counts, int):
+        if counts < 1 or crops % counts:
+            raise ValueError(f"{crops} crops are not those of images with {counts} each")
+    elif sum(counts) != crops or min(counts, default=1) < 1:
+        raise ValueError(f"counts of crops must be at least 1 and sum to {crops}, got {list(counts)}")

@@ -19,7 +19,7 @@ from provenn.nn.language import init_narrow
 from provenn.nn.towers import Block, VisionConfig, VisionTower
 from provenn.nn.vision_language import ImageChat, MLPProjector, VisionLanguageModel
 from provenn.papers.falcon.crops import LIMIT, Grid, choose_grid, cut, cut_image, markers_of, places_of
-from provenn.papers.falcon.layers import Generator, ReAtten, VisualRegisters
+from provenn.papers.falcon.layers import Counts, Generator, ReAtten, VisualRegisters, check_counts
 
 Images = Float[Tensor, "images channels height width"] | Sequence[Float[Tensor, "channels _ _"]]
 
@@ -137,14 +137,14 @@ class RegisterViT(nn.Module):
                 layer.copy_from(block.self_attn)  # type: ignore[operator]  # ReAtten
 
     def exchange(
-        self, number: int, y: Float[Tensor, "crops tokens dim"], counts: Sequence[int]
+        self, number: int, y: Float[Tensor, "crops tokens dim"], counts: Counts
     ) -> Float[Tensor, "crops tokens dim"]:
         """What crops of an image tell each other in a layer: by ReAtten, through their registers alone.
 
         Args:
             number: of the layer, from 0.
             y: what the layer's attention gave, patches and registers.
-            counts: crops of each image.
+            counts: crops of each image, or how many all have.
         """
         if self.interact is None or not y.shape[1] - self.count_before:
             return y
@@ -160,7 +160,7 @@ class RegisterViT(nn.Module):
         self,
         crops: Float[Tensor, "crops channels side side"],
         places: Int[Tensor, "crops 2"] | None = None,
-        counts: Sequence[int] | None = None,
+        counts: Counts | None = None,
         *,
         registers: Float[Tensor, "#crops registers dim"] | None = None,
         layers: bool = False,
@@ -170,25 +170,24 @@ class RegisterViT(nn.Module):
         Args:
             crops: standardised, of all images one after the other.
             places: row and column of each; by default those of a whole image.
-            counts: crops of each image; by default all are of one.
+            counts: crops of each image, or how many all have; by default all are of one.
             registers: in place of the model's own, of any number, for all crops or for each.
             layers: whether to keep what each layer reads.
 
         Raises:
             ValueError: crops of another size, or places or counts of another number.
         """
-        config, number = self.tower.config, len(crops)
+        config, number = self.tower.config, crops.shape[0]
         if tuple(crops.shape[1:]) != (config.in_channels, self.side, self.side):
             raise ValueError(
                 f"expected crops of {config.in_channels}×{self.side}×{self.side}, got {tuple(crops.shape[1:])}"
             )
         if places is None:
             places = torch.full((number, 2), self.registers.limit, device=crops.device)
-        if len(places) != number:
-            raise ValueError(f"expected a row and a column for each of {number} crops, got {len(places)}")
-        counts = [number] if counts is None else list(counts)
-        if sum(counts) != number:
-            raise ValueError(f"counts of crops must sum to {number}, got {counts}")
+        if places.shape[0] != number:
+            raise ValueError(f"expected a row and a column for each of {number} crops, got {places.shape[0]}")
+        counts = max(number, 1) if counts is None else counts
+        check_counts(counts, number)
         x = self.tower.embeddings(crops, self.side // config.patch)[0]
         x = torch.cat([x, self.registers(places, registers).to(x.dtype)], dim=1)
         if self.tower.pre_layrnorm is not None:
@@ -208,7 +207,7 @@ class RegisterViT(nn.Module):
             tokens[:, self.count_before :], tokens[:, first : self.count_before], (*between, x) if layers else ()
         )
 
-    def _layer(self, index: int, block: Block, x: Tensor, counts: Sequence[int]) -> Tensor:
+    def _layer(self, index: int, block: Block, x: Tensor, counts: Counts) -> Tensor:
         x = x + self.exchange(index, block.self_attn(block.layer_norm1(x)), counts)
         return x + block.mlp(block.layer_norm2(x))
 
@@ -216,7 +215,7 @@ class RegisterViT(nn.Module):
         self,
         crops: Float[Tensor, "crops channels side side"],
         places: Int[Tensor, "crops 2"] | None = None,
-        counts: Sequence[int] | None = None,
+        counts: Counts | None = None,
         *,
         registers: Float[Tensor, "#crops registers2 dim"] | None = None,
     ) -> Float[Tensor, "crops registers dim"]:
@@ -305,9 +304,11 @@ class CropEncoder(nn.Module):
         return self.vit(crops, places.to(crops.device), counts)
 
     def forward(self, images: Float[Tensor, "images channels height width"]) -> Float[Tensor, "images tokens dim"]:
-        crops, grids = self.cut(images)
-        count = 1 + grids[0][0] * grids[0][1] if grids else 1
-        return self.of_crops(crops, grids).unflatten(0, (len(images), count)).flatten(1, 2)
+        grid = self.grid_of(*images.shape[-2:])
+        crops, places = cut(images, grid, self.vit.side), places_of(grid, self.limit).to(images.device)
+        count = crops.shape[1]
+        registers = self.vit(crops.flatten(0, 1), places.repeat(images.shape[0], 1), count)
+        return registers.unflatten(0, (-1, count)).flatten(1, 2)
 
     def encode(self, image: UInt8[Tensor, "3 height width"]) -> Tokens:
         """The tokens of an 8-bit colour image, as the paper standardises it, its grid and the text between.

@@ -1,7 +1,7 @@
 """What FALCON is compared with: other ways to compress a crop, and other ways for crops to see each other."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from provenn.nn.attention import split_heads
 from provenn.nn.towers import Attention, VisionConfig
 from provenn.ops.softmax_attention import softmax_attention
-from provenn.papers.falcon.layers import attend_jointly
+from provenn.papers.falcon.layers import Counts, attend_jointly
 from provenn.papers.falcon.model import Encoded, RegisterViT
 
 Compressor = Callable[[Encoded], Tensor]
@@ -38,7 +38,7 @@ class Compressed(nn.Module):
         return self.vit.dim
 
     def forward(
-        self, crops: Tensor, places: Int[Tensor, "crops 2"], counts: Sequence[int]
+        self, crops: Tensor, places: Int[Tensor, "crops 2"], counts: Counts
     ) -> Float[Tensor, "crops few dim"]:
         """The tokens of each crop."""
         layers = getattr(self.compress, "reads_layers", False)
@@ -150,8 +150,8 @@ def _taken(patches: Tensor, share: Float[Tensor, "crops patches"], count: int) -
 class OwnCrop(RegisterViT):
     """ReAtten's layers, within each crop alone: as many parameters, and no exchange."""
 
-    def exchange(self, number: int, y: Tensor, counts: Sequence[int]) -> Tensor:
-        return super().exchange(number, y, [1] * len(y))
+    def exchange(self, number: int, y: Tensor, counts: Counts) -> Tensor:
+        return super().exchange(number, y, 1)
 
 
 class AllTokens(RegisterViT):
@@ -161,10 +161,11 @@ class AllTokens(RegisterViT):
         super().__init__(config, **options)
         self.code = nn.Embedding(self.registers.limit + 1, config.dim)
 
-    def exchange(self, number: int, y: Tensor, counts: Sequence[int]) -> Tensor:
+    def exchange(self, number: int, y: Tensor, counts: Counts) -> Tensor:
         if self.interact is None:
             return y
-        order = torch.cat([torch.arange(count, device=y.device) for count in counts])
+        each = [counts] * (len(y) // counts) if isinstance(counts, int) else counts
+        order = torch.cat([torch.arange(count, device=y.device) for count in each])
         attention: Any = self.interact[number]
         return y + attend_jointly(attention.attention, y + self.code(order)[:, None], counts)
 
@@ -185,19 +186,19 @@ class ShiftedWindows(RegisterViT):
         super().__init__(config, **options)
         self.grid = grid
 
-    def exchange(self, number: int, y: Tensor, counts: Sequence[int]) -> Tensor:
+    def exchange(self, number: int, y: Tensor, counts: Counts) -> Tensor:
         if self.interact is None:
             return y
         rows, columns = self.grid
-        if any(count != rows * columns for count in counts):
-            raise ValueError(f"expected {rows * columns} crops of each image, got {list(counts)}")
+        if ({counts} if isinstance(counts, int) else {*counts}) != {rows * columns}:
+            raise ValueError(f"expected {rows * columns} crops of each image, got {counts}")
         side = math.isqrt(self.count_before)
         patches, registers = y[:, : self.count_before], y[:, self.count_before :]
         whole = patches.unflatten(0, (-1, rows, columns)).unflatten(3, (side, side))
         whole = whole.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # images, rows · side, columns · side, dim
         shifted = whole.roll((-(side // 2), -(side // 2)), (1, 2))
         windows = shifted.unflatten(1, (rows, side)).unflatten(3, (columns, side)).transpose(2, 3).flatten(3, 4)
-        seen = _meet(rows, columns, side, y.device).repeat(len(counts), 1, 1)
+        seen = _meet(rows, columns, side, y.device).repeat(len(y) // (rows * columns), 1, 1)
         attention: Any = self.interact[number]
         told = _attend_where(attention.attention, windows.flatten(0, 2), seen)
         told = told.unflatten(0, (-1, rows, columns)).unflatten(3, (side, side)).transpose(2, 3).flatten(3, 4).flatten(1, 2)

@@ -145,7 +145,7 @@ class Reader(nn.Module):
             crops, places = crops[:, 1:], places[1:]
         count = crops.shape[1]
         places = places.to(images.device).repeat(len(images), 1)
-        tokens = self.encoder(crops.flatten(0, 1), places, [count] * len(images))
+        tokens = self.encoder(crops.flatten(0, 1), places, count)
         seen = self.project(tokens).unflatten(0, (len(images), count)).flatten(1, 2)
         # The number 0 of the vocabulary asks for the answer; words of a question are counted from 1.
         first = torch.cat([seen, self.decoder.embed(question.clamp_min(-1) + 1)], dim=1)
