@@ -107,17 +107,17 @@ def test_what_is_wrong_is_named_with_its_line(root, entry, message):
 
 def test_files_of_no_kind_and_other_layouts_are_refused(root):
     write(root, {"image": "a.png", "conversations": [USER, SAID]})
-    with pytest.raises(UserError, match="expected the layout questions; it looks like layout=llava"):
+    with pytest.raises(UserError, match=r"expected the layout questions; it looks like layout=llava"):
         read_conversations(root, "questions")
     with pytest.raises(UserError, match="layout must be one of llava, sharegpt, messages, questions, got 'coco'"):
         read_conversations(root, "coco")
     with pytest.raises(UserError, match=r"a.png: expected conversations in a file that ends in .jsonl or .json"):
         read_conversations(root / "a.png")
     (root / "train.jsonl").unlink()
-    with pytest.raises(UserError, match="expected train.jsonl, or one file that ends in .*; it holds none"):
+    with pytest.raises(UserError, match=r"expected train.jsonl, or one file that ends in .*; it holds none"):
         read_conversations(root)
     write(root)
-    with pytest.raises(UserError, match="train.jsonl is empty"):
+    with pytest.raises(UserError, match=r"train.jsonl is empty"):
         read_conversations(root)
 
 
@@ -128,11 +128,13 @@ def test_targets_are_answers_and_their_ends_one_token_ahead():
     talk = Conversation((Exchange("<image> what ?", ("red cat",)), Exchange("what ?", ("cat",))), (0,))
     encoded = WORDS.encode(talk, 100)
     said = [WORDS.words[token] for token in encoded.tokens]
-    assert said == "<start> <user> <image> what ? <assistant> red cat <end> <user> what ? <assistant> cat <end>".split()
+    assert " ".join(said) == (
+        "<start> <user> <image> what ? <assistant> red cat <end> <user> what ? <assistant> cat <end>"
+    )
     following = [*encoded.tokens[1:], None]
     kept = [k for k, target in enumerate(encoded.targets) if target != NO_TARGET]
     assert all(encoded.targets[k] == following[k] for k in kept) and encoded.images == 1
-    assert [said[k] for k in kept] == "<assistant> red cat <assistant> cat".split()
+    assert [said[k] for k in kept] == ["<assistant>", "red", "cat", "<assistant>", "cat"]
     assert WORDS.prompt(talk, ["red cat"]) == encoded.tokens[: said.index("<assistant>", 9) + 1]
     cut = WORDS.encode(talk, 12)
     assert cut.cut == 1 and cut.tokens == encoded.tokens[:9] and len(cut.targets) == 9

@@ -1,6 +1,6 @@
 """Conversations and questions about images, in the forms of the field: a JSON object a line, or a list of them.
 
-- llava: `{"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", …}]}`
+- llava: `{"image": "a.jpg", "conversations": [{"from": "human", "value": "<image> What is it?"}, {"from": "gpt", …}]}`
 - sharegpt: the same with `"images": ["a.jpg", …]`, and `"system"` where there is one
 - messages: `{"images": […], "messages": [{"role": "user", "content": "…"}, {"role": "assistant", …}]}`; the content may
   be a list of `{"type": "text", "text": "…"}` and `{"type": "image", "image": "a.jpg"}`
@@ -235,9 +235,8 @@ def _question(entry: dict[str, Any], images: Images, where: str) -> Conversation
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 COMMAS = re.compile(r"(\d),(\d)")
 MARKS = re.compile(r"[^\w\s'.]|(?<!\d)\.(?!\d)|\.$")
-DIGITS = {
-    word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
-}
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+DIGITS = {word: str(number) for number, word in enumerate(NUMBERS)}
 
 
 def normal(answer: str) -> str:

@@ -297,10 +297,16 @@ class BlockStack(nn.Module):
 
 
 def set_checkpointing(module: nn.Module, on: bool = True) -> None:
-    """Trade time for memory in all towers of a module: each block runs a second time in the backward pass."""
-    for part in module.modules():
-        if isinstance(part, BlockStack):
-            part.checkpointing = on
+    """Trade time for memory in all towers and decoders of a module: each block runs again in the backward pass.
+
+    Raises:
+        UserError: the module has neither.
+    """
+    parts: list[Any] = [part for part in module.modules() if isinstance(getattr(part, "checkpointing", None), bool)]
+    if not parts:
+        raise UserError(f"{type(module).__name__} has no blocks whose activations can be computed again")
+    for part in parts:
+        part.checkpointing = on
 
 
 class ImageTokens(NamedTuple):

@@ -8,6 +8,7 @@ likeliest token, and compared as VQA's evaluation does: see `provenn.data.conver
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ class VisualQuestionAnswering(MultimodalChat):
     metric = "accuracy"
     higher_is_better = True
     reads = (
-        'a .jsonl or .json of questions, {"image": "a.jpg", "question": "…", "answer": "…"}, or of conversations of one '
-        "exchange, or a folder of train, val and test"
+        'a .jsonl or .json of questions, {"image": "a.jpg", "question": "…", "answer": "…"}, or of conversations of '
+        "one exchange, or a folder of train, val and test"
     )
     alone = True
 
@@ -60,7 +61,7 @@ class VisualQuestionAnswering(MultimodalChat):
     def _overlap(self, talks: Sequence[Conversation]) -> int:
         """The most questions in a row that are about the same pictures."""
         longest, run = 1, 1
-        for before, talk in zip(talks, talks[1:]):
+        for before, talk in pairwise(talks):
             run = run + 1 if talk.images and talk.images == before.images else 1
             longest = max(longest, run)
         return longest
@@ -202,7 +203,7 @@ def by_words(asked: Sequence[tuple[str, str]]) -> Any:
 def _features(question: str) -> Iterator[str]:
     words = words_of(question.replace(PLACEHOLDER, " "))
     yield from words
-    yield from (f"{a} {b}" for a, b in zip(words, words[1:]))
+    yield from (f"{a} {b}" for a, b in pairwise(words))
 
 
 @lru_cache(maxsize=4)  # a study asks for them once a trial

@@ -1,0 +1,151 @@
+"""Trains the small models that several papers share, and writes them where `provenn.nn.pretrained` looks for them.
+
+    python scripts/shared_models.py tiny-clip
+    python scripts/shared_models.py tiny-vlm
+
+The second reads by the vision tower of the first, which stays as it is. Each takes less than 12 minutes of one core.
+The data are composed scenes, whose labels are true by construction.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from provenn.core import progress
+from provenn.core.files import write_atomically
+from provenn.data.composed import COLOURS, NOUNS, Composed, composed_scenes
+from provenn.nn.contrastive import ContrastivePair
+from provenn.nn.folders import write_folder
+from provenn.nn.shipped import ABOUT, FOLDER, IMAGE_CHAT, pretrained
+from provenn.nn.towers import TextConfig, VisionConfig
+from provenn.nn.vision_language import ImageChat, small_vision_language_model
+from provenn.tasks import TaskData, get_task
+from provenn.tasks.image_text_retrieval import Pairs
+from provenn.training import Fit, Recipe, fit
+
+PATCH = 8
+SCENES = 6000
+CLIP = Recipe(
+    epochs=100, max_steps=800, batch_size=96, lr=3e-3, weight_decay=0.05, decay_vectors=False, schedule="cosine",
+    warmup_steps=60, clip=1.0,
+)  # fmt: skip
+
+
+def labels_of(scenes: tuple[Composed, ...]) -> torch.Tensor:
+    """Noun and colour of what lies in each patch, (scenes, 2, patches); 0 where nothing covers a fifth of it."""
+    rows = []
+    for scene in scenes:
+        masks = torch.from_numpy(scene.masks).float()
+        cover = F.avg_pool2d(masks[None], PATCH)[0].flatten(1)
+        share, which = cover.max(0)
+        nouns = torch.tensor([NOUNS.index(thing.pair.noun) + 1 for thing in scene.things])
+        colours = torch.tensor([list(COLOURS).index(thing.pair.colour) + 1 for thing in scene.things])
+        there = share > 0.2
+        rows.append(torch.stack([nouns[which] * there, colours[which] * there]))
+    return torch.stack(rows)
+
+
+class ClipLearner(nn.Module):
+    """CLIP with its loss, and a read-out of each patch that is learned beside it and thrown away.
+
+    The read-out says which noun and which colour lies in a patch. It makes a few minutes of training enough.
+    """
+
+    def __init__(self, vocab: int, end: int, labels: torch.Tensor):
+        super().__init__()
+        vision = VisionConfig("clip", 64, 3, 4, image=64, patch=PATCH)
+        text = TextConfig("clip", 64, 2, 4, vocab=vocab, max_length=40, end_of_text=end)
+        self.pair = ContrastivePair(vision, text, 64)
+        self.nouns, self.colours = nn.Linear(64, len(NOUNS) + 1), nn.Linear(64, len(COLOURS) + 1)
+        self.labels = labels
+
+    def encode_images(self, images: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
+        return self.pair.encode_image(images)
+
+    def encode_texts(self, tokens: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+        return self.pair.encode_text(tokens, mask=words)
+
+    def training_loss(self, batch: Pairs) -> torch.Tensor:
+        seen = self.pair.vision_model(batch.images)
+        images = self.pair.visual_projection(seen.pooled)  # type: ignore[misc]  # CLIP has one
+        texts = self.encode_texts(batch.tokens, batch.words)
+        same = batch.numbers[:, None] == batch.numbers
+        loss = self.pair.loss(self.pair.logits(images, texts), same)
+        patches = self.pair.vision_model.post_layernorm(seen.last.patches)
+        labels = self.labels[batch.numbers]
+        for head, target in zip((self.nouns, self.colours), labels.unbind(1)):
+            loss = loss + F.cross_entropy(head(patches).flatten(0, 1), target.flatten())
+        return loss
+
+
+def train_clip(seed: int) -> None:
+    task = get_task("image-text-retrieval")
+    data = task.load("composed", seed=seed, examples=SCENES)
+    labels = labels_of(composed_scenes("train", seed, SCENES))
+    words = data.meta["words"]
+    done = fit(lambda: ClipLearner(len(words), words.index("<end>"), labels), task, data, CLIP, seed=seed, title="clip")
+    learner: ClipLearner = done.model  # type: ignore[assignment]  # what was built
+    folder = FOLDER / "tiny-clip"
+    learner.pair.save_huggingface(folder)
+    _say(folder, "tiny-clip", data, done, CLIP, seed)
+
+
+TALK = Recipe(
+    epochs=100, max_steps=900, batch_size=32, lr=3e-3, weight_decay=0.05, decay_vectors=False, schedule="cosine",
+    warmup_steps=60, clip=1.0,
+)  # fmt: skip
+TALKER = {"dim": 80, "layers": 3, "heads": 4}
+TOLD = 0.15  # share of the scenes that are told in words
+
+
+def build_talker(data: TaskData) -> ImageChat:
+    """A decoder that reads the tiny CLIP's patches."""
+    pair: ContrastivePair = pretrained("tiny-clip")  # type: ignore[assignment]  # of this name
+    tower = pair.vision_model.requires_grad_(False)
+    return small_vision_language_model(**data.options, vision=tower, **TALKER)
+
+
+def train_vlm(seed: int) -> None:
+    task, scored = get_task("multimodal-chat"), get_task("visual-question-answering")
+    data = task.load("composed", seed=seed, examples=SCENES, text_share=TOLD, longest=160)
+    done = fit(lambda: build_talker(data), task, data, TALK, seed=seed, title="vlm")
+    folder = FOLDER / "tiny-vlm"
+    write_folder(folder, {"model_type": IMAGE_CHAT, **data.options, **TALKER}, done.model)
+    with torch.no_grad():
+        told = task.evaluate(done.model, task.held_out("composed", data.meta, text_share=1.0).dataset)
+        known = scored.evaluate(done.model, scored.held_out("composed", data.meta).dataset)
+    more = {"text_exact_match": told["exact_match"], **{f"vqa_{name}": value for name, value in known.items()}}
+    _say(folder, "tiny-vlm", data, replace(done, metrics={**done.metrics, **more}), TALK, seed)
+
+
+def _say(folder: Path, name: str, data: TaskData, done: Fit, recipe: Recipe, seed: int) -> None:
+    """Write beside the weights what they take, what they reach, and the command that makes them."""
+    about = {
+        "command": f"python scripts/shared_models.py {name}" + (f" --seed {seed}" if seed else ""),
+        "data": data.name,
+        "fingerprint": data.fingerprint,
+        "steps": done.steps,
+        "core_minutes": round(time.process_time() / 60, 1),
+        "metrics": {key: round(value, 4) for key, value in done.metrics.items()},
+        **data.meta,
+    }
+    write_atomically(folder / ABOUT, json.dumps(about, indent=1) + "\n")
+    print(name, about["metrics"], f"{about['core_minutes']} core-minutes")
+
+
+TRAIN = {"tiny-clip": train_clip, "tiny-vlm": train_vlm}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("name", choices=list(TRAIN))
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    with progress.shown():
+        TRAIN[given.name](given.seed)

@@ -1,0 +1,56 @@
+"""Small trained models that come with the package and that several papers share."""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from provenn.core.errors import UserError
+
+FOLDER = Path(__file__).with_name("shared")
+IMAGE_CHAT = "provenn-image-chat"  # the model type of a small vision–language model
+ABOUT = "provenn.json"  # beside the weights: what they take, what they reach, and the command that makes them
+
+
+def pretrained(name: str) -> nn.Module:
+    """A small trained model, in eval mode.
+
+    Args:
+        name: "tiny-clip", a `provenn.nn.contrastive.ContrastivePair` of scenes of 64×64 pixels; or "tiny-vlm", a
+            `provenn.nn.vision_language.ImageChat` that answers questions about them and about words alone.
+
+    Raises:
+        UserError: no such model.
+
+    >>> pretrained("tiny-clip").dim
+    64
+    """
+    from provenn.nn.contrastive import PAIRS, ContrastivePair
+    from provenn.nn.folders import build_with, read_config, read_tensors
+    from provenn.nn.vision_language import small_vision_language_model
+
+    about(name)
+    folder = FOLDER / name
+    config = read_config(folder, (*PAIRS, IMAGE_CHAT))
+    if config["model_type"] in PAIRS:
+        return ContrastivePair.from_huggingface(folder)
+    sizes = {key: value for key, value in config.items() if key not in ("model_type", "dtype")}
+    return build_with(lambda: small_vision_language_model(**sizes), read_tensors(folder), str(folder), None)
+
+
+@cache
+def about(name: str) -> dict[str, Any]:
+    """What a small trained model takes and reaches, and the command that trains it.
+
+    `words` are its vocabulary, `mean` and `std` what its images are standardised by, `size` their side in pixels.
+    `metrics` are those of the test split of `data`.
+
+    Raises:
+        UserError: no such model.
+    """
+    file = FOLDER / name / ABOUT
+    if name not in (known := sorted(path.parent.name for path in FOLDER.glob(f"*/{ABOUT}"))):
+        raise UserError(f"no small trained model is called {name!r}; there are {', '.join(known)}")
+    return json.loads(file.read_text(encoding="utf-8"))
