@@ -440,6 +440,8 @@ def spread_placeholders(
     >>> spread.tolist(), place.tolist()
     ([[1, 7, 7, 2], [3, 4, 5, 0]], [[0, 2, 3], [0, 1, 2]])
     """
+    if tokens.is_meta:
+        raise UserError("placeholders are counted in the tokens, which the meta device does not hold")
     mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
     named = (tokens == image_token) & mask
     if (count := int(named.sum())) != len(sizes):
