@@ -58,23 +58,23 @@ class RegionEncoder(nn.Module):
 
 
 class PictureEncoder(nn.Module):
-    """A picture as tokens, one for each cell of 8×8 pixels; ours, for what has no features of regions.
+    """A picture as tokens, one for each cell of a grid; ours, for what has no features of regions.
 
-    Four convolutions with batch norms and ReLUs; then the map and where each cell lies, −1…1 across and down, linearly
-    to d.
+    Four convolutions with batch norms and ReLUs, whose map has a cell for 8×8 pixels; the mean of it in each cell of
+    the grid; then that and where the cell lies, −1…1 across and down, linearly to d.
 
     Args:
         embed_dim: d.
         width: channels of the last convolution.
+        grid: cells to a side; 6 make 36 tokens, as many as the paper has regions.
 
-    Shapes: (batch, 3, height, width) to (batch, ⌈height/8⌉ · ⌈width/8⌉, d).
+    Shapes: (batch, 3, height, width) to (batch, grid², d).
     """
 
-    stride = 8
-
-    def __init__(self, embed_dim: int, width: int = 96):
+    def __init__(self, embed_dim: int, width: int = 96, grid: int = 6):
         super().__init__()
-        check_sizes(embed_dim=embed_dim, width=width)
+        check_sizes(embed_dim=embed_dim, width=width, grid=grid)
+        self.grid = grid
         widths = (3, max(1, width // 3), max(1, 2 * width // 3), width, width)
         layers: list[nn.Module] = []
         for index, (before, after) in enumerate(zip(widths, widths[1:])):
@@ -84,10 +84,9 @@ class PictureEncoder(nn.Module):
         self.linear = nn.Linear(width + 2, embed_dim)
 
     def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch cells dim"]:
-        maps = self.layers(x)
-        height, width = maps.shape[2:]
-        down, across = (torch.linspace(-1, 1, n, device=x.device, dtype=maps.dtype) for n in (height, width))
-        where = torch.stack([down[:, None].expand(height, width), across.expand(height, width)])
+        maps = F.adaptive_avg_pool2d(self.layers(x), self.grid)
+        line = torch.linspace(-1, 1, self.grid, device=x.device, dtype=maps.dtype)
+        where = torch.stack([line[:, None].expand(self.grid, self.grid), line.expand(self.grid, self.grid)])
         maps = torch.cat([maps, where.expand(len(maps), -1, -1, -1)], 1)
         return l2_normalise(self.linear(maps.flatten(2).mT))
 
@@ -164,7 +163,7 @@ def augment_words(
     anything = torch.randint(vocab_size, tokens.shape, device=tokens.device)
     tokens = torch.where(ordinary & (part >= 0.5) & (part < 0.6), anything, tokens)
     stays = words & ~(ordinary & (part >= 0.6) & (part < 1))
-    order = (~stays).long().argsort(1, stable=True)
+    order = (~stays).long().argsort(dim=1, stable=True)
     counts = stays.sum(1)
     longest = max(1, int(counts.max())) if len(counts) else tokens.shape[1]
     there = torch.arange(tokens.shape[1], device=tokens.device) < counts[:, None]

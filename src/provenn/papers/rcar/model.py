@@ -1,7 +1,7 @@
 """Systems of image–text retrieval: encoders, a similarity of token sets, and the hinge that they learn by."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from provenn.core.errors import UserError
 from provenn.data.vocabulary import END, MASK, SPECIAL, START
 from provenn.nn.arguments import check_finite
-from provenn.papers.rcar.encoders import PictureEncoder, RegionEncoder, WordEncoder, augment_words, hinge
+from provenn.papers.rcar.encoders import WORD_DIM, PictureEncoder, RegionEncoder, WordEncoder, augment_words, hinge
 from provenn.papers.rcar.hosts import OF_SGRAF, RCAR, Host, Regulators, Similarity
 from provenn.papers.rcar.layers import Mode, check_sizes, check_steps
 
@@ -183,125 +183,59 @@ def mean_table(tables: Sequence[Float[Tensor, "images texts"]]) -> Float[Tensor,
     return torch.stack(list(tables)).mean(0)
 
 
-# Presets. `vocabulary` names a file of the authors' words: the task reads it, and the network does not depend on it.
+# Presets
 
 
-def matching(
-    vocab_size: int,
-    similarity: Similarity,
-    *,
-    features: int = 2048,
-    mlp: bool = True,
-    dropout: float = 0.4,
-    warm_up: int = WARM_UP_F30K,
-    margin: float = MARGIN,
-    touched: float = TOUCHED,
-) -> Matching:
-    """A system of features of regions at the paper's size: d is that of the similarity.
+class SystemOptions(TypedDict, total=False):
+    """What every preset of the paper's size takes.
 
     Args:
-        vocab_size: how many words there are.
-        similarity: of tokens.
-        features: numbers of a region.
-        mlp: whether regions go through an MLP besides a linear layer; SCAN and SGRAF have none.
-        dropout: of the embedding of words.
-        warm_up, margin, touched: see `Matching`.
+        features: numbers of a region, 2048.
+        embed_dim, align_dim, word_dim: d = 1024, m = 256, and 300 of the embedding of words.
+        margin, warm_up, touched: see `Matching`. Defaults: 0.2; 3 epochs of Flickr30K; 0.2 of the words.
+        vocabulary: a file of the authors' words, which names the rows of the embedding. The network does not depend on
+            it: the task reads it, for weights of the authors'.
     """
-    dim = similarity.embed_dim
-    image = RegionEncoder(features, dim, dim // 2 if mlp else None)
-    text = WordEncoder(vocab_size, dim, dropout=dropout)
-    return Matching(image, text, similarity, warm_up=warm_up, margin=margin, touched=touched)
+
+    features: int
+    embed_dim: int
+    align_dim: int
+    word_dim: int
+    margin: float
+    warm_up: int
+    touched: float
+    vocabulary: str | None
 
 
-def rcar_t2i(
-    vocab_size: int = F30K,
-    *,
-    features: int = 2048,
-    steps: int = 2,
-    warm_up: int = WARM_UP_F30K,
-    touched: float = TOUCHED,
-    vocabulary: str | None = None,
+def rcar(
+    vocab_size: int = F30K, *, mode: Mode = "t2i", steps: int = 2, **options: Unpack[SystemOptions]
 ) -> Matching:
-    """RCAR whose words look at regions; 2 steps, as the authors have for both sets."""
-    return _of_paper("t2i", "rcar", vocab_size, features, steps, warm_up, touched)
-
-
-def rcar_i2t(
-    vocab_size: int = F30K,
-    *,
-    features: int = 2048,
-    steps: int = 2,
-    warm_up: int = WARM_UP_F30K,
-    touched: float = TOUCHED,
-    vocabulary: str | None = None,
-) -> Matching:
-    """RCAR whose regions look at words; 2 steps."""
-    return _of_paper("i2t", "rcar", vocab_size, features, steps, warm_up, touched)
+    """RCAR: RCR and RAR together; 2 steps, as the authors have in both directions and for both sets."""
+    return _of_paper(mode, "rcar", vocab_size, steps, options)
 
 
 def rar(
-    vocab_size: int = F30K,
-    *,
-    mode: Mode = "t2i",
-    features: int = 2048,
-    steps: int | None = None,
-    warm_up: int = WARM_UP_F30K,
-    touched: float = TOUCHED,
-    vocabulary: str | None = None,
+    vocab_size: int = F30K, *, mode: Mode = "t2i", steps: int | None = None, **options: Unpack[SystemOptions]
 ) -> Matching:
     """RAR alone: 3 steps where words look at regions, 2 the other way round."""
-    steps = {"t2i": 3, "i2t": 2}.get(mode, 1) if steps is None else steps
-    return _of_paper(mode, "rar", vocab_size, features, steps, warm_up, touched)
+    return _of_paper(mode, "rar", vocab_size, {"i2t": 2}.get(mode, 3) if steps is None else steps, options)
 
 
 def rcr(
-    vocab_size: int = F30K,
-    *,
-    mode: Mode = "t2i",
-    features: int = 2048,
-    steps: int | None = None,
-    warm_up: int = WARM_UP_F30K,
-    touched: float = TOUCHED,
-    vocabulary: str | None = None,
+    vocab_size: int = F30K, *, mode: Mode = "t2i", steps: int | None = None, **options: Unpack[SystemOptions]
 ) -> Matching:
     """RCR alone: 2 steps where words look at regions, 3 the other way round."""
-    steps = {"t2i": 2, "i2t": 3}.get(mode, 1) if steps is None else steps
-    return _of_paper(mode, "rcr", vocab_size, features, steps, warm_up, touched)
+    return _of_paper(mode, "rcr", vocab_size, {"i2t": 3}.get(mode, 2) if steps is None else steps, options)
 
 
-def base(
-    vocab_size: int = F30K,
-    *,
-    mode: Mode = "t2i",
-    features: int = 2048,
-    warm_up: int = WARM_UP_F30K,
-    touched: float = TOUCHED,
-    vocabulary: str | None = None,
-) -> Matching:
+def base(vocab_size: int = F30K, *, mode: Mode = "t2i", **options: Unpack[SystemOptions]) -> Matching:
     """The authors' host without regulators: one attention, and the mean of cosines."""
-    return matching(vocab_size, Similarity(mode), features=features, warm_up=warm_up, touched=touched)
+    return matching(vocab_size, Similarity(mode, **_sizes(options)), options)
 
 
-def rcar_all(
-    vocab_size: int = F30K,
-    *,
-    features: int = 2048,
-    steps: int = 2,
-    warm_up: int = WARM_UP_F30K,
-    touched: float = TOUCHED,
-    vocabulary: str | None = None,
-) -> Ensemble:
+def rcar_all(vocab_size: int = F30K, *, steps: int = 2, **options: Unpack[SystemOptions]) -> Ensemble:
     """The paper's ALL: RCAR in both directions, whose tables are averaged."""
-    return Ensemble(
-        [_of_paper(mode, "rcar", vocab_size, features, steps, warm_up, touched) for mode in ("t2i", "i2t")]
-    )
-
-
-def _of_paper(
-    mode: Mode, regulators: Regulators, vocab_size: int, features: int, steps: int, warm_up: int, touched: float
-) -> Matching:
-    similarity = RCAR(mode, steps, regulators=regulators)
-    return matching(vocab_size, similarity, features=features, warm_up=warm_up, touched=touched)
+    return Ensemble([_of_paper(mode, "rcar", vocab_size, steps, options) for mode in ("t2i", "i2t")])
 
 
 def scan(
@@ -313,12 +247,9 @@ def scan(
     lse: float | None = None,
     rcr: int = 0,
     rar: int = 0,
-    features: int = 2048,
-    warm_up: int = 0,
-    touched: float = 0.0,
-    vocabulary: str | None = None,
+    **options: Unpack[SystemOptions],
 ) -> Matching:
-    """SCAN (Lee et al., 2018), with regulators by `rcr` and `rar`.
+    """SCAN (Lee et al., 2018), with regulators by `rcr` and `rar`. It has no warm-up, and touches no words.
 
     Args:
         vocab_size: how many words there are.
@@ -327,20 +258,18 @@ def scan(
         temperature: λ. Default: 9 of t2i, 4 of i2t.
         lse: λ_lse. Default: 6 of t2i, 5 of i2t; 20 of i2t on COCO.
         rcr, rar: steps of each; none is SCAN itself.
-        features: numbers of a region.
-        warm_up, touched: see `Matching`; SCAN has neither.
+        options: see `SystemOptions`.
     """
     similarity = Similarity(
         mode,
         host=host,
         rcr=rcr,
         rar=rar,
-        temperature={"t2i": 9.0, "i2t": 4.0}.get(mode, 9.0) if temperature is None else temperature,
-        lse={"t2i": 6.0, "i2t": 5.0}.get(mode, 6.0) if lse is None else lse,
+        temperature={"i2t": 4.0}.get(mode, 9.0) if temperature is None else temperature,
+        lse={"i2t": 5.0}.get(mode, 6.0) if lse is None else lse,
+        **_sizes(options),
     )
-    return matching(
-        vocab_size, similarity, features=features, mlp=False, dropout=0.0, warm_up=warm_up, touched=touched
-    )
+    return matching(vocab_size, similarity, {"warm_up": 0, "touched": 0.0, **options}, mlp=False, dropout=0.0)
 
 
 def sgraf(
@@ -349,26 +278,57 @@ def sgraf(
     host: Host = "saf",
     rcr: int = 0,
     rar: int = 0,
-    features: int = 2048,
     regions: int = REGIONS,
-    warm_up: int = 0,
-    touched: float = 0.0,
-    vocabulary: str | None = None,
+    **options: Unpack[SystemOptions],
 ) -> Matching:
     """SGRAF (Diao et al., 2021), SGR or SAF, with regulators by `rcr` and `rar`. That RAR replaces SAF is inferred.
+
+    It has no warm-up, and touches no words.
 
     Args:
         vocab_size: how many words there are.
         host: sgr or saf.
         rcr, rar: steps of each; none is SGRAF itself.
-        features: numbers of a region.
         regions: of each image.
-        warm_up, touched: see `Matching`; SGRAF has neither.
+        options: see `SystemOptions`.
     """
     if host not in ("sgr", "saf"):
         raise ValueError(f"host must be sgr or saf, got {host!r}")
-    similarity = Similarity("t2i", host=host, rcr=rcr, rar=rar, temperature=OF_SGRAF, regions=regions)
-    return matching(vocab_size, similarity, features=features, mlp=False, warm_up=warm_up, touched=touched)
+    similarity = Similarity(
+        "t2i", host=host, rcr=rcr, rar=rar, temperature=OF_SGRAF, regions=regions, **_sizes(options)
+    )
+    return matching(vocab_size, similarity, {"warm_up": 0, "touched": 0.0, **options}, mlp=False)
+
+
+def matching(
+    vocab_size: int, similarity: Similarity, options: SystemOptions, *, mlp: bool = True, dropout: float = 0.4
+) -> Matching:
+    """A system of features of regions around a similarity, whose d it has.
+
+    Args:
+        vocab_size: how many words there are.
+        similarity: of tokens.
+        options: see `SystemOptions`.
+        mlp: whether regions go through an MLP besides a linear layer; SCAN and SGRAF have none.
+        dropout: of the embedding of words.
+    """
+    dim = similarity.embed_dim
+    return Matching(
+        RegionEncoder(options.get("features", 2048), dim, dim // 2 if mlp else None),
+        WordEncoder(vocab_size, dim, options.get("word_dim", WORD_DIM), dropout),
+        similarity,
+        warm_up=options.get("warm_up", WARM_UP_F30K),
+        margin=options.get("margin", MARGIN),
+        touched=options.get("touched", TOUCHED),
+    )
+
+
+def _sizes(options: SystemOptions) -> dict[str, Any]:
+    return {"embed_dim": options.get("embed_dim", 1024), "align_dim": options.get("align_dim", 256)}
+
+
+def _of_paper(mode: Mode, regulators: Regulators, vocab_size: int, steps: int, options: SystemOptions) -> Matching:
+    return matching(vocab_size, RCAR(mode, steps, regulators=regulators, **_sizes(options)), options)
 
 
 def rcar_small(
@@ -379,12 +339,12 @@ def rcar_small(
     mode: Mode = "t2i",
     steps: int = 2,
     regulators: Regulators = "rcar",
-    embed_dim: int = 64,
-    align_dim: int = 32,
-    warm_up: int = 500,
+    embed_dim: int = 48,
+    align_dim: int = 24,
+    warm_up: int = 750,
     touched: float = 0.1,
 ) -> Matching:
-    """Ours, what trains in minutes: pictures by cells of 8×8 pixels, or features of regions.
+    """Ours, what trains in minutes: pictures by a grid of 6×6 cells, or features of regions.
 
     Args:
         vocab_size: how many words there are.
