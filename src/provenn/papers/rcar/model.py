@@ -20,7 +20,6 @@ MARGIN = 0.2
 WARM_UP_F30K, WARM_UP_COCO = 3 * (145_000 // 128), 5 * (566_435 // 128)
 TOUCHED = 0.2  # of the words in training
 REGIONS = 36
-Tokens = tuple[Float[Tensor, "sets tokens dim"], Bool[Tensor, "sets tokens"]]
 
 
 class Matching(nn.Module):
@@ -65,7 +64,7 @@ class Matching(nn.Module):
 
     def encode_images(
         self, images: Float[Tensor, "images ..."], regions: Bool[Tensor, "images regions"] | None = None
-    ) -> Tokens:
+    ) -> tuple[Float[Tensor, "sets tokens dim"], Bool[Tensor, "sets tokens"]]:
         """Tokens of images, and which are real."""
         if isinstance(self.image, RegionEncoder):
             if images.ndim != 3:
@@ -77,12 +76,16 @@ class Matching(nn.Module):
 
     def encode_texts(
         self, tokens: Int[Tensor, "texts length"], words: Bool[Tensor, "texts length"] | None = None
-    ) -> Tokens:
+    ) -> tuple[Float[Tensor, "sets tokens dim"], Bool[Tensor, "sets tokens"]]:
         """Tokens of texts, and which are real."""
         real = torch.ones_like(tokens, dtype=torch.bool) if words is None else words
         return self.text(tokens, real), real
 
-    def similarity(self, images: Tokens, texts: Tokens) -> Float[Tensor, "images texts"]:
+    def similarity(
+        self,
+        images: tuple[Float[Tensor, "images regions dim"], Bool[Tensor, "images regions"]],
+        texts: tuple[Float[Tensor, "texts words dim"], Bool[Tensor, "texts words"]],
+    ) -> Float[Tensor, "images texts"]:
         """Scores of what was encoded."""
         return self.matcher(images[0], texts[0], images[1], texts[1])
 
@@ -341,7 +344,7 @@ def rcar_small(
     regulators: Regulators = "rcar",
     embed_dim: int = 48,
     align_dim: int = 24,
-    warm_up: int = 750,
+    warm_up: int = 900,
     touched: float = 0.1,
 ) -> Matching:
     """Ours, what trains in minutes: pictures by a grid of 6×6 cells, or features of regions.
