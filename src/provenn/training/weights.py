@@ -21,7 +21,7 @@ from provenn.core.inputs import check_file
 
 FILE = "weights.safetensors"
 KEY = "provenn"
-CONFIGS = ("config", "args")  # where a trainer notes what the model was built with
+CONFIGS = ("config", "args", "opt")  # where a trainer notes what the model was built with
 HOLDERS = ("easydict.EasyDict", "argparse.Namespace")  # classes of such a config: names and values, nothing else
 WRAPPERS = ("state_dict", "model_state_dict", "params_ema", "params", "model", "net", "module", "task")
 
@@ -128,6 +128,8 @@ def read_contents(path: str | Path) -> Contents:
     for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
+        elif isinstance(content, dict) and _are_states(content.get(wrapper)):  # one state dict for each part
+            content = {f"{k}.{name}": v for k, part in enumerate(content[wrapper]) for name, v in part.items()}
     if isinstance(content, dict) and len(content) == 1 and isinstance(alone := next(iter(content.values())), dict):
         content = alone  # under a name of its authors' own
     if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
@@ -185,6 +187,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _plain(entry) for name, entry in {**getattr(value, "__dict__", {}), **value}.items()}
     return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def _are_states(value: Any) -> bool:
+    """Whether this is a list of dictionaries, such as the parts of a system that its trainer saves apart."""
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(part, dict) for part in value)
 
 
 def _is_pickle(file: Path) -> bool:
