@@ -25,7 +25,7 @@ from provenn.papers.wings.layers import (
     learner_parameters,
 )
 
-Model = TypeVar("Model", bound=Decoder | VisionLanguageModel)
+Model = TypeVar("Model", bound=nn.Module)
 KEY = "wings"
 
 

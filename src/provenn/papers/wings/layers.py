@@ -374,21 +374,26 @@ class WingsBlock(nn.Module):
             state = state and state._replace(textual=after)
         if state is not None:
             state = state._replace(main=main)
-        h = h + self._blend(visual, textual, weights, has_images)
+        h = self._add(h, visual, textual, weights, has_images)
         return h + self.feedforward(self.norm2(h)), state
 
-    def _blend(
-        self, visual: Tensor | None, textual: Tensor | None, weights: Tensor | None, has_images: Tensor | None
-    ) -> Tensor | float:
-        """ρ_0 · visual + ρ_1 · textual in rows with an image; one learner alone has weight 1."""
-        if visual is None or textual is None or has_images is None:
-            return sum(part for part in (visual, textual) if part is not None)
-        if weights is None:
-            weights = visual.new_full((1, 1, 2), 0.5)
-        weights = weights.to(visual.dtype) * (2 if self.as_released else 1)
-        alone = weights.new_tensor([0.0, 1.0])
-        weights = torch.where(has_images[:, None, None], weights, alone)
-        return weights[..., :1] * visual + weights[..., 1:] * textual
+    def _add(
+        self,
+        h: Tensor,
+        visual: Tensor | None,
+        textual: Tensor | None,
+        weights: Tensor | None,
+        has_images: Tensor | None,
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """h + ρ_0 · visual + ρ_1 · textual in rows with an image; without one the textual learner has the weight 1."""
+        if self.visual is not None and self.textual is not None and has_images is not None:
+            if weights is None:
+                weights = h.new_full((1, 1, 2), 0.5)
+            weights = weights.to(h.dtype) * (2 if self.as_released else 1)
+            weights = torch.where(has_images[:, None, None], weights, weights.new_tensor([0.0, 1.0]))
+            parts = zip(weights.split(1, dim=-1), (visual, textual))
+            return sum((weight * part for weight, part in parts if part is not None), h)
+        return sum((part for part in (visual, textual) if part is not None), h)
 
     def _attention(
         self, x: Tensor, context: Context, routed: bool, state: WingsState | None
