@@ -93,7 +93,8 @@ def attach(model: Model, options: LearnerOptions | None = None, **changes: Any) 
     if other := next((block for block in decoder.blocks if not isinstance(block, DecoderBlock)), None):
         what = "has learners already: detach them" if isinstance(other, WingsBlock) else f"has a {type(other).__name__}"
         raise UserError(f"learners are attached to plain layers, and the decoder {what}")
-    decoder.sharing = SplitStreams(options.system_length, as_released=options.as_released)
+    base = decoder.rotary.base if options.as_released and decoder.rotary.stretch is not None else None
+    decoder.sharing = SplitStreams(options.system_length, as_released=options.as_released, base=base)
     for layer in chosen:
         plain = decoder.blocks[layer]
         block = WingsBlock(

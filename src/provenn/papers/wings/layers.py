@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from provenn.core.errors import UserError
 from provenn.nn.arguments import check_whole
 from provenn.nn.attention import KVCache, check_heads, split_heads
-from provenn.nn.decoder import Context, DecoderBlock
+from provenn.nn.decoder import Context, DecoderBlock, RotaryPositions
 from provenn.nn.positions import turn
 from provenn.ops.softmax_attention import softmax_attention
 
@@ -218,11 +218,13 @@ class Streams(NamedTuple):
     Args:
         visual: of images; None where none is read.
         textual: of words, without the system prompt.
+        turns: cosines and sines of the positions of all tokens, for the learners' queries.
         numbers: the place of each token in its row's text, and before them of those that were read before.
     """
 
     visual: Gathered | None
     textual: Gathered | None
+    turns: Turns
     numbers: Int[Tensor, "#batch keys"]
 
 
@@ -232,13 +234,16 @@ class SplitStreams:
     Args:
         system_length: how many tokens the system prompt has, at which the textual learner does not look.
         as_released: look at the system prompt where a row has no image, as the authors' code does.
+        base: of the learners' rotary positions; by default they have the decoder's. In the authors' code they lack the
+            stretch of Llama 3.1.
     """
 
-    def __init__(self, system_length: int = 0, *, as_released: bool = False):
+    def __init__(self, system_length: int = 0, *, as_released: bool = False, base: float | int | None = None):
         check_whole(system_length=system_length)
         if system_length < 0:
             raise ValueError(f"system_length must be at least 0, got {system_length}")
         self.system_length, self.as_released = system_length, as_released
+        self.rotary = None if base is None else RotaryPositions(base)
 
     def __call__(self, context: Context) -> Streams:
         x, seen = context.inputs, context.seen
@@ -246,6 +251,9 @@ class SplitStreams:
         # Padding of earlier readings lies between the tokens of a row; the text goes on without it.
         numbers = places if context.keys is None else (context.keys.cumsum(dim=1) - 1).clamp(min=0)
         here = numbers[:, seen:].expand(x.shape[:2])
+        turns = context.angles
+        if self.rotary is not None:
+            turns = self.rotary.angles(here, 2 * turns[0].shape[-1], x.dtype)
         words = here >= self.system_length
         if context.mask is not None:
             words = words & context.mask
@@ -256,16 +264,16 @@ class SplitStreams:
             textual = None
             if start < x.shape[1]:
                 rows = torch.arange(start, x.shape[1], device=x.device).expand(len(x), -1)
-                textual = _gather(context, words, rows)
-            return Streams(None, textual, numbers)
+                textual = _gather(x, turns, words, rows)
+            return Streams(None, textual, turns, numbers)
         images = context.images if context.mask is None else context.images & context.mask
         if self.as_released:
             words = words | (~images.any(dim=1, keepdim=True) & (here >= 0))
             words = words if context.mask is None else words & context.mask
-        return Streams(_gather(context, images), _gather(context, words & ~images), numbers)
+        return Streams(_gather(x, turns, images), _gather(x, turns, words & ~images), turns, numbers)
 
 
-def _gather(context: Context, flags: Tensor, places: Tensor | None = None) -> Gathered | None:
+def _gather(x: Tensor, turns: Turns, flags: Tensor, places: Tensor | None = None) -> Gathered | None:
     """The tokens that are flagged, those of each row one after the other; None where there is none."""
     if places is None:
         count = int(flags.sum(dim=1).max()) if len(flags) else 0
@@ -273,10 +281,11 @@ def _gather(context: Context, flags: Tensor, places: Tensor | None = None) -> Ga
             return None
         places = (~flags).int().argsort(dim=1, stable=True)[:, :count]
     there = flags.gather(1, places)
-    features = context.inputs.gather(1, places[..., None].expand(-1, -1, context.inputs.shape[2]))
+    features = x.gather(1, places[..., None].expand(-1, -1, x.shape[2]))
     index = places[:, None, :, None]
-    turns = [part.expand(len(places), -1, -1, -1) for part in context.angles]
-    cos, sin = (part.gather(2, index.expand(-1, -1, -1, part.shape[3])) for part in turns)
+    cos, sin = (
+        part.expand(len(places), -1, -1, -1).gather(2, index.expand(-1, -1, -1, part.shape[3])) for part in turns
+    )
     order = there.cumsum(dim=1) - 1
     return Gathered(features.masked_fill(~there[..., None], 0), places, order, there, (cos, sin))
 
@@ -453,7 +462,7 @@ class WingsBlock(nn.Module):
             now = (at[:, None] <= queries) & tokens.there[:, None]
             return torch.cat([there[:, None, :before].expand(-1, end - start, -1), now], dim=2)
 
-        return learner.attend(learner.queries(x, context.angles), *keys, visible), state
+        return learner.attend(learner.queries(x, context.shared.turns), *keys, visible), state
 
 
 def _has_images(visual: Gathered | None, state: WingsState | None) -> Bool[Tensor, " batch"] | None:
