@@ -265,7 +265,9 @@ def test_train_takes_every_option_of_hardware_and_saving_and_no_other(tmp_path):
     """So that none is lost on the way; the folder is called `out`; what begins and saves a model is train's own."""
     taken = {field.name for options in (Hardware, Saving) for field in fields(options)} - {"folder", "save"}
     assert set(TrainOptions.__annotations__) == taken | {"out", "weights", "two_steps"}
-    with pytest.raises(UserError, match=r"no option 'devces', did you mean 'devices'\?; it has: weights, two_steps, device, "):
+    with pytest.raises(
+        UserError, match=r"no option 'devces', did you mean 'devices'\?; it has: weights, two_steps, device, "
+    ):
         provenn.train("tiny_gate", "digits", out=tmp_path / "run", devces=2)
     with pytest.raises(UserError, match="strategy must be one of auto, ddp, fsdp, got 'dp'"):
         provenn.train("tiny_gate", "digits", out=tmp_path / "run", strategy="dp")

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from provenn.core.errors import UserError
 from provenn.nn.arguments import check_whole
 from provenn.nn.decoder import Decoder, DecoderState, Reading
+from provenn.nn.language import init_narrow
+from provenn.nn.towers import VisionConfig, VisionTower
 
 
 class MLPProjector(nn.Module):
@@ -188,9 +190,31 @@ class VisionLanguageModel(nn.Module):
         Raises:
             UserError: placeholders too many or too few, or what `Decoder.read` refuses.
         """
+        features, sizes = (None, []) if images is None else self.features(images, grids)
+        return self.read_features(tokens, features, sizes, grids=grids, mask=mask, state=state, layers=layers)
+
+    def read_features(
+        self,
+        tokens: Int[Tensor, "batch tokens"],
+        features: Float[Tensor, "features dim"] | None,
+        sizes: list[int],
+        *,
+        grids: Int[Tensor, "images 3"] | None = None,
+        mask: Bool[Tensor, "batch tokens"] | None = None,
+        state: DecoderState | None = None,
+        layers: bool = False,
+    ) -> Reading:
+        """Read texts with features that are computed: what `features` gave, for a placeholder each.
+
+        Args:
+            tokens, grids, mask, state, layers: as in `read`.
+            features, sizes: of all images one after the other, and how many each has; None and none without images.
+
+        Raises:
+            UserError: as in `read`.
+        """
         named = tokens == self.image_token
         placeholders = named if mask is None else named & mask
-        features, sizes = (None, []) if images is None else self.features(images, grids)
         self._check_placeholders(placeholders, sizes)
         # The placeholder may be a number that the vocabulary does not have.
         x = self.decoder.embed(tokens.masked_fill(named, 0))
@@ -256,3 +280,220 @@ class VisionLanguageModel(nn.Module):
             state = self.decoder.init_state(len(tokens))
             reading = self.read(tokens, images, grids=grids, mask=mask, state=state)
         return self.decoder.continue_reading(reading, count, ends=ends, **draw)
+
+
+class TowerTokens(nn.Module):
+    """The tokens of a `VisionTower` as one tensor, as the vision part of a `VisionLanguageModel` gives them.
+
+    Args:
+        tower: of CLIP or SigLIP.
+        layer: whose tokens are taken: 0 is what the first block reads, −1 the last block's. None takes what the tower
+            gives last, in SigLIP's layout after the last norm. LLaVA takes −2 (Liu et al., 2023, arXiv:2304.08485).
+        first: whether CLIP's class token is among them.
+        extra: tokens that join the patches of each image, such as registers, and are given in place of them.
+
+    Shapes: images (images, channels, height, width) to (images, tokens, dim).
+    """
+
+    def __init__(
+        self,
+        tower: VisionTower,
+        layer: int | None = None,
+        *,
+        first: bool = False,
+        extra: Float[Tensor, "1 extra dim"] | None = None,
+    ):
+        check_whole(layer=layer)
+        super().__init__()
+        depth = tower.config.depth
+        if layer is not None and not -depth - 1 <= layer <= depth:
+            raise ValueError(f"layer must lie between {-depth - 1} and {depth}, got {layer}")
+        self.tower, self.layer, self.first = tower, layer, first
+        self.extra = None if extra is None else nn.Parameter(extra)
+
+    @property
+    def dim(self) -> int:
+        """Width of the tokens."""
+        return self.tower.config.dim
+
+    def forward(self, images: Float[Tensor, "images channels height width"]) -> Float[Tensor, "images tokens dim"]:
+        seen = self.tower(images, extra=self.extra, layers=() if self.layer is None else (self.layer,))
+        tokens = seen.last if self.layer is None else seen.layers[self.layer]
+        if self.extra is not None:
+            return tokens.extra
+        return torch.cat([tokens.first, tokens.patches], dim=1) if self.first else tokens.patches
+
+
+class ImageChat(nn.Module):
+    """A vision–language model whose texts have one placeholder for each image, as conversations do.
+
+    How many tokens an image becomes is the model's own business. The placeholder is repeated so often before the text
+    is read. The logits at a placeholder are those after the image's last token.
+
+    Args:
+        model: gives features of each image by `features`, and may give another number for each.
+
+    Shapes: tokens (batch, tokens) and images to logits (batch, tokens, vocab).
+
+    >>> from provenn.nn.decoder import Decoder
+    >>> decoder = Decoder(vocab=9, dim=32, layers=1, heads=4)
+    >>> model = VisionLanguageModel(decoder, projector=MLPProjector(8, 32), image_token=7)
+    >>> ImageChat(model)(torch.tensor([[1, 7, 2]]), torch.randn(1, 5, 8)).shape
+    torch.Size([1, 3, 9])
+    """
+
+    def __init__(self, model: VisionLanguageModel):
+        super().__init__()
+        self.model = model
+
+    @property
+    def decoder(self) -> Decoder:
+        """Of the model."""
+        return self.model.decoder
+
+    def read(
+        self,
+        tokens: Int[Tensor, "batch tokens"],
+        images: Any = None,
+        *,
+        grids: Int[Tensor, "images 3"] | None = None,
+        mask: Bool[Tensor, "batch tokens"] | None = None,
+        state: DecoderState | None = None,
+        layers: bool = False,
+    ) -> tuple[Reading, Int[Tensor, "batch tokens"]]:
+        """Read texts, and say where each of their tokens stands in what was read; an image's is its last.
+
+        Args:
+            tokens: with one placeholder for each image.
+            images: what the model's `features` takes; None where no text has any.
+            grids, mask, state, layers: as in `VisionLanguageModel.read`.
+
+        Raises:
+            UserError: placeholders too many or too few, or what `Decoder.read` refuses.
+        """
+        features, sizes = (None, []) if images is None else self.model.features(images, grids)
+        spread, known, place = spread_placeholders(tokens, self.model.image_token, sizes, mask)
+        padding = None if mask is None and bool(known.all()) else known
+        reading = self.model.read_features(
+            spread, features, sizes, grids=grids, mask=padding, state=state, layers=layers
+        )
+        return reading, place
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch tokens"],
+        images: Any = None,
+        *,
+        grids: Int[Tensor, "images 3"] | None = None,
+        mask: Bool[Tensor, "batch tokens"] | None = None,
+    ) -> Float[Tensor, "batch tokens vocab"]:
+        """The arguments are those of `read`."""
+        reading, place = self.read(tokens, images, grids=grids, mask=mask)
+        hidden = reading.hidden.gather(1, place[..., None].expand(-1, -1, reading.hidden.shape[-1]))
+        return self.decoder.logits(hidden)
+
+    def generate(
+        self,
+        tokens: Int[Tensor, "batch tokens"],
+        count: int,
+        images: Any = None,
+        *,
+        grids: Int[Tensor, "images 3"] | None = None,
+        mask: Bool[Tensor, "batch tokens"] | None = None,
+        ends: Collection[int] = (),
+        **draw: Any,
+    ) -> Iterator[Int[Tensor, " batch"]]:
+        """Tokens that follow each row's text, one at a time as they come.
+
+        Args:
+            tokens, images, grids, mask: as in `read`.
+            count, ends, draw: as in `Decoder.continue_reading`.
+        """
+        with torch.no_grad():
+            state = self.decoder.init_state(len(tokens))
+            reading, _ = self.read(tokens, images, grids=grids, mask=mask, state=state)
+        return self.decoder.continue_reading(reading, count, ends=ends, **draw)
+
+
+def spread_placeholders(
+    tokens: Int[Tensor, "batch tokens"],
+    image_token: int,
+    sizes: list[int],
+    mask: Bool[Tensor, "batch tokens"] | None = None,
+) -> tuple[Int[Tensor, "batch spread"], Bool[Tensor, "batch spread"], Int[Tensor, "batch tokens"]]:
+    """Repeat each image's placeholder once for each of its features.
+
+    Args:
+        tokens: with one placeholder for each image.
+        image_token: the placeholder.
+        sizes: features of each image, in the order of the batch.
+        mask: True where a token is no padding; a placeholder in padding is none.
+
+    Returns:
+        The longer texts, filled up at their ends; where they are no padding; and where each token stands in them, of an
+        image its last feature.
+
+    Raises:
+        UserError: placeholders too many or too few, or an image without a feature.
+
+    >>> spread, known, place = spread_placeholders(torch.tensor([[1, 7, 2], [3, 4, 5]]), 7, [2])
+    >>> spread.tolist(), place.tolist()
+    ([[1, 7, 7, 2], [3, 4, 5, 0]], [[0, 2, 3], [0, 1, 2]])
+    """
+    mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+    named = (tokens == image_token) & mask
+    if (count := int(named.sum())) != len(sizes):
+        what = "many" if count > len(sizes) else "few"
+        raise UserError(
+            f"the texts have {count} placeholders of images (token {image_token}) and there are {len(sizes)} images: "
+            f"too {what}; put one in for each image"
+        )
+    if any(size < 1 for size in sizes):
+        raise UserError(f"image {next(k for k, size in enumerate(sizes, 1) if size < 1)} has no feature to be read")
+    times = torch.ones_like(tokens)
+    times[named] = torch.tensor(sizes, dtype=tokens.dtype, device=tokens.device)
+    ends = times.cumsum(dim=1)  # where each token's copies end
+    width = int(ends[:, -1].max()) if tokens.numel() else 0
+    # Of each place the token whose copies it lies among; beyond the last it is padding.
+    places = torch.arange(width, device=tokens.device).expand(len(tokens), -1).contiguous()
+    source = torch.searchsorted(ends, places, right=True)
+    inside = source < tokens.shape[1]
+    source = source.clamp_max(tokens.shape[1] - 1)
+    spread = tokens.gather(1, source).masked_fill(~inside, 0)
+    return spread, mask.gather(1, source) & inside, ends - 1
+
+
+def small_vision_language_model(
+    vocab_size: int,
+    image_token: int,
+    *,
+    image_size: int = 64,
+    vision: nn.Module | None = None,
+    projector: nn.Module | None = None,
+    layer: int | None = None,
+    **decoder: Any,
+) -> ImageChat:
+    """A small model of images and text for conversations; weights are drawn for its few channels.
+
+    Args:
+        vocab_size, image_token: of the tokens.
+        image_size: side of an image, in pixels.
+        vision: a `VisionTower`, such as that of a trained pair; or any module from images to (images, tokens, dim),
+            with `dim` among its attributes. Default: a tower of CLIP's layout, 64 wide, 3 blocks, patches of 8 pixels.
+        projector: from the tower's tokens to the decoder's. Default: `MLPProjector`.
+        layer: of the tower, as in `TowerTokens`.
+        decoder: of `Decoder`. Defaults: dim 96, 3 layers, 4 heads.
+
+    >>> model = small_vision_language_model(9, 7, image_size=16)
+    >>> model(torch.tensor([[1, 7, 2]]), torch.randn(1, 3, 16, 16)).shape
+    torch.Size([1, 3, 9])
+    """
+    text = init_narrow(Decoder(vocab_size, **{"dim": 96, "layers": 3, "heads": 4, **decoder}))
+    if vision is None:
+        vision = VisionTower(VisionConfig("clip", 64, 3, 4, image=image_size, patch=8))
+    tower: Any = TowerTokens(vision, layer) if isinstance(vision, VisionTower) else vision
+    made = MLPProjector(tower.dim, text.embed.weight.shape[1]) if projector is None else projector
+    model = VisionLanguageModel(text, tower, made, image_token=image_token)
+    if projector is None:
+        init_narrow(made)  # `VisionLanguageModel` starts it as large models have it
+    return ImageChat(model)

@@ -39,11 +39,13 @@ class Sample(_Strict):
         name: of the file among the samples of the web catalogue; of a sample with text, what it is called.
         about: what it shows.
         text: the content itself.
+        question: what is asked of it, where the form has a line for that.
     """
 
     name: str
     about: str
     text: str = ""
+    question: str = ""
 
 
 class Number(_Strict):
@@ -68,6 +70,8 @@ class Demo(_Strict):
     Args:
         takes: what a reader gives. Of `classes` the reader picks some of those that the weights know.
         asks: the same in the words of the form.
+        question: what a reader types beside a file, in the words of the form; it becomes the option `question` of the
+            demo. Empty where nothing is typed.
         does: what its button says.
         answer: the function that applies a model and says what came of it, see `provenn.tasks.demos`.
         streams: whether the answer comes piece by piece.
@@ -77,6 +81,7 @@ class Demo(_Strict):
 
     takes: Literal["picture", "sound", "table", "graphs", "words", "classes"]
     asks: str
+    question: str = ""
     does: str
     answer: Target
     streams: bool = False

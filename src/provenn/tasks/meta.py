@@ -98,6 +98,19 @@ class Captions(Standardised):
         return self
 
 
+class Chats(Standardised):
+    """Of conversations with images; `words` are the vocabulary, none of bytes, `answer` the tokens of an answer."""
+
+    words: list[str]
+    longest: Annotated[int, Field(ge=8, le=2**20)]
+    answer: Annotated[int, Field(ge=1, le=2**20)]
+    size: Annotated[int, Field(ge=1, le=2**15)]
+    fit: Literal["stretch", "pad", "keep"]
+
+    def width(self) -> int:
+        return 3
+
+
 class Parts(Standardised):
     """Of anomaly detection; `size` is the side that is seen, `categories` are those of the training."""
 

@@ -174,6 +174,8 @@ def _job(offer: Offer, form: FormData) -> Job:
         if unknown is not None:
             raise uploads.Refused(422, f"no class is called {unknown[:40]!r}; there are: {', '.join(offer.classes)}")
         return Job(offer.paper, offer.preset, {**options, "classes": classes})
+    if offer.demo.question:
+        options["question"] = _question(form, offer)
     given = form.get("file")
     content = given.file.read() if isinstance(given, UploadFile) else b""
     if isinstance(given, UploadFile):
@@ -196,6 +198,21 @@ def _job(offer: Offer, form: FormData) -> Job:
     if sample is None:
         raise uploads.Refused(422, f"nothing was given: choose {offer.demo.asks}, or pick a sample")
     return Job(offer.paper, offer.preset, options, *offer.content(sample))
+
+
+def _question(form: FormData, offer: Offer) -> str:
+    """What was typed beside a file, or belongs to the sample that was picked."""
+    given, sample = form.get("file"), offer.sample(_text(form, "sample"))
+    question = " ".join(_text(form, "question").split())
+    picked = sample is not None and not (isinstance(given, UploadFile) and given.filename)
+    question = question or (sample.question if picked and sample is not None else "")
+    if not question:
+        raise uploads.Refused(422, f"there is no question: type {offer.demo.question}")
+    if len(question) > LONGEST_PROMPT:
+        raise uploads.Refused(
+            413, f"the question has {len(question):,} characters: at most {LONGEST_PROMPT:,} are read"
+        )
+    return question
 
 
 def _text(form: FormData, name: str) -> str:
