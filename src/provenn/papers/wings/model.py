@@ -3,41 +3,33 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from provenn.core.errors import UserError
+from provenn.nn.arguments import check_finite, check_whole
 from provenn.nn.decoder import Decoder, RotaryPositions, Stretch
+from provenn.nn.language import init_narrow
 from provenn.nn.towers import VisionConfig, VisionTower
-from provenn.nn.vision_language import MLPProjector, VisionLanguageModel
+from provenn.nn.vision_language import ImageChat, MLPProjector, TowerTokens, VisionLanguageModel
 from provenn.papers.wings.adapter import attach, freeze_for_stage
 
 SYSTEM = {"qwen": 14, "llama": 17}  # tokens of the system prompt
 IMAGE = -200  # the placeholder of an image, which no vocabulary has
 
 
-class PatchFeatures(nn.Module):
-    """The patches of a tower after its last block, without its last norm.
-
-    Shapes: images (images, channels, height, width) to (images, patches, dim).
-    """
-
-    def __init__(self, tower: VisionTower):
-        super().__init__()
-        self.tower = tower
-
-    def forward(self, images: Float[Tensor, "images channels height width"]) -> Float[Tensor, "images patches dim"]:
-        return self.tower(images, layers=(-1,)).layers[-1].patches
-
-
-class Wings(VisionLanguageModel):
-    """A model that reads images and text, with learners in every layer.
+class Wings(ImageChat):
+    """A model for conversations with images, with learners in every layer.
 
     Args:
         decoder: plain, of the text.
         vision, projector, image_token: as in `VisionLanguageModel`.
-        stage: 1 has visual learners alone and trains them and the projector; 2 has all and trains all but the tower.
-        projector_rate: the projector's rate over the decoder's in the second stage; 5 in the authors' scripts.
+        stage: 1 has visual learners alone and trains them and the projector; 2 has all and trains all but the tower; 0
+            does that from the first step, for models that are trained from nothing, and the tower too.
+        projector_rate: the projector's rate over the others' in the second stage; 5 in the authors' scripts.
         learners: options of `attach`.
+
+    Shapes: tokens (batch, tokens) with one placeholder an image, and images, to logits (batch, tokens, vocab).
     """
 
     def __init__(
@@ -51,37 +43,66 @@ class Wings(VisionLanguageModel):
         projector_rate: float | int = 5.0,
         **learners: Any,
     ):
-        super().__init__(decoder, vision, projector, image_token=image_token)
+        check_whole(stage=stage)
+        check_finite(projector_rate=projector_rate)
+        if stage not in (0, 1, 2):
+            raise ValueError(f"stage must be 0, 1 or 2, got {stage}")
+        if projector_rate <= 0:
+            raise ValueError(f"projector_rate must be above 0, got {projector_rate}")
         if stage == 1:
             learners = {**learners, "learners": "visual"}
-        attach(self, **learners)
+        super().__init__(attach(VisionLanguageModel(decoder, vision, projector, image_token=image_token), **learners))
         self.stage, self.projector_rate = stage, projector_rate
-        freeze_for_stage(self, stage)
+        if stage:
+            freeze_for_stage(self.model, stage)
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch tokens"],
+        images: Any = None,
+        *,
+        grids: Int[Tensor, "images 3"] | None = None,
+        mask: Bool[Tensor, "batch tokens"] | None = None,
+    ) -> Float[Tensor, "batch tokens vocab"]:
+        """The arguments are those of `read`. A text alone takes the decoder's way, and can be compiled and exported."""
+        if images is not None or grids is not None:
+            return super().forward(tokens, images, grids=grids, mask=mask)
+        if not tokens.is_meta and not torch.compiler.is_compiling():
+            named = tokens == self.model.image_token
+            count = int((named if mask is None else named & mask).sum())
+            if count:
+                raise UserError(f"the texts have {count} placeholders of images and there is no image: give the images")
+        return self.decoder(tokens, mask=mask)
 
     def optimizers(self, recipe: Any) -> torch.optim.Optimizer:
-        """AdamW, the projector at a rate of its own in the second stage."""
-        projector = [p for name, p in self.named_parameters() if name.startswith("projector.") and p.requires_grad]
-        own = set(projector)
-        rest = [p for p in self.parameters() if p.requires_grad and p not in own]
-        rate = self.projector_rate if self.stage == 2 else 1.0
-        groups = [{"params": rest, "lr": recipe.lr}, {"params": projector, "lr": recipe.lr * rate}]
-        return torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay
-        )
+        """The recipe's, the projector at a rate of its own in the second stage."""
+        optimizer = recipe.make_optimizer(self)
+        if self.stage == 2:
+            projector = {id(parameter) for parameter in self.model.projector.parameters()}
+            for group in list(optimizer.param_groups):
+                own = [parameter for parameter in group["params"] if id(parameter) in projector]
+                if own:
+                    rest = [parameter for parameter in group["params"] if id(parameter) not in projector]
+                    group["params"] = rest
+                    same = {key: value for key, value in group.items() if key != "params"}
+                    optimizer.add_param_group({**same, "params": own, "lr": self.projector_rate * group["lr"]})
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
 
 
-def siglip(*, dim: int, depth: int, heads: int, hidden: int, image: int, patch: int) -> PatchFeatures:
-    """SigLIP's tower without its pooling head and its last layer; `depth` counts those that are left."""
-    config = VisionConfig(
-        "siglip", dim, depth, heads, hidden=hidden, image=image, patch=patch, head=False
-    )
-    return PatchFeatures(VisionTower(config))
+def siglip(*, dim: int, depth: int, heads: int, hidden: int, image: int, patch: int) -> TowerTokens:
+    """SigLIP's tower without its pooling head and its last layer; `depth` counts those that are left.
+
+    Its patches are those after the last block, before the last norm.
+    """
+    config = VisionConfig("siglip", dim, depth, heads, hidden=hidden, image=image, patch=patch, head=False)
+    return TowerTokens(VisionTower(config), -1)
 
 
 def _wings(
     system: str,
     *,
-    vocab: int,
+    vocab_size: int,
     dim: int,
     layers: int,
     heads: int,
@@ -94,13 +115,13 @@ def _wings(
     vision_layers: int = 26,
     vision_heads: int = 16,
     vision_hidden: int = 4304,
-    image: int = 384,
+    image_size: int = 384,
     patch: int = 14,
     system_length: int | None = None,
     **wings: Any,
 ) -> Wings:
     decoder = Decoder(
-        vocab=vocab,
+        vocab=vocab_size,
         dim=dim,
         layers=layers,
         heads=heads,
@@ -113,7 +134,7 @@ def _wings(
         max_length=max_length,
     )
     vision = siglip(
-        dim=vision_dim, depth=vision_layers, heads=vision_heads, hidden=vision_hidden, image=image, patch=patch
+        dim=vision_dim, depth=vision_layers, heads=vision_heads, hidden=vision_hidden, image=image_size, patch=patch
     )
     length = SYSTEM[system] if system_length is None else system_length
     return Wings(decoder, vision, MLPProjector(vision_dim, dim), system_length=length, **wings)
@@ -121,7 +142,7 @@ def _wings(
 
 def wings_qwen1_5_7b(
     *,
-    vocab: int = 151_936,
+    vocab_size: int = 151_936,
     dim: int = 4096,
     layers: int = 32,
     heads: int = 32,
@@ -133,20 +154,20 @@ def wings_qwen1_5_7b(
     """Wings on Qwen1.5-7B-Chat, released as Wings-Qwen1_5-8B.
 
     Args:
-        vocab, dim, layers, heads, hidden, max_length: of the decoder.
+        vocab_size, dim, layers, heads, hidden, max_length: of the decoder.
         base: of its rotary positions.
-        options: of the tower (`vision_dim`, `vision_layers`, `vision_heads`, `vision_hidden`, `image`, `patch`), of
+        options: of the tower (`vision_dim`, `vision_layers`, `vision_heads`, `vision_hidden`, `image_size`, `patch`), of
             `Wings`, and of its learners.
     """
     return _wings(
-        "qwen", vocab=vocab, dim=dim, layers=layers, heads=heads, kv_heads=heads, hidden=hidden,
+        "qwen", vocab_size=vocab_size, dim=dim, layers=layers, heads=heads, kv_heads=heads, hidden=hidden,
         rotary=RotaryPositions(base), eps=1e-6, max_length=max_length, **options,
     )  # fmt: skip
 
 
 def wings_qwen1_5_1_8b(
     *,
-    vocab: int = 151_936,
+    vocab_size: int = 151_936,
     dim: int = 2048,
     layers: int = 24,
     heads: int = 16,
@@ -157,14 +178,14 @@ def wings_qwen1_5_1_8b(
 ) -> Wings:
     """Wings on Qwen1.5-1.8B-Chat; arguments as in `wings_qwen1_5_7b`."""
     return _wings(
-        "qwen", vocab=vocab, dim=dim, layers=layers, heads=heads, kv_heads=heads, hidden=hidden,
+        "qwen", vocab_size=vocab_size, dim=dim, layers=layers, heads=heads, kv_heads=heads, hidden=hidden,
         rotary=RotaryPositions(base), eps=1e-6, max_length=max_length, **options,
     )  # fmt: skip
 
 
 def wings_llama3_1_8b(
     *,
-    vocab: int = 128_256,
+    vocab_size: int = 128_256,
     dim: int = 4096,
     layers: int = 32,
     heads: int = 32,
@@ -176,6 +197,37 @@ def wings_llama3_1_8b(
 ) -> Wings:
     """Wings on Llama-3.1-8B-Instruct, which the authors have a script for; arguments as in `wings_qwen1_5_7b`."""
     return _wings(
-        "llama", vocab=vocab, dim=dim, layers=layers, heads=heads, kv_heads=kv_heads, hidden=hidden,
+        "llama", vocab_size=vocab_size, dim=dim, layers=layers, heads=heads, kv_heads=kv_heads, hidden=hidden,
         rotary=RotaryPositions(base, None, Stretch(8.0, 1.0, 4.0, 8192)), eps=1e-5, max_length=max_length, **options,
     )  # fmt: skip
+
+
+def wings_small(
+    vocab_size: int,
+    image_token: int,
+    *,
+    image_size: int = 64,
+    dim: int = 64,
+    layers: int = 4,
+    heads: int = 4,
+    rank: int = 8,
+    max_len: int = 512,
+    stage: int = 0,
+    **learners: Any,
+) -> Wings:
+    """A small one of ours, for images of some 64 pixels: what trains in minutes.
+
+    Args:
+        vocab_size, image_token: of the tokens.
+        image_size: side of an image, in pixels.
+        dim, layers, heads: of the decoder.
+        rank, max_len, stage, learners: as in `Wings`.
+    """
+    decoder = init_narrow(Decoder(vocab_size, dim, layers, heads))
+    tower = VisionTower(VisionConfig("clip", dim, 2, heads, image=image_size, patch=8))
+    projector = MLPProjector(dim, dim)
+    system = Wings(
+        decoder, TowerTokens(tower), projector, image_token=image_token, stage=stage, rank=rank, max_len=max_len, **learners
+    )
+    init_narrow(projector)  # `VisionLanguageModel` starts it as large models have it
+    return system

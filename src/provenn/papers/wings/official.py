@@ -14,13 +14,13 @@ from provenn.core.errors import UserError
 
 # Parts of names, theirs and ours, in order.
 NAMES = (
-    (r"^model\.vision_tower\.vision_tower\.vision_model\.", "vision.tower."),
-    (r"^model\.mm_projector\.0\.", "projector.linear1."),
-    (r"^model\.mm_projector\.2\.", "projector.linear2."),
-    (r"^lm_head\.", "decoder.head."),
-    (r"^model\.embed_tokens\.", "decoder.embed."),
-    (r"^model\.norm\.", "decoder.norm."),
-    (r"^model\.layers\.", "decoder.blocks."),
+    (r"^model\.vision_tower\.vision_tower\.vision_model\.", "model.vision.tower."),
+    (r"^model\.mm_projector\.0\.", "model.projector.linear1."),
+    (r"^model\.mm_projector\.2\.", "model.projector.linear2."),
+    (r"^lm_head\.", "model.decoder.head."),
+    (r"^model\.embed_tokens\.", "model.decoder.embed."),
+    (r"^model\.norm\.", "model.decoder.norm."),
+    (r"^model\.layers\.", "model.decoder.blocks."),
     (r"\.input_layernorm\.", ".norm1."),
     (r"\.post_attention_layernorm\.", ".norm2."),
     (r"\.mlp\.gate_proj\.", ".feedforward.gate."),
@@ -75,28 +75,28 @@ def convert(
     """
     ours = {_renamed(name): value for name, value in state.items() if not name.endswith(("inv_freq", "position_ids"))}
     try:
-        vocab, dim = ours["decoder.embed.weight"].shape
-        hidden = len(ours["decoder.blocks.0.feedforward.gate.weight"])
-        learner = ours["decoder.blocks.0.visual.query.down.weight"]
-        keys = len(ours["decoder.blocks.0.attention.key.weight"])
+        vocab, dim = ours["model.decoder.embed.weight"].shape
+        hidden = len(ours["model.decoder.blocks.0.feedforward.gate.weight"])
+        learner = ours["model.decoder.blocks.0.visual.query.down.weight"]
+        keys = len(ours["model.decoder.blocks.0.attention.key.weight"])
         shapes = _vision(ours)
     except (KeyError, ValueError, IndexError):
         raise UserError(
             "expected a state dict of a Wings model with its vision tower (model.layers.0.attn_pool. …), found other "
             "parameters"
         ) from None
-    layers = len({name.split(".")[2] for name in ours if name.startswith("decoder.blocks.")})
+    layers = len({name.split(".")[2] for name in ours if name.startswith("model.decoder.blocks.")})
     sizes = (layers, dim, vocab, hidden)
     known = next((name for name, expected in PRESETS.items() if expected == sizes), None)
-    llama = "decoder.blocks.0.attention.query.bias" not in ours
+    llama = "model.decoder.blocks.0.attention.query.bias" not in ours
     name = known or preset or ("wings_llama3_1_8b" if llama else "wings_qwen1_5_7b")
     made: dict[str, Any] = {"rank": len(learner), "as_released": True, **shapes}
-    if "decoder.blocks.0.textual.query.down.weight" not in ours:
+    if "model.decoder.blocks.0.textual.query.down.weight" not in ours:
         made["stage"] = 1
     else:
-        made["max_len"] = ours["decoder.blocks.0.router.linear.weight"].shape[1]
+        made["max_len"] = ours["model.decoder.blocks.0.router.linear.weight"].shape[1]
     if known is None:
-        made |= dict(zip(("layers", "dim", "vocab", "hidden"), sizes))
+        made |= dict(zip(("layers", "dim", "vocab_size", "hidden"), sizes))
     told = {ours_: config[theirs] for ours_, theirs in TOLD.items() if config and theirs in config}
     made |= told | {key: value for key, value in options.items() if value is not None}
     if known is None and "heads" not in made:
@@ -108,14 +108,14 @@ def convert(
 
 def _vision(ours: Mapping[str, Tensor]) -> dict[str, Any]:
     """Sizes of the tower that differ from SigLIP so400m's at 384 pixels; its heads have 72 channels there."""
-    dim, _, patch, _ = ours["vision.tower.embeddings.patch_embedding.weight"].shape
-    side = round(len(ours["vision.tower.embeddings.position_embedding.weight"]) ** 0.5)
-    layers = {name.split(".")[4] for name in ours if name.startswith("vision.tower.encoder.layers.")}
-    hidden = len(ours["vision.tower.encoder.layers.0.mlp.fc1.weight"])
+    dim, _, patch, _ = ours["model.vision.tower.embeddings.patch_embedding.weight"].shape
+    side = round(len(ours["model.vision.tower.embeddings.position_embedding.weight"]) ** 0.5)
+    layers = {name.split(".")[5] for name in ours if name.startswith("model.vision.tower.encoder.layers.")}
+    hidden = len(ours["model.vision.tower.encoder.layers.0.mlp.fc1.weight"])
     given = {"vision_dim": dim, "vision_layers": len(layers), "vision_hidden": hidden, "patch": patch}
     usual = {"vision_dim": 1152, "vision_layers": 26, "vision_hidden": 4304, "patch": 14}
     changed = {key: value for key, value in given.items() if value != usual[key]}
-    return changed if side == 27 and patch == 14 else {**changed, "image": side * patch}
+    return changed if side == 27 and patch == 14 else {**changed, "image_size": side * patch}
 
 
 def _renamed(name: str) -> str:
