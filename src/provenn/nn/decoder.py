@@ -419,7 +419,7 @@ class Decoder(nn.Module):
         after = _next_positions(positions, mask)
         if order is not None and mask is not None:
             x, mask, images = pack(x, order), pack(mask, order), None if images is None else pack(images, order)
-            axes = positions.reshape(-1, *order.shape).unbind()
+            axes = (positions if positions.dim() == 3 else positions[None]).unbind()
             positions = torch.stack([pack(axis, order) for axis in axes]).reshape(positions.shape)
         angles = self.rotary.angles(positions, self.head_dim, x.dtype)
         keys = None if state is None else _joined(state, mask, x)
@@ -561,7 +561,7 @@ def _initialise(module: nn.Module) -> None:
 def _next_positions(positions: Tensor, mask: Tensor | None) -> Int[Tensor, " batch"]:
     """One more than the largest position of each row, on any axis."""
     last = positions if mask is None else positions.masked_fill(~mask, -1)
-    return last.reshape(-1, *positions.shape[-2:]).amax(dim=(0, 2)) + 1
+    return (last if last.dim() == 3 else last[None]).amax(dim=(0, 2)) + 1
 
 
 def _joined(state: DecoderState, mask: Tensor | None, x: Tensor) -> Bool[Tensor, "batch keys"] | None:

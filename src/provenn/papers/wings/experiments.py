@@ -231,8 +231,9 @@ def layer_macs() -> dict[str, int]:
         lora = macs(lambda: tuned_.read(x)) - layer
         learners = macs(lambda: learner(x, image)) + macs(lambda: learner(x, words))
     router = TEXT * TEXT * HEADS * 2  # two more columns of values
-    maps = 4 * TEXT * DIM * DIM + 4 * (SEEN + WORDS) * DIM * DIM  # full maps in place of low rank
-    full = learners - 2 * 2 * DIM * RANK * (4 * TEXT + 2 * (SEEN + WORDS)) // 2 + maps
+    # With full maps: queries and outputs of both learners, keys and values of what each looks at.
+    wide, seen = 4 * TEXT, 2 * (SEEN + WORDS)
+    full = learners + (wide + seen) * (DIM * DIM - 2 * DIM * RANK) + router
     return {"layer": layer, "Wings": learners + router, "LoRA": lora, "full attention learners": full}
 
 

@@ -11,6 +11,7 @@ The vectors are those that the first layer reads, not hidden states, and keep th
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -263,7 +264,7 @@ class SplitStreams:
             start = 0 if self.as_released or context.keys is not None else max(0, self.system_length - seen)
             textual = None
             if start < x.shape[1]:
-                rows = torch.arange(start, x.shape[1], device=x.device).expand(len(x), -1)
+                rows = torch.arange(start, x.shape[1], device=x.device).expand(x.shape[0], -1)
                 textual = _gather(x, turns, words, rows)
             return Streams(None, textual, turns, numbers)
         images = context.images if context.mask is None else context.images & context.mask
@@ -276,7 +277,7 @@ class SplitStreams:
 def _gather(x: Tensor, turns: Turns, flags: Tensor, places: Tensor | None = None) -> Gathered | None:
     """The tokens that are flagged, those of each row one after the other; None where there is none."""
     if places is None:
-        count = int(flags.sum(dim=1).max()) if len(flags) else 0
+        count = int(flags.sum(dim=1).max()) if flags.numel() else 0
         if not count:
             return None
         places = (~flags).int().argsort(dim=1, stable=True)[:, :count]
@@ -284,7 +285,7 @@ def _gather(x: Tensor, turns: Turns, flags: Tensor, places: Tensor | None = None
     features = x.gather(1, places[..., None].expand(-1, -1, x.shape[2]))
     index = places[:, None, :, None]
     cos, sin = (
-        part.expand(len(places), -1, -1, -1).gather(2, index.expand(-1, -1, -1, part.shape[3])) for part in turns
+        part.expand(places.shape[0], -1, -1, -1).gather(2, index.expand(-1, -1, -1, part.shape[3])) for part in turns
     )
     order = there.cumsum(dim=1) - 1
     return Gathered(features.masked_fill(~there[..., None], 0), places, order, there, (cos, sin))
@@ -425,7 +426,7 @@ class WingsBlock(nn.Module):
         width = v.shape[-1]
         columns = self.router.columns(context.shared.numbers).to(v.dtype)[:, None]
         # All of one width, as fused kernels ask: zeros in queries and keys change no score.
-        columns = F.pad(columns, (0, PAD - 2)).expand(len(v), v.shape[1], -1, -1)
+        columns = F.pad(columns, (0, PAD - 2)).expand(v.shape[0], v.shape[1], -1, -1)
         y = attention.attend(F.pad(q, (0, PAD)), F.pad(k, (0, PAD)), torch.cat([v, columns], dim=-1), context, scale=width**-0.5)
         sums = y[..., width : width + 2].to(torch.promote_types(y.dtype, torch.float32)).sum(dim=1)
         return attention.out(y[..., :width].transpose(1, 2).flatten(2)), self.router.weigh(sums), cache
@@ -453,16 +454,23 @@ class WingsBlock(nn.Module):
         if keys is None or there is None:
             return None, state
 
-        def visible(start: int, end: int) -> Tensor:
-            if not causal or tokens is None:
-                return there[:, None]
-            queries = torch.arange(start, end, device=x.device)[:, None]
-            # The authors' mask counts words where it means places: behind an image it shows words to come.
-            at = tokens.order if self.as_released else tokens.places
-            now = (at[:, None] <= queries) & tokens.there[:, None]
-            return torch.cat([there[:, None, :before].expand(-1, end - start, -1), now], dim=2)
-
+        # The authors' mask counts words where it means places: behind an image it shows words to come.
+        at = None if not causal or tokens is None else tokens.order if self.as_released else tokens.places
+        visible = partial(_visible, there, at)
         return learner.attend(learner.queries(x, context.shared.turns), *keys, visible), state
+
+
+def _visible(there: Tensor, at: Tensor | None, start: int, end: int) -> Tensor:
+    """Which keys the queries from `start` up to `end` may attend to: those that are there, and whose place has come.
+
+    `at` are the places of the last keys; those before them were read earlier. None where places do not matter.
+    """
+    if at is None:
+        return there[:, None]
+    queries = torch.arange(start, end, device=there.device)[:, None]
+    before = there.shape[1] - at.shape[1]
+    come = F.pad(at[:, None] <= queries, (before, 0), value=True)
+    return there[:, None] & come
 
 
 def _has_images(visual: Gathered | None, state: WingsState | None) -> Bool[Tensor, " batch"] | None:
