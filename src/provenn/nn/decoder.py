@@ -15,7 +15,7 @@ and towers for images are transformers': see `provenn.huggingface`.
 """
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -104,6 +104,7 @@ class Context(NamedTuple):
         images: True where a token is one of an image; None where none is.
         seen: how many places the cache has filled before.
         keys: which of these places, and then of the tokens, hold no padding; None where all do, or nothing is cached.
+        shared: what `Decoder.sharing` made of the rest, once for all blocks.
     """
 
     inputs: Float[Tensor, "batch tokens dim"]
@@ -112,6 +113,7 @@ class Context(NamedTuple):
     images: Bool[Tensor, "batch tokens"] | None = None
     seen: int = 0
     keys: Bool[Tensor, "batch keys"] | None = None
+    shared: Any = None
 
     def visible(self, start: int, end: int) -> Bool[Tensor, "rows 1 queries keys"]:
         """Which keys, those of the cache first, each of the tokens from `start` up to `end` may attend to."""
@@ -177,23 +179,30 @@ class DecoderAttention(nn.Module):
         k, v = (split_heads(part(seen), self.kv_heads) for part in (self.key, self.value))
         return turn(q, *context.angles), turn(k, *context.angles), v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Float[Tensor, "batch heads tokens width"]:
-        """Fused causal attention to the cache's keys and the tokens' own; the values may have any width."""
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, context: Context, *, scale: float | None = None
+    ) -> Float[Tensor, "batch heads tokens width"]:
+        """Fused causal attention to the cache's keys and the tokens' own; the values may have any width.
+
+        `scale` is the factor of the scores, by default 1/√p.
+        """
         groups = self.heads // k.shape[1]
         if q.shape[2] == 1:
             # One token sees all that came: the heads of a group are queries of one head, and no key is copied.
             mask = None if context.keys is None else context.keys[:, None, None]
-            return softmax_attention(q.unflatten(1, (-1, groups)).squeeze(3), k, v, mask=mask).flatten(1, 2)[:, :, None]
+            q = q.unflatten(1, (-1, groups)).squeeze(3)
+            return softmax_attention(q, k, v, mask=mask, scale=scale).flatten(1, 2)[:, :, None]
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
         if not context.seen:
-            return softmax_attention(q, k, v, causal=True)
+            return softmax_attention(q, k, v, causal=True, scale=scale)
         # `is_causal` aligns the triangle to the first key. A mask of some rows at a time grows with the keys alone.
         parts = []
         for start in range(0, q.shape[2], ROWS):
             end = min(start + ROWS, q.shape[2])
             upto = context.seen + end
             mask = context.visible(start, end)
-            parts.append(softmax_attention(q[:, :, start:end], k[:, :, :upto], v[:, :, :upto], mask=mask))
+            part = softmax_attention(q[:, :, start:end], k[:, :, :upto], v[:, :, :upto], mask=mask, scale=scale)
+            parts.append(part)
         return torch.cat(parts, dim=2)
 
     def forward(
@@ -321,6 +330,7 @@ class Decoder(nn.Module):
     """
 
     origin: Any = None  # the configuration that it was loaded with, of another library
+    sharing: Callable[[Context], Any] | None = None  # makes what a mechanism's blocks share, once for each reading
 
     def __init__(
         self,
@@ -409,11 +419,13 @@ class Decoder(nn.Module):
         after = _next_positions(positions, mask)
         if order is not None and mask is not None:
             x, mask, images = pack(x, order), pack(mask, order), None if images is None else pack(images, order)
-            axes = positions.reshape(-1, *order.shape).unbind()
+            axes = (positions if positions.dim() == 3 else positions[None]).unbind()
             positions = torch.stack([pack(axis, order) for axis in axes]).reshape(positions.shape)
         angles = self.rotary.angles(positions, self.head_dim, x.dtype)
         keys = None if state is None else _joined(state, mask, x)
         context = Context(x, angles, mask, images, seen, keys)
+        if self.sharing is not None:
+            context = context._replace(shared=self.sharing(context))
         x, between, states = self._blocks(x, context, state, layers)
         if order is not None:
             between = [unpack(layer, order) for layer in between]
@@ -549,7 +561,7 @@ def _initialise(module: nn.Module) -> None:
 def _next_positions(positions: Tensor, mask: Tensor | None) -> Int[Tensor, " batch"]:
     """One more than the largest position of each row, on any axis."""
     last = positions if mask is None else positions.masked_fill(~mask, -1)
-    return last.reshape(-1, *positions.shape[-2:]).amax(dim=(0, 2)) + 1
+    return (last if last.dim() == 3 else last[None]).amax(dim=(0, 2)) + 1
 
 
 def _joined(state: DecoderState, mask: Tensor | None, x: Tensor) -> Bool[Tensor, "batch keys"] | None:

@@ -41,7 +41,9 @@ def read_cases(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def drawn(spec: Mapping[str, Any], seed: int) -> Tensor:
-    """Noise, or tokens where `below` says how many there are: the noise is uniform over (−√3, √3)."""
+    """Noise, uniform over (−√3, √3); tokens where `below` says how many there are; or what `value` says."""
+    if "value" in spec:
+        return torch.tensor(spec["value"])
     noise = seeded_array(spec["shape"], spec["name"], seed)
     if below := spec.get("below"):
         return torch.from_numpy(((noise / np.sqrt(3) + 1) / 2 * below).astype(np.int64))
@@ -98,5 +100,6 @@ def check_case(card: Card, case: Mapping[str, Any]) -> None:
     assert_values(output, case["output"], tolerance)
     if gradient is not None:
         weight = torch.from_numpy(seeded_array(output.shape, "gradient", case["seed"]).astype(np.float32))
-        slope = torch.autograd.grad((output * weight).sum(), inputs[0])[0]
+        first = next(x for x in inputs if x.is_floating_point())
+        slope = torch.autograd.grad((output * weight).sum(), first)[0]
         assert_values(slope, gradient, tolerance, "gradient")
