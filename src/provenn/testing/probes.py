@@ -18,7 +18,7 @@ from provenn.evidence.study import SMOKE_EXAMPLES, Contrast, Reading, Study
 from provenn.tasks import TaskData
 from provenn.testing.elsewhere import elsewhere, move
 
-OPERATIONS = 1000  # of torch that are followed in one probe: what is left out repeats them, for more examples
+OPERATIONS = 1000  # of torch that are followed in one probe: a longer one repeats them, mostly
 
 
 def studies_of(card: Card) -> list[Study]:
