@@ -87,23 +87,6 @@ class Preset(Facts):
         return [{"shape": given}] if plain and given else given
 
 
-class Probes(Facts):
-    """Figures that the studies of a paper read off trained networks.
-
-    `cpu_only` names those that fail where the network is on a GPU, and `why` says why they do.
-    """
-
-    cpu_only: list[str] = []
-    why: str = ""
-
-    @model_validator(mode="after")
-    def has_a_reason(self) -> "Probes":
-        """What fails has a reason, and a reason is of something."""
-        if bool(self.cpu_only) != bool(self.why):
-            raise ValueError("probes: cpu_only and why go together")
-        return self
-
-
 def _key(facts: Any, name: str) -> Any:
     return facts.get(name) if isinstance(facts, dict) else None
 
@@ -140,7 +123,6 @@ class Card(Facts):
     scales: dict[str, str] = {}
     roles: Roles | None = None
     presets: list[Preset] = []
-    probes: Probes = Probes()
     claims: list[Claim] = []
     experiments: list[Experiment] = []
 

@@ -623,16 +623,17 @@ def _run_on_another_device(subject: Subject) -> None:
     token mixer is also asked with a mask, and step by step. A preset is made of mechanisms, and large: it only has to
     run. The device is emulated (`provenn.testing.elsewhere`), so what stays on the CPU is found without a GPU.
     """
-    module, inputs = subject.build(), subject.inputs(batch=2)
-    if subject.slot is not None:
-        module, inputs = module.double(), _cast(inputs, Tensor.double)
-    before = None if subject.slot is None else _results(module, subject, [x.clone() for x in inputs])
+    if subject.slot is None:
+        with elsewhere():
+            _results(move(subject.build()), subject, [x.to(DEVICE) for x in subject.inputs(batch=2)])
+        return
+    module, inputs = subject.build().double(), _cast(subject.inputs(batch=2, tokens=5), Tensor.double)
+    before = _results(module, subject, [x.clone() for x in inputs])
     module.zero_grad()
     with elsewhere():
         after = _results(move(module), subject, [x.to(DEVICE) for x in inputs])
-    if before is not None:
-        _close(after[0], before[0], "there it gives another output")
-        _close(after[1], before[1], "there it gives another gradient", 1e-3)
+    _close(after[0], before[0], "there it gives another output")
+    _close(after[1], before[1], "there it gives another gradient", 1e-3)
 
 
 def _results(module: Any, subject: Subject, inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -18,7 +18,7 @@ from provenn.evidence.study import SMOKE_EXAMPLES, Contrast, Reading, Study
 from provenn.tasks import TaskData
 from provenn.testing.elsewhere import elsewhere, move
 
-OPERATIONS = 1000  # of torch that are followed in one probe: what is left out repeats them, for more examples
+OPERATIONS = 1000  # of torch that are followed in one probe: a longer one repeats them, mostly
 
 
 def studies_of(card: Card) -> list[Study]:
@@ -35,13 +35,14 @@ def faults_of_probes(card: Card) -> Iterator[str]:
     """Every probe of a study reads a network on another device, which is emulated (`provenn.testing.elsewhere`).
 
     It reads an untrained network and a smoke run's examples, for its first thousand operations. The network is of the
-    variant whose figure an experiment takes from it, or else of the last. A probe that is `cpu_only` has to fail.
+    variant whose figure an experiment takes from it, or else of the last. A probe that `CPU_ONLY` of experiments.py
+    names, with the reason, has to fail.
     """
     try:
         studies = studies_of(card) if card.has("experiments") else []
     except (UserError, ValueError):
         return  # as the check of experiments says
-    excused = card.probes.cpu_only
+    excused: dict[str, str] = getattr(card.resolve_module("experiments"), "CPU_ONLY", {}) if studies else {}
     probes: set[str] = set()
     failed: set[str] = set()
     for study in (study for study in studies if study.probes):
@@ -55,11 +56,11 @@ def faults_of_probes(card: Card) -> Iterator[str]:
                 if name not in excused:
                     about = f"the probe {name!r} of the study {study.name!r}"
                     yield f"{about} fails on another device: {in_a_line(error)}"
-    for name in excused:
+    for name, reason in excused.items():
         if name not in probes:
-            yield f"cpu_only: no study has a probe {name!r}{meant(name, list(probes))}"
+            yield f"CPU_ONLY: no study has a probe {name!r}{meant(name, list(probes))}"
         elif name not in failed:
-            yield f"the probe {name!r} runs on another device: take it out of cpu_only ({card.probes.why})"
+            yield f"the probe {name!r} runs on another device: take it out of CPU_ONLY ({reason})"
 
 
 def read_elsewhere(study: Study, probe: str, variant: str, data: TaskData) -> None:

@@ -96,6 +96,12 @@ MIDDLE = ONE_SHOT["middle"]
 WHOLE, UPPER = "accuracy over 50 to 90 %", "accuracy over 60 to 90 %"
 WEIGHT_ONLY = ("lamp", "magnitude")
 
+# Probes that fail where the network is on a GPU, and why.
+CPU_ONLY = dict.fromkeys(
+    ("bound and change",),
+    "its images stay on the CPU; the mend asks for 12 records to be repeated, 20 minutes of one core in all",
+)
+
 EXPERIMENTS = {
     "only_magnitude_over_only_dimap": MIDDLE.against("only magnitude", "only dimap", metric="loss", shown=("dense",)),
     "only_magnitude_over_kept": MIDDLE.against("only magnitude", "kept", metric="loss", shown=("dense",)),

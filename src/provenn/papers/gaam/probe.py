@@ -58,7 +58,8 @@ class LayerStackProbe(nn.Module):
                 f"{type(encoder).__name__}"
             ) from None
         self.encoder = encoder.requires_grad_(False).eval()
-        self.decoder = StackClassifier(num_classes, layers, dim, **options)
+        weight = next(encoder.parameters(), torch.empty(0))
+        self.decoder = StackClassifier(num_classes, layers, dim, **options).to(weight.device)
 
     def train(self, mode: bool = True) -> "LayerStackProbe":
         """The decoder's mode; the encoder stays in eval mode."""

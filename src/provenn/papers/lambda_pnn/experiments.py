@@ -27,6 +27,16 @@ FUSION = Study(
 )
 CLASSICAL = ("gsa", "glp")
 
+# Probes that fail where the network is on a GPU, and why.
+CPU_ONLY = dict.fromkeys(
+    (
+        "SAM",
+        "missing detail",
+        "1 − Q2ⁿ",
+    ),
+    "the scenes stay on the CPU; the mend asks for two records to be repeated, 14 minutes of one core each",
+)
+
 EXPERIMENTS = {
     "reduced_does_poorly": FUSION.against("reduced", "full", shown=CLASSICAL),
     "pnn_by_the_framework": FUSION.against("pnn", "pnn reduced", ratio=True),

@@ -283,6 +283,21 @@ def _looks_ahead(model: Any, tokens: int, window: int, n: int, prompt: Tensor, d
     return write_by_lookahead(model, prompt, tokens, draw, window=window, n=n)
 
 
+# Probes that fail where the network is on a GPU, and why.
+CPU_ONLY = dict.fromkeys(
+    (
+        "velocity",
+        "accepted",
+        "layers_read",
+        "hits",
+        "likeness",
+        "speedup",
+        "scarce_stall",
+        "scarce_loads",
+    ),
+    "the text stays on the CPU; the mend asks for records to be repeated, up to 7 minutes of one core each",
+)
+
 EXPERIMENTS: dict[str, Measure] = {
     "depth_helps": DEPTH.against("8", "2"),
     "residuals_carry_depth": DEPTH.against("8", "8 without", may_guess=WITHOUT),

@@ -198,6 +198,24 @@ CHUNKS = Timing(
 )
 
 OUTSIDE = "what lies outside the window it cannot see"
+# Probes that fail where the network is on a GPU, and why.
+CPU_ONLY = dict.fromkeys(
+    (
+        "beyond the window",
+        "within",
+        "within, unwritten",
+        "beyond, unwritten",
+        "within, narrow",
+        "beyond, narrow",
+        "late",
+        "late, unwritten",
+        "late share of the inner loss",
+        "at 16 times the length",
+        "at 256 times the length",
+    ),
+    "the tokens stay on the CPU; the mend asks for records to be repeated, up to 10 minutes of one core each",
+)
+
 EXPERIMENTS = {
     "attention_recalls": RECALL.against("attention", "rnn"),
     "attention_operations": OPERATIONS.grows("attention"),
