@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import provenn
 from provenn.cli import main
+from provenn.core.cost import macs
 from provenn.core.errors import UserError
 from provenn.inference.prune import methods
 from provenn.surgery.pruned import load_masks, load_packed
@@ -279,3 +280,13 @@ def test_links_are_followed_to_the_masks_and_never_written_through(sparse, tmp_p
     with pytest.raises(UserError, match="name a new folder"):
         provenn.prune(sparse, tmp_path / "nowhere", method="dimap", ratio=0.5)
     assert not (tmp_path / "gone").exists()
+
+
+def test_multiply_adds_are_counted_of_pictures_that_are_not_square_too(tmp_path):
+    folder, summary = provenn.prune("cnl_regions", tmp_path / "out", method="dimap", ratio=0.5)
+    report = json.loads((folder / "pruning.json").read_text())["multiply_adds"]
+    model, label = provenn.paper("little_attention").load(folder)
+    assert label.meta["size"] == [64, 32]
+    image = torch.zeros(1, 3, 64, 32)
+    assert report["all"] == summary.macs == macs(lambda: model(image))
+    assert 0 < report["kept"] <= report["all"]

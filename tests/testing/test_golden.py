@@ -60,8 +60,10 @@ def test_every_paper_with_public_code_holds_values_of_that_code():
     for slug, card in cards().items():
         if not (card.code and card.package.startswith("provenn.")):
             continue
-        contents = [json.loads(file.read_text()) for file in (PAPERS / slug).glob("*.json")]
-        sources = [content["source"] for content in contents if isinstance(content, dict) and "source" in content]
+        read = [json.loads(file.read_text()) for file in (PAPERS / slug).glob("*.json")]
+        contents = [content for content in read if isinstance(content.get("cases"), list)]
+        entries = [e for content in contents for e in (content, *content.get("cases", ())) if isinstance(e, dict)]
+        sources = [entry["source"] for entry in entries if "source" in entry]
         assert all(len(source.partition("@")[2]) == 40 for source in sources), slug
         if not any(source.startswith(f"{card.code}@") for source in sources):
             without.add(slug)

@@ -246,13 +246,12 @@ def _ours(model: "nn.Module", label: "Label", name: str, how: dict[str, Any]) ->
     metrics: dict[str, float] = {}  # those of the weights before are not of these
     marked = replace(label, metrics=metrics, trained_on={**label.trained_on, PRUNED: json.loads(json.dumps(how))})
     meta = label.meta
-    image = {"size", "channels"} <= meta.keys()
-    return _Given(
-        model,
-        name,
-        lambda folder: weights.save(model, folder / weights.FILE, marked),
-        (1, meta["channels"], meta["size"], meta["size"]) if image else None,
-    )
+    example: tuple[int, ...] | None = None
+    if {"size", "channels"} <= meta.keys():
+        example = (1, meta["channels"], meta["size"], meta["size"])
+    elif isinstance(meta.get("size"), list) and "mean" in meta:  # height and width
+        example = (1, len(meta["mean"]), *meta["size"])
+    return _Given(model, name, lambda folder: weights.save(model, folder / weights.FILE, marked), example)
 
 
 def _of_transformers(path: Path) -> _Given:

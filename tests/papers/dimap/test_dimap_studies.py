@@ -4,19 +4,26 @@ import copy
 
 import pytest
 import torch
+from scipy import stats
 
 from provenn.papers.dimap import masks, swin_digits
 from provenn.papers.dimap.pruning import find_layers
 from provenn.papers.dimap.studies import (
+    RATIOS,
     Cut,
+    above_half,
     accuracies,
     bound_and_change,
     digits,
+    loss,
+    medians_apart,
     network,
+    over_ratios,
     pairs,
     pruned,
     removed,
     taylor,
+    top5,
 )
 from provenn.tasks import get_task
 from provenn.training import Recipe
@@ -106,8 +113,8 @@ def test_taylor_is_the_saliency_of_snip(dense):
     switches = {name: torch.ones_like(weights[name]).requires_grad_() for name in names}
     switched = {name: weight * switches[name] if name in switches else weight for name, weight in weights.items()}
     images, labels = (torch.stack([torch.as_tensor(data.train[i][part]) for i in range(64)]) for part in (0, 1))
-    loss = torch.nn.functional.cross_entropy(torch.func.functional_call(net, switched, (images,)), labels)
-    slopes = torch.autograd.grad(loss, list(switches.values()))
+    value = torch.nn.functional.cross_entropy(torch.func.functional_call(net, switched, (images,)), labels)
+    slopes = torch.autograd.grad(value, list(switches.values()))
     found = taylor(dense, data)
     assert list(found) == names
     for name, slope in zip(names, slopes):
@@ -116,3 +123,71 @@ def test_taylor_is_the_saliency_of_snip(dense):
     kept = removed(dense, "taylor", 0.7, data, 0).kept
     gone = max(found[name][~kept[name]].max() for name in names)
     assert gone <= min(found[name][kept[name]].min() for name in names if kept[name].any())
+
+
+def test_curves_are_means_of_their_ratios(dense):
+    data = digits(0, True)
+    measured, single = torch.nn.Identity(), torch.nn.Identity()
+    measured.measured, single.measured = [0.1, 0.9, 0.8, 0.7, 0.4], [0.3]  # at 50, 60, 70, 80 and 90 %; at one
+    assert over_ratios(measured, data) == pytest.approx(0.58) and above_half(measured, data) == pytest.approx(0.7)
+    assert over_ratios(single, data) == above_half(single, data) == 0.3
+
+
+def test_loss_and_top5_are_those_of_the_test_split():
+    data, model = digits(0, True), network(Cut(width=8)).eval()
+    images, labels = data.test.tensors
+    with torch.no_grad():
+        logits = model(images)
+        expected = torch.nn.functional.cross_entropy(logits, labels)
+        assert loss(model, data) == pytest.approx(float(expected), rel=1e-5)
+        hits = (logits.topk(5).indices == labels[:, None]).any(1)
+        assert top5(model, data) == pytest.approx(float(hits.float().mean()))
+
+
+def test_medians_apart_are_a_ratio_of_layers(dense):
+    model = copy.deepcopy(dense)
+    with torch.no_grad():
+        for k, layer in enumerate(find_layers(model), 2):
+            model.get_parameter(layer.names[0]).fill_(-float(k))
+        assert medians_apart(model, digits(0, True)) == pytest.approx(k / 2)
+
+
+def test_the_bound_is_ranked_with_the_change_of_the_logits_layer_by_layer(dense):
+    """Brute force: the smallest 70 % of each layer go, one layer at a time."""
+    data, model = digits(0, True), network(Cut(width=8)).eval()
+    model.load_state_dict(dense.state_dict())
+    images, bounds, changes = data.test.tensors[0][:64], [], []
+    with torch.no_grad():
+        found, before = bound_and_change(model, data), model(images)
+        for layer in find_layers(model):
+            net = copy.deepcopy(model)
+            weight = net.get_parameter(layer.names[0])
+            squares, order = weight.flatten().square().sort()
+            gone = int(0.7 * len(order) + 1e-9)
+            bounds.append(float((squares[:gone].sum() / squares.sum()).sqrt()))
+            weight.view(-1)[order[:gone]] = 0
+            changes.append(float((net(images) - before).norm()))
+    assert found == pytest.approx(stats.spearmanr(bounds, changes).statistic, abs=0.02)
+    assert abs(found) > 0.05
+
+
+def test_a_pair_reads_from_left_to_right():
+    whole = get_task("image-classification").load("digits", seed=0)
+    shown = {image.numpy().tobytes(): int(label) for image, label in zip(*whole.test.tensors)}
+    images, labels = pairs(0, True).test.tensors
+    left, right = ([shown[half.contiguous().numpy().tobytes()] for half in part] for part in images.split(8, 3)[:2])
+    assert labels.tolist() == [10 * a + b for a, b in zip(left, right)] and left != right
+
+
+def test_each_ratio_is_cut_from_the_dense_network(dense):
+    data, whole = digits(0, True), dense.state_dict()
+    model = network(Cut("taylor", 0.7, 8)).eval()
+    model.load_state_dict(whole)
+    expected = []
+    with torch.no_grad():
+        curve = accuracies(model, data)
+        for ratio in RATIOS:
+            net = copy.deepcopy(dense).eval()
+            removed(net, "taylor", ratio, data, 0).apply(net)
+            expected.append(TASK.evaluate(net, data.test)["accuracy"])
+    assert curve == expected and len(set(curve)) > 2

@@ -200,7 +200,8 @@ def _choose(
             raise UserError(f"no {slot} is called {name!r}{meant(name, known)}; there are: {', '.join(known)}")
     if len(chosen) < 2:
         raise UserError(
-            f"a comparison takes two candidates or more, got {', '.join(chosen) or 'none'}; try none, a baseline"
+            f"a comparison takes two candidates or more, got {chosen[0] if chosen else 'no name'}: add "
+            f"{' or '.join([name for name in baselines if name not in chosen][:2] or ['another'])}"
         )
     return {name: known[name] for name in chosen}
 
