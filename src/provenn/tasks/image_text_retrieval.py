@@ -382,12 +382,15 @@ class ImageTextRetrieval(Task):
         return [*images_in(gallery)]
 
     def portable(self, model: nn.Module, meta: dict[str, Any]) -> Portable:
-        """From `image` in 0…1 and `tokens` to `similarity`, a score of each image and each text."""
+        """From `image` in 0…1 and `tokens`, filled up with `<pad>` to the longest, to `similarity`, each with each."""
         _check_pictures(meta)
         generator = torch.Generator().manual_seed(0)
-        words = Vocabulary(meta["words"])
-        tokens = torch.randint(0, len(words), (3, min(12, meta["longest"])), generator=generator)
-        tokens[:, 0], tokens[:, -1] = words.start, words.end
+        words, longest = Vocabulary(meta["words"]), int(meta["longest"])
+        tokens = torch.randint(0, len(words), (3, longest), generator=generator)
+        tokens[:, 0] = words.start
+        tokens = torch.where((tokens == words.end) | (tokens == words.pad), words.unknown, tokens)
+        for row, end in enumerate((longest - 1, longest // 2, 2)):
+            tokens[row, end], tokens[row, end + 1 :] = words.end, words.pad
 
         def predict(image: Tensor, tokens: Tensor) -> Tensor:
             encoded = encode_texts(model, tokens, tokens != words.pad)
@@ -439,7 +442,8 @@ def encode_images(model: nn.Module, images: Tensor, regions: Bool[Tensor, "batch
         UserError: it has none.
     """
     if regions is None:
-        regions = torch.ones(len(images), images.shape[1] if images.ndim == 3 else 1, dtype=torch.bool)
+        # `len` would fix the number of images in an exported file.
+        regions = torch.ones(images.shape[0], images.shape[1] if images.ndim == 3 else 1, dtype=torch.bool)
     return _method(model, "encode_images")(images, regions.to(images.device))
 
 
