@@ -151,7 +151,7 @@ def test_a_training_is_looked_at_on_its_way():
     done = traced(lambda: network(HEADS["rca"][1]), TASK, given, SHORT, seed=0)
     trace = done.model.trace
     assert len(trace) == 1
-    with done.model.in_stage(1):
+    with done.model.in_stage(1), torch.no_grad():
         assert trace[0] == [TASK.evaluate(done.model, split)["pixel_ap"] for split in (given.val, given.test)]
 
 
