@@ -4,8 +4,8 @@ A caption says whether a texture is flawless, how it is damaged, and where. All 
 composed. The textures are those that the prompts are trained on, so that a category of the test is unseen here too.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -79,7 +79,7 @@ def textures_of(categories: Sequence[str]) -> tuple[str, ...]:
 
 
 def captioned(
-    textures: Sequence[str], meta: dict[str, list[float]], *, seed: int, steps: int, batch: int
+    textures: Sequence[str], meta: Mapping[str, Any], *, seed: int, steps: int, batch: int
 ) -> Iterator[Captioned]:
     """Batches of composed textures with captions; the same for a seed.
 

@@ -44,7 +44,7 @@ class Templates(BayesPFL):
         for words in TEMPLATES:
             for word in words:
                 before = [self.tokenizer.start, *self.tokenizer.encode(f"{word} ")]
-                start = tower.embed(tokens.new_tensor(before)).expand(len(tokens), -1, -1)
+                start = tower.embed(tokens.new_tensor([before])).expand(tokens.shape[0], -1, -1)
                 together = torch.cat([start, tower.embed(tokens)], 1)
                 inside = torch.arange(together.shape[1], device=tokens.device) < (lengths + len(before))[:, None]
                 rows.append(self.clip.encode_text(embeddings=together, mask=inside))

@@ -135,7 +135,7 @@ def network(variant: Variant) -> nn.Module:
 @lru_cache(maxsize=8)  # trained once a seed, and frozen under all heads
 def trained_clip(textures: tuple[str, ...], seed: int, steps: int, hardware: Hardware) -> Mapping[str, Tensor]:
     """The weights of a small CLIP that learned from these textures."""
-    data = defects(seed, False)
+    data = defects(seed, steps == 1)  # of one step: the path alone
     torch.manual_seed(seed)
     model = _bayes(BayesPFL, clip_steps=steps)
     plan = stages(
@@ -206,7 +206,8 @@ def traced(
             model.trace.append([task.evaluate(model, split)["pixel_ap"] for split in (data.val, data.test)])
 
     run_stages(model, listed, seed=seed, hardware=hardware, after=look)
-    return Fit(model.eval(), task.evaluate(model, data.test))
+    with torch.no_grad():
+        return Fit(model, task.evaluate(model.eval(), data.test))
 
 
 # Probes
