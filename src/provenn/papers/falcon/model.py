@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -13,9 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from provenn.core.errors import UserError
 from provenn.nn.arguments import check_whole
-from provenn.nn.contrastive import vision_from_huggingface
+from provenn.nn.contrastive import ContrastivePair, vision_from_huggingface
 from provenn.nn.decoder import Decoder, RotaryPositions, Stretch
 from provenn.nn.language import init_narrow
+from provenn.nn.shipped import pretrained
 from provenn.nn.towers import Block, VisionConfig, VisionTower
 from provenn.nn.vision_language import ImageChat, MLPProjector, VisionLanguageModel
 from provenn.papers.falcon.crops import LIMIT, Grid, choose_grid, cut, cut_image, markers_of, places_of
@@ -73,6 +74,8 @@ class RegisterViT(nn.Module):
     ):
         super().__init__()
         self.tower = VisionTower(replace(config, head=False))
+        if config.layout == "clip":
+            self.tower.post_layernorm.requires_grad_(False)  # of the class token, which nobody reads
         self.registers = VisualRegisters(config.dim, registers, limit, generate)
         self.interact: nn.ModuleList | None = None
         if interact:
@@ -97,7 +100,11 @@ class RegisterViT(nn.Module):
         Raises:
             UserError: another model.
         """
-        tower = model if isinstance(model, VisionTower) else vision_from_huggingface(model)
+        if isinstance(model, VisionTower):
+            tower = model
+        else:
+            kept = next((p.dtype for p in model.parameters()), None) if isinstance(model, nn.Module) else None
+            tower = vision_from_huggingface(model, dtype=kept)
         own = cls(tower.config, registers=registers, limit=limit, interact=interact, generate=generate)
         like = next(tower.parameters())
         own.to(device=like.device, dtype=like.dtype)
@@ -158,8 +165,8 @@ class RegisterViT(nn.Module):
 
     def encode(
         self,
-        crops: Float[Tensor, "crops channels side side"],
-        places: Int[Tensor, "crops 2"] | None = None,
+        crops: Float[Tensor, "crops channels height width"],
+        places: Int[Tensor, "_ 2"] | None = None,
         counts: Counts | None = None,
         *,
         registers: Float[Tensor, "#crops registers dim"] | None = None,
@@ -213,8 +220,8 @@ class RegisterViT(nn.Module):
 
     def forward(
         self,
-        crops: Float[Tensor, "crops channels side side"],
-        places: Int[Tensor, "crops 2"] | None = None,
+        crops: Float[Tensor, "crops channels height width"],
+        places: Int[Tensor, "_ 2"] | None = None,
         counts: Counts | None = None,
         *,
         registers: Float[Tensor, "#crops registers2 dim"] | None = None,
@@ -444,57 +451,6 @@ def falcon_encoder(
     return CropEncoder(vit, max_upscale=max_upscale, low_resolution=low_resolution)
 
 
-def falcon_llama(
-    vocab_size: int,
-    image_token: int,
-    *,
-    image_size: int | None = None,
-    dim: int,
-    layers: int,
-    heads: int,
-    kv_heads: int | None = None,
-    text_hidden: int | None = None,
-    eps: float = 1e-6,
-    tied: bool = True,
-    rotary: RotaryPositions = RotaryPositions(),  # it is frozen
-    max_length: int | None = None,
-    checkpointing: bool = False,
-    narrow: bool = False,
-    **encoder: Any,
-) -> ImageChat:
-    """FALCON around a decoder of Llama's layout, for texts with one placeholder an image.
-
-    Args:
-        vocab_size, image_token: of the tokens.
-        image_size: side at which images come, in pixels. They are cut at any size, so nothing depends on it.
-        dim, layers, heads, kv_heads, text_hidden, eps, tied, rotary, max_length: of the `Decoder`.
-        checkpointing: whether encoder and decoder compute their activations again for the gradient, in training.
-        narrow: start decoder and projector as models of some tens of channels do.
-        encoder: as of `falcon_encoder`, its width, depth and heads as `tower_dim`, `tower_depth` and `tower_heads`.
-    """
-    names = {"tower_dim": "dim", "tower_depth": "depth", "tower_heads": "heads", "tower_hidden": "hidden"}
-    vision = falcon_encoder(**{names.get(name, name): value for name, value in encoder.items()})
-    vision.vit.tower.encoder.checkpointing = checkpointing
-    decoder = Decoder(
-        vocab_size,
-        dim,
-        layers,
-        heads,
-        kv_heads=kv_heads,
-        hidden=text_hidden,
-        eps=eps,
-        tied=tied,
-        rotary=rotary,
-        max_length=max_length,
-        checkpointing=checkpointing,
-    )
-    model = Falcon(decoder, vision, image_token=image_token)
-    if narrow:
-        init_narrow(decoder)
-        init_narrow(model.projector)
-    return ImageChat(model)
-
-
 def falcon_8b(
     vocab_size: int = 128256,
     image_token: int = -200,
@@ -526,41 +482,43 @@ def falcon_8b(
     Args:
         vocab_size, image_token, image_size: of the tokens and images; the authors' placeholder is −200.
         registers, limit, interact, max_upscale, low_resolution, side, patch: as of `falcon_encoder`.
-        checkpointing: as of `falcon_llama`.
+        checkpointing: whether encoder and decoder compute their activations again for the gradient, in training.
         tower_dim, tower_depth, tower_heads, tower_hidden: of the ViT.
         dim, layers, heads, kv_heads, text_hidden, eps: of the decoder.
         rope_base, rope_factor: of its positions; a factor of 1 is Llama 3's, which are not stretched.
     """
     stretch = None if rope_factor == 1 else Stretch(rope_factor, 1.0, 4.0, 8192)
-    return falcon_llama(
-        vocab_size,
-        image_token,
-        image_size=image_size,
-        dim=dim,
-        layers=layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        text_hidden=text_hidden,
-        eps=eps,
-        tied=False,
-        rotary=RotaryPositions(rope_base, stretch=stretch),
-        max_length=LLAMA_3_1_8B["max_length"],
-        checkpointing=checkpointing,
+    vision = falcon_encoder(
+        dim=tower_dim,
+        depth=tower_depth,
+        heads=tower_heads,
+        hidden=tower_hidden,
+        side=side,
+        patch=patch,
         registers=registers,
         limit=limit,
         interact=interact,
         max_upscale=max_upscale,
         low_resolution=low_resolution,
-        tower_dim=tower_dim,
-        tower_depth=tower_depth,
-        tower_heads=tower_heads,
-        tower_hidden=tower_hidden,
-        side=side,
-        patch=patch,
     )
+    vision.vit.tower.encoder.checkpointing = checkpointing
+    decoder = Decoder(
+        vocab_size,
+        dim,
+        layers,
+        heads,
+        kv_heads=kv_heads,
+        hidden=text_hidden,
+        eps=eps,
+        tied=False,
+        rotary=RotaryPositions(rope_base, stretch=stretch),
+        max_length=LLAMA_3_1_8B["max_length"],
+        checkpointing=checkpointing,
+    )
+    return ImageChat(Falcon(decoder, vision, image_token=image_token))
 
 
-# Ours, not the paper's: what runs in a moment, or trains in minutes. 36 patches of a crop become 4 registers.
+# Ours, not the paper's: what runs in a moment, or trains in minutes.
 falcon_encoder_small = partial(falcon_encoder, dim=48, depth=2, heads=4, side=24, patch=4, registers=4, limit=9)
 
 
@@ -569,44 +527,32 @@ def falcon_scenes(
     image_token: int,
     *,
     image_size: int = 64,
-    side: int = 24,
-    patch: int = 4,
-    registers: int = 4,
+    side: int = 32,
+    registers: int = 2,
     limit: int = 4,
     interact: bool = True,
     max_upscale: float | int | None = None,
     low_resolution: bool = False,
-    tower_dim: int = 64,
-    tower_depth: int = 3,
-    tower_heads: int = 4,
     dim: int = 96,
-    layers: int = 3,
+    layers: int = 2,
     heads: int = 4,
 ) -> ImageChat:
-    """A small FALCON for composed scenes: crops of 24 pixels, 36 patches and 4 registers each; ours.
+    """A small FALCON for composed scenes: crops of 32 pixels, 16 patches and 2 registers each; ours.
+
+    Its ViT starts from the tower of "tiny-clip", as FALCON's does from SigLIP's.
 
     Args:
         vocab_size, image_token, image_size: of the tokens and images.
-        side, patch, registers, limit, interact, max_upscale, low_resolution: as of `falcon_encoder`.
-        tower_dim, tower_depth, tower_heads: of the ViT.
+        side, registers, limit, interact, max_upscale, low_resolution: as of `falcon_encoder`.
         dim, layers, heads: of the decoder.
     """
-    return falcon_llama(
-        vocab_size,
-        image_token,
-        image_size=image_size,
-        dim=dim,
-        layers=layers,
-        heads=heads,
-        narrow=True,
-        side=side,
-        patch=patch,
-        registers=registers,
-        limit=limit,
-        interact=interact,
-        max_upscale=max_upscale,
-        low_resolution=low_resolution,
-        tower_dim=tower_dim,
-        tower_depth=tower_depth,
-        tower_heads=tower_heads,
-    )
+    tower = cast(ContrastivePair, pretrained("tiny-clip")).vision_model
+    tower.resize(side)
+    options: dict[str, Any] = {"registers": registers, "limit": limit, "interact": interact}
+    on_meta = torch.get_default_device().type == "meta"
+    vit = RegisterViT(tower.config, **options) if on_meta else RegisterViT.from_siglip(tower, **options)
+    vision = CropEncoder(vit.train(), max_upscale=max_upscale, low_resolution=low_resolution)
+    decoder = init_narrow(Decoder(vocab_size, dim, layers, heads))
+    model = Falcon(decoder, vision, image_token=image_token)
+    init_narrow(model.projector)
+    return ImageChat(model)

@@ -1,0 +1,245 @@
+"""What FALCON's experiments compare: each rival does what its name says, and data are what they are called."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from provenn.core.cost import count_parameters, flops
+from provenn.papers.falcon.crops import cut, places_of
+from provenn.papers.falcon.experiments import PAIRS, QUESTIONS, SEAMS, SMALL, VIEWS
+from provenn.papers.falcon.rivals import Abstractor, AllTokens, MostAttended, PixelShuffle, Pooling, RandomPatches
+from provenn.papers.falcon.studies import (
+    DIM,
+    KINDS,
+    PATCHES,
+    RECIPE,
+    SEAM_DIGIT,
+    SIDE,
+    Variant,
+    _but_the_vit,
+    accuracy_of,
+    after_singles,
+    in_stages,
+    lost_at_seams,
+    network,
+    pairs,
+    questions,
+    seam_digits,
+    singles,
+    small_digits,
+    views,
+    without_exchange,
+)
+from provenn.tasks import get_task
+
+TASK = get_task("image-classification")
+SHORT = replace(RECIPE, epochs=1, max_steps=2)
+
+
+def made(kind: str, **options) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = KINDS[kind](Variant(kind, **options)).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, dtype=parameter.dtype))
+    return model
+
+
+def crops(images: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.randn(images, 3, 48, 48, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return cut(x, (2, 2), SIDE)[:, 1:].flatten(0, 1), places_of((2, 2))[1:].repeat(images, 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_encoder_leaves_four_tokens_of_a_crop_but_one_that_keeps_all(kind):
+    model, (x, places) = made(kind), crops()
+    expected = PATCHES if kind == "keep" else 4
+    assert model(x, places, 4).shape == (8, expected, DIM)
+    reached = x.clone().requires_grad_()
+    model(reached, places, 4)[:4].sum().backward()
+    assert reached.grad[4:].abs().max() == 0  # no image sees another
+    foreign = x.clone().requires_grad_()
+    model(foreign, places, 4)[0].sum().backward()
+    exchanges = kind in ("falcon", "all tokens", "windows")
+    assert (foreign.grad[1:4].abs().amax((1, 2, 3)) > 0).all() == exchanges
+
+
+def test_variants_of_a_study_are_of_one_size():
+    for study, names in ((SMALL, list(SMALL.variants)), (QUESTIONS, list(QUESTIONS.variants)), (PAIRS, ["falcon", "own", "windows"])):
+        sizes = [count_parameters(network(study.variants[name][1], 10)) for name in names]
+        assert max(sizes) / min(sizes) < 1.02
+
+
+def test_resolutions_are_of_one_number_of_operations():
+    x, found = torch.zeros(4, 1, 72, 72, device="meta"), {}
+    for name in ("72", "36 wide", "18 wide"):
+        with torch.device("meta"):
+            model = network(VIEWS.variants[name][1], 64)
+        found[name] = flops(lambda model=model: model(x))
+    assert max(found.values()) / min(found.values()) < 1.05
+
+
+def test_compressors_are_what_they_are_called():
+    vit = made("recompact")
+    encoded = vit.encode(*crops(), 4, layers=True)
+    square = encoded.patches.unflatten(1, (6, 6))
+    torch.testing.assert_close(Pooling(2)(encoded)[:, 1], square[:, :3, 3:].mean((1, 2)))
+    shuffle = PixelShuffle(DIM, PATCHES, 2).double()
+    block = square[:, 3:, :3].flatten(1, 2).mT.flatten(1)  # channels first, as pixel_unshuffle has them
+    torch.testing.assert_close(shuffle(encoded)[:, 2], shuffle.linear(block))
+    abstractor = Abstractor(DIM, 2, 4).double()
+    moved = encoded._replace(patches=encoded.patches.flip(1))
+    torch.testing.assert_close(abstractor(moved), abstractor(encoded))  # a set of tokens, without an order
+
+
+def test_most_attended_patches_are_those_of_the_last_layer():
+    vit = made("keep").vit
+    encoded = vit.encode(*crops(), 4, layers=True)
+    block = vit.blocks[-1]
+    x = block.layer_norm1(encoded.layers[-2])
+    q, k = (linear(x).unflatten(-1, (2, -1)).transpose(1, 2) for linear in (block.self_attn.q_proj, block.self_attn.k_proj))
+    share = (q @ k.mT / (DIM // 2) ** 0.5).softmax(-1).mean(1).sum(1)
+    wanted = share.argsort(dim=1, descending=True)[:, :4].sort(dim=1).values
+    found = MostAttended(vit, 4)(encoded)
+    torch.testing.assert_close(found, encoded.patches.gather(1, wanted[..., None].expand(-1, -1, DIM)))
+
+
+def test_random_patches_are_others_in_training_and_the_same_in_evaluation():
+    encoded = made("recompact").encode(*crops(), 4)
+    layer = RandomPatches(4).eval()
+    assert torch.equal(layer(encoded), layer(encoded))
+    layer.train()
+    assert not torch.equal(layer(encoded), layer(encoded))
+
+
+def test_shifted_windows_join_neighbours_and_not_opposite_ends():
+    """A patch reaches those of its shifted window alone; one at the outer edge none beyond the end."""
+    model = made("windows")
+    y = torch.randn(4, PATCHES + 4, DIM, dtype=torch.float64)
+
+    def reached(crop: int, row: int, column: int) -> set[tuple[int, int]]:
+        changed = y.clone()
+        changed[crop, 6 * row + column] += torch.randn(DIM, dtype=torch.float64)
+        moved = (model.exchange(0, changed, 4) - model.exchange(0, y, 4)).abs().amax(2)[:, :PATCHES] > 1e-9
+        whole = moved.unflatten(0, (2, 2)).unflatten(2, (6, 6)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+        return {tuple(place) for place in whole.nonzero().tolist()}
+
+    assert reached(0, 4, 4) == {(r, c) for r in range(3, 9) for c in range(3, 9)}
+    assert reached(0, 0, 0) == {(r, c) for r in range(3) for c in range(3)}
+    assert reached(3, 5, 0) == {(r, c) for r in range(9, 12) for c in range(3, 9)}
+    with pytest.raises(ValueError, match="expected 4 crops of each image, got 2"):
+        model.exchange(0, y, 2)
+
+
+def test_attention_over_all_tokens_tells_crops_apart():
+    model = made("all tokens")
+    assert isinstance(model, AllTokens)
+    y = torch.randn(1, PATCHES + 4, DIM, dtype=torch.float64).expand(4, -1, -1)
+    told = model.exchange(0, y, 4)
+    assert not torch.allclose(told[0], told[1])
+    torch.testing.assert_close(model.exchange(0, y.repeat(2, 1, 1), [4, 4])[4:], told)
+
+
+@pytest.mark.parametrize("draw", [seam_digits, small_digits, pairs, singles, views, questions])
+def test_data_are_drawn_again_for_a_seed_and_splits_share_nothing(draw):
+    data, again, other = draw(0, True), draw.__wrapped__(0, True), draw(1, True)
+    assert data.fingerprint == again.fingerprint != other.fingerprint
+    splits = [{x.numpy().tobytes() for x in part.tensors[0]} for part in (data.train, data.val, data.test)]
+    assert not splits[0] & splits[1] and not splits[0] & splits[2] and not splits[1] & splits[2]
+    assert all(0 <= int(part.tensors[1].min()) and int(part.tensors[1].max()) < data.options["num_classes"] for part in (data.train, data.test))
+
+
+def test_digits_straddle_where_they_are_said_to():
+    data = seam_digits(0, True)
+    images, across = data.test.tensors[0][:, 0], data.meta["straddles"]
+    assert 0.2 < across.float().mean() < 0.8
+    edge = (images[:, SIDE - 3 : SIDE + 3, SIDE - 3 : SIDE + 3].abs().mean((1, 2)))
+    energy = torch.stack([images[:, r : r + SIDE, c : c + SIDE].square().sum((1, 2)) for r in (0, SIDE) for c in (0, SIDE)], 1)
+    share = energy.amax(1) / energy.sum(1)
+    assert share[~across].mean() > share[across].mean() + 0.15 and len(edge) == len(across) and SEAM_DIGIT < SIDE
+
+
+def test_pairs_are_two_digits_in_two_crops_half_of_them_alike():
+    data, one = pairs(0, True), singles(0, True)
+    assert 0.3 < data.train.tensors[1].float().mean() < 0.7
+    for drawn, filled in ((data, 2), (one, 1)):
+        blocks = drawn.train.tensors[0][:, 0].unflatten(1, (2, SIDE)).unflatten(3, (2, SIDE)).std((2, 4)).flatten(1)
+        assert ((blocks > 0.5).sum(1) == filled).float().mean() > 0.95
+
+
+def test_questions_are_words_before_the_answer():
+    data = questions(0, True)
+    images, labels = data.train.tensors
+    asked = images[:, 3].flatten(1)[:, :48]
+    lengths = (asked >= 0).sum(1)
+    assert (lengths >= 4).all() and (asked.gather(1, lengths[:, None] - 1) >= 0).all()
+    model = network(Variant("recompact"), **data.options).eval()
+    with torch.no_grad():
+        together, alone = model(images[:4]), torch.cat([model(image[None]) for image in images[:4]])
+        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+        other = images[:1].clone()
+        other[0, 3, 0, 0] = (other[0, 3, 0, 0] + 1) % data.options["words"]
+        assert not torch.allclose(model(other), model(images[:1])) and labels.unique().numel() > 8
+
+
+def test_the_last_stage_adds_exchange_as_a_copy_and_freezes_the_vit():
+    model = network(Variant("falcon"), 10)
+    exchange = model.encoder.interact
+    with torch.no_grad():
+        exchange[0].attention.q_proj.weight.zero_()
+    with without_exchange(model):
+        assert model.encoder.interact is None
+    assert model.encoder.interact is exchange
+    assert torch.equal(exchange[0].attention.q_proj.weight, model.encoder.blocks[0].self_attn.q_proj.weight)
+    learns = {id(parameter) for parameter in _but_the_vit(model)}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) not in learns}
+    assert names and all(name.startswith("encoder.tower.") for name in names)
+
+
+def test_stages_train_what_they_say():
+    data = seam_digits(0, True)
+    torch.manual_seed(0)
+    start = network(Variant("falcon"), **data.options).state_dict()
+    done = in_stages(lambda: network(Variant("falcon"), **data.options), TASK, data, SHORT).model.state_dict()
+    for name in ("encoder.tower.encoder.layers.0.mlp.fc1.weight", "encoder.registers.registers", "head.weight"):
+        assert not torch.equal(done[name], start[name])
+    pair = pairs(0, True)
+    ends = {
+        kind: after_singles(lambda kind=kind: network(Variant(kind), **pair.options), TASK, pair, SHORT).model.state_dict()
+        for kind in ("falcon", "own crop")
+    }
+    name = "encoder.tower.encoder.layers.1.mlp.fc1.weight"
+    assert torch.equal(ends["falcon"][name], ends["own crop"][name])  # one network that tells single digits
+
+
+class Told(torch.nn.Module):
+    """Answers in the order that it is asked."""
+
+    def __init__(self, answers: torch.Tensor, classes: int):
+        super().__init__()
+        self.answers, self.classes, self.done = answers, classes, 0
+        self.unused = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        rows = self.answers[self.done : self.done + len(images)]
+        self.done += len(images)
+        return torch.nn.functional.one_hot(rows, self.classes).float()
+
+
+def test_probes_read_off_what_is_lost_and_what_is_asked():
+    data = seam_digits(0, True)
+    labels, across = data.test.tensors[1], data.meta["straddles"]
+    wrong = torch.where(across, (labels + 1) % 10, labels)
+    assert lost_at_seams(Told(wrong, 10), data) == 1 and lost_at_seams(Told(labels, 10), data) == 0
+    asked = questions(0, True)
+    kinds, right = asked.meta["kinds"], asked.test.tensors[1]
+    answers = torch.where(kinds == 1, right, (right + 1) % asked.options["num_classes"])
+    found = [accuracy_of(kind, Told(answers, asked.options["num_classes"]), asked) for kind in ("colour", "noun")]
+    assert found == [0, 1]
+
+
+def test_seams_are_compared_with_equal_layers():
+    """The parameter-matched control has ReAtten's parameters, and the deeper reader is the strongest crop by crop."""
+    sizes = {name: count_parameters(network(part, 10)) for name, (_, part) in SEAMS.variants.items()}
+    assert sizes["falcon"] == sizes["own"] == sizes["windows"] and sizes["deeper"] > sizes["crops"]
