@@ -403,6 +403,9 @@ def evaluate(
 def inspect(
     slug: Slug,
     file: Annotated[Path, typer.Argument(metavar="INPUT", help="Input file of the model, such as an image.")],
+    text: Annotated[
+        str | None, typer.Argument(metavar="[TEXT]", help="Text besides the file, such as a caption of an image.")
+    ] = None,
     weights: Weights = None,
     preset: Preset = None,
     output: Annotated[
@@ -424,7 +427,7 @@ def inspect(
     if output is not None:
         inspection.check_png(output, file)
     with progress.shown():
-        inspected = provenn.inspect(slug, file, preset=preset, weights=weights)
+        inspected = provenn.inspect(slug, file, text=text, preset=preset, weights=weights)
         if output is not None:
             inspected.save(output)
     if weights is None and not say_what_ships(slug, weights, preset, needed=False):

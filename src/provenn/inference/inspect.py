@@ -14,13 +14,19 @@ from provenn.inference.predict import source_of
 
 
 def inspect(
-    slug: str, file: str | Path, *, preset: str | None = None, weights: str | Path | None = None
+    slug: str,
+    file: str | Path,
+    *,
+    text: str | None = None,
+    preset: str | None = None,
+    weights: str | Path | None = None,
 ) -> "Inspection":
     """What goes on inside a paper's system that is given one file, such as ECA's gates on an image.
 
     Args:
         slug: the paper; it must have an `inspection.py`.
         file: what the system is given.
+        text: what it is given besides, where its task takes a text with a file, such as a caption.
         preset: the system; by default the first whose weights ship with the package, or the paper's first.
         weights: a weight file, ours or the authors', or the folder of a run; these say which preset they are of. By
             default those that ship, or random ones where none do.
@@ -28,7 +34,7 @@ def inspect(
     Raises:
         UserError: the paper shows nothing, or the file or the weights cannot be read.
     """
-    from inspect import getdoc
+    from inspect import getdoc, signature
 
     import torch
 
@@ -70,7 +76,9 @@ def inspect(
         )
     look = chosen.card.resolve("inspection:inspect")
     draw = getattr(chosen.card.resolve_module("inspection"), "draw", None)
-    x = kind.example(source, meta)
+    if text is not None and "text" not in signature(kind.example).parameters:
+        raise UserError(f"{kind.name} takes no text besides its file: leave {text!r} out")
+    x = kind.example(source, meta, **({} if text is None else {"text": text}))
     with torch.no_grad(), finite_outputs(model, origin, str(source)):
         layers = look(model, x)
     infinite = next((row for row, numbers in layers.items() if not is_finite(numbers)), None)

@@ -77,6 +77,20 @@ class Pairs(NamedTuple):
     numbers: Int64[Tensor, " batch"]
 
 
+class Example(NamedTuple):
+    """A picture and a text, to look into a system with.
+
+    Args:
+        image: as a network sees it; none where a text alone was given.
+        tokens: of the text.
+        words: what each token is.
+    """
+
+    image: Float[Tensor, "1 3 height width"] | None
+    tokens: Int64[Tensor, "1 length"]
+    words: tuple[str, ...]
+
+
 class Gallery(Dataset):
     """Images, each with its captions: what is searched and judged.
 
@@ -308,9 +322,15 @@ class ImageTextRetrieval(Task):
             "std": list(IMAGENET_STD),
         }
 
-    def example(self, file: Path, meta: dict[str, Any]) -> Float[Tensor, "1 3 height width"]:
+    def example(  # type: ignore[override]  # takes a text besides
+        self, file: Path, meta: dict[str, Any], text: str | None = None
+    ) -> Float[Tensor, "1 3 height width"] | Example:
+        """A picture as a network sees it; with a text, or of a .txt file that holds one, an `Example`."""
         _check_pictures(meta)
-        return standardise(_seen(read_pixels(file), meta).float() / 255, meta)[None]
+        if text is None and file.suffix.lower() == ".txt":
+            return _example(None, read_text(file), meta)
+        image = standardise(_seen(read_pixels(file), meta).float() / 255, meta)[None]
+        return image if text is None else _example(image, text, meta)
 
     def predict(
         self,
@@ -566,7 +586,7 @@ def _encoded_items(model: nn.Module, meta: dict[str, Any], items: Sequence[Item]
             if texts:
                 parts.append(_texts(model, texts[start : start + TILE], width, words.pad))
             else:
-                images = torch.cat([TASK.example(Path(file), meta) for file in some])
+                images = torch.cat([of_kind(TASK.example(Path(file), meta), Tensor, "image") for file in some])
                 parts.append(_to(encode_images(model, images.to(device)), torch.device("cpu")))
     return _join(parts)
 
@@ -579,6 +599,15 @@ def _say_cut(texts: Sequence[str], longest: int, what: str) -> None:
             f"{len(cut):,} of {len(texts):,} {what} have more than {longest - 2} words, and the rest is not read, "
             f"such as {cut[0][:60]!r}"
         )
+
+
+def _example(image: Tensor | None, text: str, meta: dict[str, Any]) -> Example:
+    words = Vocabulary(meta["words"])
+    if not text.strip():
+        raise UserError("the text is empty: give a caption in words")
+    _say_unknown(words, [text])
+    tokens = words.encode(text, int(meta["longest"]))
+    return Example(image, torch.tensor([tokens]), tuple(words.words[token] for token in tokens))
 
 
 def _say_unknown(words: Vocabulary, texts: Sequence[str]) -> None:

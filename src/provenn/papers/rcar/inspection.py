@@ -1,6 +1,6 @@
 """Where the words of a caption look, attention by attention, for `provenn inspect`."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -9,4 +9,99 @@ from torch import Tensor, nn
 from provenn.core.errors import UserError
 from provenn.papers.rcar.encoders import PictureEncoder
 from provenn.papers.rcar.hosts import Step
-from provenn.papers.rcar.model import Ensemble, Matching
+from provenn.papers.rcar.model import Matching
+from provenn.tasks.image_text_retrieval import Example
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SCENES = 60  # among which a text alone finds its picture
+IN_A_LINE = 8  # words of a picture
+
+
+class Looked(NamedTuple):
+    """A picture, a caption, and what the system saw in the two.
+
+    Args:
+        image: as the network sees it.
+        words: of the caption.
+        score: of the pair.
+        steps: one for each attention; weights are (words, grid, grid) in `maps`.
+        maps: of each attention, where each word looks; of `i2t` the share of each word in what a cell finds.
+    """
+
+    image: Float[Tensor, "1 3 height width"]
+    words: tuple[str, ...]
+    score: float
+    steps: list[Step]
+    maps: list[Float[Tensor, "words grid grid"]]
+
+
+def inspect(model: nn.Module, x: Any) -> dict[str, Tensor]:
+    """Of each attention, a map for each word, and the temperature λ and the weight β of each query.
+
+    A text alone is shown on the composed scene that it finds.
+    """
+    seen = look(model, x)
+    rows: dict[str, Tensor] = {}
+    for number, (step, maps) in enumerate(zip(seen.steps, seen.maps), 1):
+        for place, (word, drawn) in enumerate(zip(seen.words, maps), 1):
+            rows[f"attention {number}, word {place}: {word}"] = drawn
+        rows[f"attention {number}: temperature"] = step.temperature
+        if step.aggregation is not None:
+            rows[f"attention {number}: aggregation"] = step.aggregation
+    return rows
+
+
+def draw(model: nn.Module, x: Any, meta: dict[str, Any], axes: "Axes") -> None:
+    """The picture beneath the map of every word, a block of rows for each attention; a frame shows β of the word."""
+    seen = look(model, x)
+    mean, std = (torch.tensor(meta[name])[:, None, None] for name in ("mean", "std"))
+    picture = (seen.image[0].cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+    lines = -(-len(seen.words) // IN_A_LINE)
+    rows = lines * len(seen.steps)
+    height, width = picture.shape[:2]
+    for number, (step, maps) in enumerate(zip(seen.steps, seen.maps)):
+        of_words = len(step.temperature) == len(seen.words)
+        for place, (word, drawn) in enumerate(zip(seen.words, maps)):
+            row = number * lines + place // IN_A_LINE
+            column = place % IN_A_LINE
+            size = (0.92 / IN_A_LINE, 0.78 / rows)
+            tile = axes.inset_axes((column / IN_A_LINE, 1 - (row + 1) / rows, *size))
+            tile.imshow(picture, extent=(0, width, height, 0))
+            tile.imshow(drawn.numpy(), cmap="inferno", alpha=0.55, extent=(0, width, height, 0))
+            said = f"{word}\nλ {step.temperature[place]:.1f}" if of_words else word
+            if of_words and step.aggregation is not None:
+                said += f", β {step.aggregation[place]:.2f}"
+            tile.set_title(said, fontsize=7, pad=2)
+            tile.set(xticks=[], yticks=[])
+    axes.set_title(f"score {seen.score:.3f}; above: first attention, below: last", fontsize=9)
+
+
+def look(model: nn.Module, x: Any) -> Looked:
+    """What the system sees in a picture and a caption.
+
+    Raises:
+        UserError: no caption, a system of features, or an ensemble.
+    """
+    if not isinstance(model, Matching) or not isinstance(model.image, PictureEncoder):
+        raise UserError(f"{type(model).__name__} takes no pictures: take --preset rcar_small")
+    if not isinstance(x, Example):
+        raise UserError('attention is between a picture and a text: give a caption too, such as "a red disc on paper"')
+    image = _found(model, x) if x.image is None else x.image
+    regions, words = model.encode_images(image)[0][0], model.encode_texts(x.tokens)[0][0]
+    score, steps = model.matcher.steps_of(regions, words)
+    grid, t2i = model.image.grid, model.matcher.mode == "t2i"
+    maps = [(step.weights if t2i else step.weights.T).unflatten(1, (grid, grid)) for step in steps]
+    return Looked(image, x.words, score, steps, maps)
+
+
+def _found(model: Matching, x: Example) -> Tensor:
+    """The composed test scene that a text finds, standardised by itself."""
+    from provenn.data.composed import composed_scenes
+
+    scenes = composed_scenes("test", count=SCENES)
+    pixels = torch.stack([torch.from_numpy(scene.pixels).permute(2, 0, 1).float() / 255 for scene in scenes])
+    images = (pixels - pixels.mean((0, 2, 3), keepdim=True)) / pixels.std((0, 2, 3), keepdim=True)
+    scores = model(images, x.tokens)
+    return images[scores[:, 0].argmax()][None]
