@@ -208,7 +208,7 @@ def wings_small(
     *,
     image_size: int = 64,
     dim: int = 64,
-    layers: int = 4,
+    layers: int = 2,
     heads: int = 4,
     rank: int = 8,
     max_len: int = 512,
