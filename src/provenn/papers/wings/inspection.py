@@ -24,5 +24,7 @@ def inspect(model: nn.Module, x: Float[Tensor, "1 channels height width"]) -> di
         if isinstance(block, WingsBlock) and block.router is not None:
             rows[f"layer {layer + 1}"] = block.router(model.decoder.attention_weights(reading, layer))[0, :, 0]
     if not rows:
-        raise UserError("these weights have no router: of a first stage, or with routing=fixed, there is nothing to show")
+        raise UserError(
+            "these weights have no router: of a first stage, or with routing=fixed, there is nothing to show"
+        )
     return rows

@@ -1,7 +1,7 @@
 """Checkpoints of AIDC-AI/Wings, as its trainer writes them, to ours.
 
-The released Wings-Qwen1_5-8B has this layout too. A checkpoint of the first stage has no routers. The trainer writes its
-textual learners all the same, which are not in the graph, and which ours leaves out.
+The released Wings-Qwen1_5-8B has this layout too. A checkpoint of the first stage has no routers. The trainer writes
+its textual learners all the same, which are not in the graph, and which ours leaves out.
 """
 
 import re
@@ -101,7 +101,9 @@ def convert(
     told = {ours_: config[theirs] for ours_, theirs in TOLD.items() if config and theirs in config}
     made |= told | {key: value for key, value in options.items() if value is not None}
     if known is None and "heads" not in made:
-        raise UserError(f"no preset has {layers} layers of width {dim}: say heads=…, or put config.json beside the weights")
+        raise UserError(
+            f"no preset has {layers} layers of width {dim}: say heads=…, or put config.json beside the weights"
+        )
     if llama and "heads" in made:
         made["kv_heads"] = keys * made["heads"] // dim
     return name, made, ours
