@@ -35,7 +35,9 @@ def tokens_of(*rows: str) -> tuple[torch.Tensor, torch.Tensor]:
 def make(seed: int = 0, *, kv_heads: int = 2, layers: int = 2, stirred: bool = True, **options) -> VisionLanguageModel:
     """A small model in float64, with learners whose weights are drawn."""
     torch.manual_seed(seed)
-    decoder = Decoder(vocab=19, dim=16, layers=layers, heads=4, kv_heads=kv_heads, hidden=24, rotary=RotaryPositions(50.0))
+    decoder = Decoder(
+        vocab=19, dim=16, layers=layers, heads=4, kv_heads=kv_heads, hidden=24, rotary=RotaryPositions(50.0)
+    )
     model = VisionLanguageModel(decoder, projector=MLPProjector(6, 16), image_token=IMAGE)
     model = model.double().eval()
     for name, parameter in model.named_parameters():
@@ -277,7 +279,7 @@ def test_ragged_rows_go_on_as_they_would_alone():
     for row in range(len(tokens)):
         count = int((tokens[row] == IMAGE).sum()) // 4
         text = tokens[row : row + 1, mask[row]]
-        for step in range(5):  # without a cache
+        for _ in range(5):  # without a cache
             logits = model(text, given[first : first + count] if count else None)
             text = torch.cat([text, logits[:, -1:].argmax(dim=-1)], dim=1)
         assert together[row].tolist() == text[0, -5:].tolist(), row

@@ -57,8 +57,8 @@ def decoder_of(model: nn.Module) -> Decoder:
     decoder = model.decoder if isinstance(model, VisionLanguageModel) else model
     if not isinstance(decoder, Decoder):
         raise UserError(
-            f"learners need a provenn.nn.decoder.Decoder, got {type(model).__name__}: load a Llama, Qwen2 or LLaVA folder "
-            "with provenn.huggingface.decoders.from_huggingface"
+            f"learners need a provenn.nn.decoder.Decoder, got {type(model).__name__}: load a folder of Llama, Qwen2 or "
+            "LLaVA with provenn.huggingface.decoders.from_huggingface"
         )
     return decoder
 
@@ -169,14 +169,18 @@ def add_textual(model: Model, *, max_len: int = 4096, routing: Routing = "attent
     """
     options = options_of(model)
     if options.learners != "visual":
-        raise UserError(f"textual learners join a model of visual ones alone, got one with learners={options.learners!r}")
+        raise UserError(
+            f"textual learners join a model of visual ones alone, got one with learners={options.learners!r}"
+        )
     for block in wings_blocks(model):
         assert block.visual is not None  # they were counted above
         weight = block.norm1.weight
         dim = weight.shape[0]
         block.textual = LowRankResidualAttention(dim, block.visual.heads, options.rank).to(weight)
         block.routing = routing
-        block.router = AttentionRouter(max_len, activation=options.activation).to(weight) if routing == "attention" else None
+        block.router = (
+            AttentionRouter(max_len, activation=options.activation).to(weight) if routing == "attention" else None
+        )
         block.train(block.training)
     return model
 
@@ -220,7 +224,8 @@ def load_learners(model: Model, file: str | Path) -> Model:
     try:
         with safe_open(str(file), framework="pt") as handle:
             said = (handle.metadata() or {}).get(KEY)
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}
+            names = handle.keys()
+            tensors = {name: handle.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is no readable safetensors file: {str(error).partition(chr(10))[0]}") from None
     if said is None:
@@ -229,7 +234,9 @@ def load_learners(model: Model, file: str | Path) -> Model:
     layers = given.pop("layers")
     attach(model, LearnerOptions(**given, layers=None if layers is None else tuple(layers)))
     own = learner_parameters(decoder_of(model))
-    odd = sorted(own.keys() ^ tensors.keys()) + [n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape]
+    odd = sorted(own.keys() ^ tensors.keys()) + [
+        n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape
+    ]
     if odd:
         detach(model)
         raise UserError(f"{file} holds learners of a model of other sizes: they differ in {odd[0]}")

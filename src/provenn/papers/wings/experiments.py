@@ -33,8 +33,8 @@ RATES = (2e-4, 1e-3, 5e-3)
 ENOUGH = 0.8  # accuracy on pictures from which a rate counts
 ABOUT = "sums, copies and pairs in text, and scikit-learn's digits as 16 patches"
 NOTE = (
-    "One decoder of 8 layers is taught the text tasks for each seed, and is then tuned on pictures alone in each way: a "
-    "third of the steps for the projector, and Wings' visual learners, then the rest. LoRA and prefixes have as many "
+    "One decoder of 8 layers is taught the text tasks for each seed, and is then tuned on pictures alone in each way: "
+    "a third of the steps for the projector, and Wings' visual learners, then the rest. LoRA and prefixes have as many "
     "parameters as the learners."
 )
 WAYS: dict[str, tuple[str, Any]] = {
@@ -113,7 +113,13 @@ async def forgotten(run: Run, way: str) -> Measurement:
     counted = [at for at, enough in zip(found, reads) if enough] or found
     losses = [min(at[i]["text before"] - at[i]["text"] for at in counted) for i in range(len(run.seeds))]
     rows: list[list[Any]] = [
-        [rate, *(round(float(np.mean([each[key] for each in at])), 3) for key in ("text before", "text", "image", "shift"))]
+        [
+            rate,
+            *(
+                round(float(np.mean([each[key] for each in at])), 3)
+                for key in ("text before", "text", "image", "shift")
+            ),
+        ]
         for rate, at in zip(RATES, found)
     ]
     columns = ["rate", "text before", "text after", "image", "attention shift"]
@@ -216,7 +222,9 @@ def added_parameters(run: Run) -> Measurement:
     with torch.device("meta"):
         model = wings_qwen1_5_7b()
     added = sum(parameter.numel() for parameter in learner_parameters(model).values())
-    return Measurement.exact(added, unit="parameters", note=f"{100 * added / count_parameters(model):.2f} % of the model.")
+    return Measurement.exact(
+        added, unit="parameters", note=f"{100 * added / count_parameters(model):.2f} % of the model."
+    )
 
 
 def layer_macs() -> dict[str, int]:

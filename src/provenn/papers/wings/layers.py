@@ -126,7 +126,7 @@ class LowRankResidualAttention(nn.Module):
         x: Float[Tensor, "batch tokens dim"],
         features: Float[Tensor, "batch other dim"],
         *,
-        mask: Bool[Tensor, "batch #tokens other"] | None = None,
+        mask: Bool[Tensor, "batch rows other"] | None = None,
         query_turns: Turns | None = None,
         feature_turns: Turns | None = None,
     ) -> Float[Tensor, "batch tokens dim"]:
@@ -135,7 +135,8 @@ class LowRankResidualAttention(nn.Module):
         Args:
             x: tokens.
             features: what they look at.
-            mask: True where a token may look at a feature; a token that may look at none gets zero.
+            mask: True where a token may look at a feature, a row for each token or one for all; a token that may look at
+                none gets zero.
             query_turns, feature_turns: cosines and sines of rotary positions, `provenn.nn.positions.rotation`'s.
         """
         q = self.queries(x, query_turns)
@@ -337,7 +338,11 @@ class WingsBlock(nn.Module):
         as_released: bool = False,
     ):
         super().__init__()
-        for name, value, kind in (("learners", learners, Learners), ("routing", routing, Routing), ("query", query, Query)):
+        for name, value, kind in (
+            ("learners", learners, Learners),
+            ("routing", routing, Routing),
+            ("query", query, Query),
+        ):
             if value not in get_args(kind):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
         attention = block.attention
@@ -348,7 +353,12 @@ class WingsBlock(nn.Module):
                 f"a width of {dim}"
             )
         self.routing, self.query, self.as_released = routing, query, as_released
-        self.norm1, self.attention, self.norm2, self.feedforward = block.norm1, attention, block.norm2, block.feedforward
+        self.norm1, self.attention, self.norm2, self.feedforward = (
+            block.norm1,
+            attention,
+            block.norm2,
+            block.feedforward,
+        )
         heads = attention.heads
         self.visual = None if learners == "textual" else LowRankResidualAttention(dim, heads, rank)
         self.textual = None if learners == "visual" else LowRankResidualAttention(dim, heads, rank)
@@ -361,7 +371,9 @@ class WingsBlock(nn.Module):
         weight = attention.key.weight
         keys = weight.new_empty(batch, attention.kv_heads, 16, attention.head_dim)
         one = weight.new_empty(batch, attention.heads, 0, attention.head_dim)
-        none = LearnerState(KVCache(one, torch.empty_like(one), 0), torch.zeros(batch, 0, dtype=torch.bool, device=weight.device))
+        none = LearnerState(
+            KVCache(one, torch.empty_like(one), 0), torch.zeros(batch, 0, dtype=torch.bool, device=weight.device)
+        )
         return WingsState(KVCache(keys, torch.empty_like(keys), 0), none, none)
 
     def forward(
@@ -420,14 +432,16 @@ class WingsBlock(nn.Module):
             k, v = cache.keys[:, :, : cache.length], cache.values[:, :, : cache.length]
         if k.shape[2] > self.router.max_len:
             raise UserError(
-                f"the text has {k.shape[2]} tokens, the router's max_len is {self.router.max_len}: shorten the text, or "
-                "attach learners with a larger max_len"
+                f"the text has {k.shape[2]} tokens, the router's max_len is {self.router.max_len}: shorten the text, "
+                "or attach learners with a larger max_len"
             )
         width = v.shape[-1]
         columns = self.router.columns(context.shared.numbers).to(v.dtype)[:, None]
         # All of one width, as fused kernels ask: zeros in queries and keys change no score.
         columns = F.pad(columns, (0, PAD - 2)).expand(v.shape[0], v.shape[1], -1, -1)
-        y = attention.attend(F.pad(q, (0, PAD)), F.pad(k, (0, PAD)), torch.cat([v, columns], dim=-1), context, scale=width**-0.5)
+        y = attention.attend(
+            F.pad(q, (0, PAD)), F.pad(k, (0, PAD)), torch.cat([v, columns], dim=-1), context, scale=width**-0.5
+        )
         sums = y[..., width : width + 2].to(torch.promote_types(y.dtype, torch.float32)).sum(dim=1)
         return attention.out(y[..., :width].transpose(1, 2).flatten(2)), self.router.weigh(sums), cache
 
@@ -448,7 +462,10 @@ class WingsBlock(nn.Module):
             keys = learner.keys_and_values(tokens.features, tokens.turns)
             if state is not None:
                 cache, there = state.cache.append(*keys), torch.cat([state.there, tokens.there], dim=1)
-                state, keys = LearnerState(cache, there), (cache.keys[:, :, : cache.length], cache.values[:, :, : cache.length])
+                state, keys = (
+                    LearnerState(cache, there),
+                    (cache.keys[:, :, : cache.length], cache.values[:, :, : cache.length]),
+                )
         elif state is not None and before:
             keys, there = (state.cache.keys[:, :, :before], state.cache.values[:, :, :before]), state.there
         if keys is None or there is None:

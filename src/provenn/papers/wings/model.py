@@ -156,8 +156,8 @@ def wings_qwen1_5_7b(
     Args:
         vocab_size, dim, layers, heads, hidden, max_length: of the decoder.
         base: of its rotary positions.
-        options: of the tower (`vision_dim`, `vision_layers`, `vision_heads`, `vision_hidden`, `image_size`, `patch`), of
-            `Wings`, and of its learners.
+        options: of the tower (`vision_dim`, `vision_layers`, `vision_heads`, `vision_hidden`, `image_size`, `patch`),
+            of `Wings`, and of its learners.
     """
     return _wings(
         "qwen", vocab_size=vocab_size, dim=dim, layers=layers, heads=heads, kv_heads=heads, hidden=hidden,
@@ -208,7 +208,7 @@ def wings_small(
     *,
     image_size: int = 64,
     dim: int = 64,
-    layers: int = 4,
+    layers: int = 2,
     heads: int = 4,
     rank: int = 8,
     max_len: int = 512,
@@ -227,7 +227,14 @@ def wings_small(
     tower = VisionTower(VisionConfig("clip", dim, 2, heads, image=image_size, patch=8))
     projector = MLPProjector(dim, dim)
     system = Wings(
-        decoder, TowerTokens(tower), projector, image_token=image_token, stage=stage, rank=rank, max_len=max_len, **learners
+        decoder,
+        TowerTokens(tower),
+        projector,
+        image_token=image_token,
+        stage=stage,
+        rank=rank,
+        max_len=max_len,
+        **learners,
     )
     init_narrow(projector)  # `VisionLanguageModel` starts it as large models have it
     return system

@@ -1,7 +1,7 @@
 """Checkpoints of AIDC-AI/Wings, as its trainer writes them, to ours.
 
-The released Wings-Qwen1_5-8B has this layout too. A checkpoint of the first stage has no textual learners and no
-routers in its graph; the trainer writes them all the same.
+The released Wings-Qwen1_5-8B has this layout too. A checkpoint of the first stage has no routers. The trainer writes
+its textual learners all the same, which are not in the graph, and which ours leaves out.
 """
 
 import re
@@ -85,14 +85,15 @@ def convert(
             "expected a state dict of a Wings model with its vision tower (model.layers.0.attn_pool. …), found other "
             "parameters"
         ) from None
-    layers = len({name.split(".")[2] for name in ours if name.startswith("model.decoder.blocks.")})
+    layers = len({name.split(".")[3] for name in ours if name.startswith("model.decoder.blocks.")})
     sizes = (layers, dim, vocab, hidden)
     known = next((name for name, expected in PRESETS.items() if expected == sizes), None)
     llama = "model.decoder.blocks.0.attention.query.bias" not in ours
     name = known or preset or ("wings_llama3_1_8b" if llama else "wings_qwen1_5_7b")
     made: dict[str, Any] = {"rank": len(learner), "as_released": True, **shapes}
-    if "model.decoder.blocks.0.textual.query.down.weight" not in ours:
+    if "model.decoder.blocks.0.router.linear.weight" not in ours:
         made["stage"] = 1
+        ours = {key: value for key, value in ours.items() if ".textual." not in key}
     else:
         made["max_len"] = ours["model.decoder.blocks.0.router.linear.weight"].shape[1]
     if known is None:
@@ -100,7 +101,9 @@ def convert(
     told = {ours_: config[theirs] for ours_, theirs in TOLD.items() if config and theirs in config}
     made |= told | {key: value for key, value in options.items() if value is not None}
     if known is None and "heads" not in made:
-        raise UserError(f"no preset has {layers} layers of width {dim}: say heads=…, or put config.json beside the weights")
+        raise UserError(
+            f"no preset has {layers} layers of width {dim}: say heads=…, or put config.json beside the weights"
+        )
     if llama and "heads" in made:
         made["kv_heads"] = keys * made["heads"] // dim
     return name, made, ours

@@ -45,7 +45,12 @@ class PrefixAttention(nn.Module):
         self.attention = attention.requires_grad_(False)
         shape = (attention.kv_heads, count, attention.head_dim)
         self.keys, self.values = (nn.Parameter(0.02 * torch.randn(shape)) for _ in range(2))
-        self.query, self.key, self.heads, self.kv_heads = attention.query, attention.key, attention.heads, attention.kv_heads
+        self.query, self.key, self.heads, self.kv_heads = (
+            attention.query,
+            attention.key,
+            attention.heads,
+            attention.kv_heads,
+        )
         self.head_dim = attention.head_dim
 
     def forward(

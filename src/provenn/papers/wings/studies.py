@@ -6,6 +6,7 @@ A text is one to three turns. A turn asks for the value of a key, a copy, a sum,
 """
 
 import copy
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -166,7 +167,7 @@ class Answers(Task):
     """Are the answers of the last turns right? Of pictures and of single turns of text the mean is the metric."""
 
     name, metric, higher_is_better = "digits-and-texts", "balanced accuracy", True
-    embedded = {"digits and texts": "turns on pictures of digits, sums, copies and pairs"}
+    embedded = {"digits and texts": "turns on pictures of digits, sums, copies and pairs"}  # noqa: RUF012
     reads = "nothing of a user's own"
 
     def load(self, source: str | Path, *, seed: int = 0, **options: Any) -> TaskData:
@@ -191,7 +192,8 @@ class Answers(Task):
             for number, mix in enumerate(MIXES)
             if (scores["mix"] == number).any()
         }
-        return {self.metric: float(np.mean([found[mix] for mix in ("V", "T") if mix in found])), **found}
+        counted = [found[mix] for mix in ("V", "T") if mix in found]
+        return {self.metric: float(np.mean(counted)) if counted else math.nan, **found}
 
     def dummy_baseline(self, data: TaskData) -> float:
         """The commonest digit of pictures, and of texts a key's value guessed among three."""
@@ -303,7 +305,7 @@ def tuned(
     hardware: Hardware = ONE_CPU,
     title: str = "",
 ) -> Fit:
-    """The taught decoder of the seed, tuned on pictures in the way of the variant, in two stages of one length for all."""
+    """The taught decoder of the seed, tuned on pictures in the way of the variant, in two stages of a length for all."""
     first: Any = build()
     variant, short = first.variant, recipe.max_steps is not None
     weights = taught(seed, short, hardware)
