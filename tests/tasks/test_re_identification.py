@@ -512,3 +512,9 @@ def test_a_sequence_takes_options_of_its_own(sequence, options, said):
         TASK.predict(Coarse(), META, [user], None, gallery=frames, momentum=0.5)
     with pytest.raises(UserError, match="input"):
         TASK.predict(Coarse(), META, [user], frames / "f0/user.png", sequence=frames)
+
+
+def test_what_is_held_out_of_the_embedded_pictures_is_the_test_split(drawn):
+    held = TASK.held_out("cameras", drawn.meta).dataset
+    assert torch.equal(held.images, drawn.test.images) and torch.equal(held.identities, drawn.test.identities)
+    assert torch.equal(held.queries, drawn.test.queries) and not torch.equal(held.images[:9], drawn.val.images[:9])
