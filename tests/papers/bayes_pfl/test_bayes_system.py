@@ -12,7 +12,7 @@ from provenn.core.errors import UserError
 from provenn.papers import bayes_pfl
 from provenn.papers.bayes_pfl import bayes_clip, bayes_defects
 from provenn.papers.bayes_pfl.augmentation import augment
-from provenn.papers.bayes_pfl.clip import KINDS, WORDS, _draw, captioned, small_clip, textures_of
+from provenn.papers.bayes_pfl.clip import KINDS, WORDS, Pictures, _draw, _vary, captioned, small_clip, textures_of
 from provenn.papers.bayes_pfl.experiments import one_by_one
 from provenn.papers.bayes_pfl.model import CLIP_MEAN, CLIP_STD, Samples
 from provenn.papers.bayes_pfl.official import convert
@@ -238,6 +238,14 @@ def test_exactly_these_learn_in_each_stage():
     assert model.stage == 2
 
 
+def test_stages_share_no_more_than_a_mapping():
+    model = small()
+    named = {id(p): name for name, p in model.named_parameters()}
+    first, second = ({named[id(p)] for p in model.of_stage(stage)} for stage in (1, 2))
+    assert first & second == {"text_mapping.weight", "text_mapping.bias"}
+    assert first | second == {name for name in named.values() if not name.startswith("clip.")}
+
+
 def test_a_loss_trains_the_chosen_pair_and_spreads_all():
     model = small(samples=1)
     with model.in_stage(1):
@@ -342,6 +350,18 @@ def test_captions_are_true_of_their_images_and_of_no_other():
                 if len(fits) > 1 or len(good) > 1:
                     assert not one.positives[row, column], (text, other)
     assert set(KINDS) == {"", "scratch", "blend", "stain"}
+
+
+def test_where_a_defect_lies_follows_its_image():
+    rng, place = np.random.default_rng(0), torch.arange(9).repeat(8)
+    pictures = torch.zeros(72, 3, 63, 63)
+    for row, where in enumerate(place.tolist()):
+        pictures[row, :, 21 * (where // 3) + 10, 21 * (where % 3) + 10] = 1
+    still = torch.zeros(72, dtype=torch.long)
+    found = _vary(Pictures(pictures, still, still, place), rng)
+    brightest = found.images.mean(1).flatten(1).argmax(1)
+    assert (3 * (brightest // 63 // 21) + brightest % 63 // 21).tolist() == found.place.tolist()
+    assert (found.place != place).float().mean() > 0.4
 
 
 def test_the_small_clip_sees_no_texture_of_the_test():
