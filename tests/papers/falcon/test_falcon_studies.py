@@ -66,7 +66,11 @@ def test_every_encoder_leaves_four_tokens_of_a_crop_but_one_that_keeps_all(kind)
 
 
 def test_variants_of_a_study_are_of_one_size():
-    for study, names in ((SMALL, list(SMALL.variants)), (QUESTIONS, list(QUESTIONS.variants)), (PAIRS, ["falcon", "own", "windows"])):
+    for study, names in (
+        (SMALL, list(SMALL.variants)),
+        (QUESTIONS, list(QUESTIONS.variants)),
+        (PAIRS, ["falcon", "own", "windows"]),
+    ):
         sizes = [count_parameters(network(study.variants[name][1], 10)) for name in names]
         assert max(sizes) / min(sizes) < 1.02
 
@@ -98,7 +102,9 @@ def test_most_attended_patches_are_those_of_the_last_layer():
     encoded = vit.encode(*crops(), 4, layers=True)
     block = vit.blocks[-1]
     x = block.layer_norm1(encoded.layers[-2])
-    q, k = (linear(x).unflatten(-1, (2, -1)).transpose(1, 2) for linear in (block.self_attn.q_proj, block.self_attn.k_proj))
+    q, k = (
+        linear(x).unflatten(-1, (2, -1)).transpose(1, 2) for linear in (block.self_attn.q_proj, block.self_attn.k_proj)
+    )
     share = (q @ k.mT / (DIM // 2) ** 0.5).softmax(-1).mean(1).sum(1)
     wanted = share.argsort(dim=1, descending=True)[:, :4].sort(dim=1).values
     found = MostAttended(vit, 4)(encoded)
@@ -147,15 +153,20 @@ def test_data_are_drawn_again_for_a_seed_and_splits_share_nothing(draw):
     assert data.fingerprint == again.fingerprint != other.fingerprint
     splits = [{x.numpy().tobytes() for x in part.tensors[0]} for part in (data.train, data.val, data.test)]
     assert not splits[0] & splits[1] and not splits[0] & splits[2] and not splits[1] & splits[2]
-    assert all(0 <= int(part.tensors[1].min()) and int(part.tensors[1].max()) < data.options["num_classes"] for part in (data.train, data.test))
+    assert all(
+        int(part.tensors[1].min()) >= 0 and int(part.tensors[1].max()) < data.options["num_classes"]
+        for part in (data.train, data.test)
+    )
 
 
 def test_digits_straddle_where_they_are_said_to():
     data = seam_digits(0, True)
     images, across = data.test.tensors[0][:, 0], data.meta["straddles"]
     assert 0.2 < across.float().mean() < 0.8
-    edge = (images[:, SIDE - 3 : SIDE + 3, SIDE - 3 : SIDE + 3].abs().mean((1, 2)))
-    energy = torch.stack([images[:, r : r + SIDE, c : c + SIDE].square().sum((1, 2)) for r in (0, SIDE) for c in (0, SIDE)], 1)
+    edge = images[:, SIDE - 3 : SIDE + 3, SIDE - 3 : SIDE + 3].abs().mean((1, 2))
+    energy = torch.stack(
+        [images[:, r : r + SIDE, c : c + SIDE].square().sum((1, 2)) for r in (0, SIDE) for c in (0, SIDE)], 1
+    )
     share = energy.amax(1) / energy.sum(1)
     assert share[~across].mean() > share[across].mean() + 0.15 and len(edge) == len(across) and SEAM_DIGIT < SIDE
 
@@ -206,7 +217,9 @@ def test_stages_train_what_they_say():
         assert not torch.equal(done[name], start[name])
     pair = pairs(0, True)
     ends = {
-        kind: after_singles(lambda kind=kind: network(Variant(kind), **pair.options), TASK, pair, SHORT).model.state_dict()
+        kind: after_singles(
+            lambda kind=kind: network(Variant(kind), **pair.options), TASK, pair, SHORT
+        ).model.state_dict()
         for kind in ("falcon", "own crop")
     }
     name = "encoder.tower.encoder.layers.1.mlp.fc1.weight"

@@ -306,11 +306,13 @@ def test_what_registers_look_at_sums_to_the_whole():
     assert (looks.patches.sum((2, 3)) < 1).all() and (looks.patches > 0).all()
     torch.testing.assert_close(looks.crops.sum(1), torch.ones(1 + rows * columns))
     found = inspect(chat, image)
-    assert all(0 <= float(v.min()) and float(v.max()) <= 1 + 1e-6 for v in found.values())
+    assert all(float(v.min()) >= 0 and float(v.max()) <= 1 + 1e-6 for v in found.values())
     model = chat.model.vision.vit
     block = model.blocks[-1]
     x = block.layer_norm1(model.encode(*_first(chat, image), layers=True).layers[-2])[1]
-    q, k = (linear(x).unflatten(-1, (2, 8)).transpose(0, 1) for linear in (block.self_attn.q_proj, block.self_attn.k_proj))
+    q, k = (
+        linear(x).unflatten(-1, (2, 8)).transpose(0, 1) for linear in (block.self_attn.q_proj, block.self_attn.k_proj)
+    )
     weights = (q @ k.mT / 8**0.5).softmax(-1).mean(0)[9:, :9]
     torch.testing.assert_close(looks.patches[1].flatten(1).double(), weights, rtol=1e-5, atol=1e-6)
     with pytest.raises(UserError, match="Linear has no registers to look at"):

@@ -1,4 +1,4 @@
-"""What FALCON's abstract says, as measurements: accuracy of small encoders of crops, and counts of the paper's sizes."""
+"""What FALCON's abstract says: accuracy of small encoders of crops, and counts at the paper's sizes."""
 
 from collections.abc import Callable
 from functools import partial
@@ -138,9 +138,7 @@ EXPERIMENTS: dict[str, Any] = {
     "resolution_equal_flops": VIEWS.against("72", ("36 wide", "18 wide"), shown=("36", "18")),
     "half_over_quarter": VIEWS.against("36 wide", "18 wide"),
     "resolution_equal_steps": VIEWS.against("72", ("36", "18")),
-    "crops_lose_at_seams": SEAMS.against(
-        ("crops", "deeper"), "all", metric="lost at seams", shown=("whole", "falcon")
-    ),
+    "crops_lose_at_seams": SEAMS.against(("crops", "deeper"), "all", metric="lost at seams", shown=("whole", "falcon")),
     "reatten_at_seams": SEAMS.against("falcon", ("own", "windows"), shown=("crops", "all")),
     "few_patches_suffice": SMALL.against("attended", "keep", shown=("random",)),
     "registers_over_rest": SMALL.against("registers", (*TOKENS, "attended"), shown=("random", "keep")),
@@ -155,7 +153,6 @@ EXPERIMENTS: dict[str, Any] = {
 
 CROPS = (1, 2, 5, 10, 17)  # of an image, the whole one among them
 PATCHES, REGISTERS = 576, 64
-
 
 
 def _kept(crops: int, device: str) -> Callable[[], int]:

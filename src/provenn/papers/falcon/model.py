@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from provenn.core.errors import UserError
-from provenn.nn.arguments import check_whole
 from provenn.nn.contrastive import ContrastivePair, vision_from_huggingface
 from provenn.nn.decoder import Decoder, RotaryPositions, Stretch
 from provenn.nn.language import init_narrow
@@ -245,7 +244,9 @@ class Tokens(NamedTuple):
 
 
 class CropEncoder(nn.Module):
-    """FALCON's encoder of images: each is cut by a grid that suits its shape, and becomes (1 + rows · columns) · M tokens.
+    """FALCON's encoder of images: each is cut by a grid that suits its shape.
+
+    An image becomes (1 + rows · columns) · M tokens.
 
     Args:
         vit: of crops.
@@ -255,9 +256,7 @@ class CropEncoder(nn.Module):
     Shapes: images (images, channels, height, width), standardised, to (images, tokens, dim).
     """
 
-    def __init__(
-        self, vit: RegisterViT, *, max_upscale: float | int | None = None, low_resolution: bool = False
-    ):
+    def __init__(self, vit: RegisterViT, *, max_upscale: float | int | None = None, low_resolution: bool = False):
         super().__init__()
         choose_grid(1, 1, max_upscale=max_upscale)  # refuses a wrong factor
         self.vit, self.max_upscale, self.low_resolution = vit, max_upscale, low_resolution
@@ -305,7 +304,8 @@ class CropEncoder(nn.Module):
         counts = [1 + rows * columns for rows, columns in grids]
         if sum(counts) != len(crops):
             raise UserError(
-                f"grids {[list(grid) for grid in grids]} have {sum(counts)} crops with the whole images, got {len(crops)}"
+                f"grids {[list(grid) for grid in grids]} have {sum(counts)} crops with the whole images, "
+                f"got {len(crops)}"
             )
         places = torch.cat([places_of(grid, self.limit) for grid in grids] or [torch.zeros(0, 2, dtype=torch.long)])
         return self.vit(crops, places.to(crops.device), counts)

@@ -105,8 +105,8 @@ def convert(
     except (KeyError, ValueError):
         some = next(iter(state), "nothing")
         raise UserError(
-            f"expected FALCON's whole model or its vision_model, found {len(state)} tensors such as {some}: what a stage "
-            "trained goes into a model that is there by provenn.papers.falcon.load_stage"
+            f"expected FALCON's whole model or its vision_model, found {len(state)} tensors such as {some}: "
+            "what a stage trained goes into a model that is there by provenn.papers.falcon.load_stage"
         ) from None
     whole = any(name.startswith("decoder.") for name in ours)
     name = "tower_heads" if whole else "heads"

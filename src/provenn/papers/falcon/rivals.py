@@ -37,9 +37,7 @@ class Compressed(nn.Module):
         """Width of the tokens."""
         return self.vit.dim
 
-    def forward(
-        self, crops: Tensor, places: Int[Tensor, "crops 2"], counts: Counts
-    ) -> Float[Tensor, "crops few dim"]:
+    def forward(self, crops: Tensor, places: Int[Tensor, "crops 2"], counts: Counts) -> Float[Tensor, "crops few dim"]:
         """The tokens of each crop."""
         layers = getattr(self.compress, "reads_layers", False)
         return self.compress(self.vit.encode(crops, places, counts, layers=layers))
@@ -99,7 +97,9 @@ class Abstractor(nn.Module):
     def forward(self, encoded: Encoded) -> Float[Tensor, "crops few dim"]:
         x = self.norm_of_tokens(torch.cat([encoded.patches, encoded.registers], dim=1))
         y = self.queries.expand(len(x), -1, -1)
-        q, k, v = (split_heads(m(z), self.heads) for m, z in ((self.query, self.norm(y)), (self.key, x), (self.value, x)))
+        q, k, v = (
+            split_heads(m(z), self.heads) for m, z in ((self.query, self.norm(y)), (self.key, x), (self.value, x))
+        )
         y = y + self.out(softmax_attention(q, k, v).transpose(1, 2).flatten(2))
         return y + self.mlp(self.norm2(y))
 
@@ -122,13 +122,15 @@ class MostAttended(nn.Module):
     def forward(self, encoded: Encoded) -> Float[Tensor, "crops few dim"]:
         (block,) = self.last
         x = block.layer_norm1(encoded.layers[-2])
-        q, k = (split_heads(linear(x), block.self_attn.heads) for linear in (block.self_attn.q_proj, block.self_attn.k_proj))
+        q, k = (
+            split_heads(linear(x), block.self_attn.heads) for linear in (block.self_attn.q_proj, block.self_attn.k_proj)
+        )
         share = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).mean((1, 2))[:, : encoded.patches.shape[1]]
         return _taken(encoded.patches, share.detach(), self.count)
 
 
 class RandomPatches(nn.Module):
-    """Random patches of each crop, others each time in training, and in evaluation the same for each place in a batch."""
+    """Random patches of each crop, others each time in training; in evaluation the same for each place in a batch."""
 
     def __init__(self, count: int):
         super().__init__()
@@ -201,7 +203,13 @@ class ShiftedWindows(RegisterViT):
         seen = _meet(rows, columns, side, y.device).repeat(len(y) // (rows * columns), 1, 1)
         attention: Any = self.interact[number]
         told = _attend_where(attention.attention, windows.flatten(0, 2), seen)
-        told = told.unflatten(0, (-1, rows, columns)).unflatten(3, (side, side)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        told = (
+            told.unflatten(0, (-1, rows, columns))
+            .unflatten(3, (side, side))
+            .transpose(2, 3)
+            .flatten(3, 4)
+            .flatten(1, 2)
+        )
         told = told.roll((side // 2, side // 2), (1, 2))
         told = told.unflatten(1, (rows, side)).unflatten(3, (columns, side)).transpose(2, 3).flatten(3, 4).flatten(0, 2)
         return torch.cat([patches + told, registers], dim=1)

@@ -43,9 +43,7 @@ SIDE, PATCH, REGISTERS = 24, 4, 4  # 36 patches of a crop to 4 tokens: 9-fold
 CANVAS = 48  # pixels of an image's side: 2 × 2 crops
 DEPTH, HEADS, DIM = 3, 2, 32
 COUNTS = {"train": 3200, "val": 400, "test": 1000}
-RECIPE = Recipe(
-    epochs=4, batch_size=32, lr=3e-3, weight_decay=0.05, decay_vectors=False, schedule="onecycle", clip=1.0
-)
+RECIPE = Recipe(epochs=4, batch_size=32, lr=3e-3, weight_decay=0.05, decay_vectors=False, schedule="onecycle", clip=1.0)
 ONE_CPU = Hardware()
 NOISE = 0.3  # deviation of what is added to canvases without a texture
 MATCHED = 2 * DIM  # hidden channels of three MLPs, which are as many parameters as an Abstractor has
@@ -248,9 +246,7 @@ PAIR_CLASSES = 5
 PAIR_DIGIT = 18
 
 
-def _pair_canvas(
-    split: str, seed: int, count: int, two: bool, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def _pair_canvas(split: str, seed: int, count: int, two: bool, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Digits in crops: one, with its class, or two in two different crops, with whether they are of one class."""
     digits, labels = _digits(seed)[split]
     of_class = [torch.nonzero(labels == label)[:, 0] for label in range(PAIR_CLASSES)]
@@ -464,9 +460,7 @@ def after_singles(
 def _right(model: nn.Module, data: TaskData) -> Tensor:
     """Whether each test image's likeliest class is right."""
     here = device_of(model)
-    rows = [
-        (model(images.to(here)).argmax(1).cpu() == labels).float() for images, labels in DataLoader(data.test, 256)
-    ]
+    rows = [(model(images.to(here)).argmax(1).cpu() == labels).float() for images, labels in DataLoader(data.test, 256)]
     return torch.cat(rows)
 
 
