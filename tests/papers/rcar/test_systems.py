@@ -291,8 +291,9 @@ def test_any_two_token_sets_match():
 
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     try:
-        vision, text = VisionTower(VisionConfig(layout="clip", image_size=16, patch_size=8, **sizes)), TextTower(
-            TextConfig(layout="clip", vocab_size=20, max_position_embeddings=8, **sizes)
+        vision, text = (
+            VisionTower(VisionConfig(layout="clip", image_size=16, patch_size=8, **sizes)),
+            TextTower(TextConfig(layout="clip", vocab_size=20, max_position_embeddings=8, **sizes)),
         )
     except TypeError:
         pytest.skip("towers take other options")
