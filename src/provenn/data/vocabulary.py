@@ -3,12 +3,14 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from provenn.core.errors import UserError
+from provenn.core.inputs import parse_json, read_text
 
 PAD, START, END, MASK, UNKNOWN, IMAGE = SPECIAL = ("<pad>", "<start>", "<end>", "<mask>", "<unk>", "<image>")
 WORD = re.compile(r"<\w+>|\w+(?:['’]\w+)*|[^\w\s]")
@@ -95,3 +97,28 @@ class Vocabulary:
             tokens[row, : len(text)] = torch.tensor(text)
         there = torch.arange(longest) < torch.tensor([len(text) for text in texts])[:, None]
         return tokens, there
+
+
+def read_vocabulary(file: Path, count: int | None = None) -> Vocabulary:
+    """The words of a JSON file with `word2idx`, as the field publishes them beside features of regions.
+
+    Such files have no `<mask>`, which trainers put behind the last word, and no `<image>`, which stands behind it here.
+
+    Args:
+        file: the file.
+        count: how many words an embedding has. Default: any.
+
+    Raises:
+        UserError: the file has another form, numbers with a gap, or another number of words.
+    """
+    content = parse_json(read_text(file), str(file))
+    numbers = content.get("word2idx") if isinstance(content, dict) else None
+    if not isinstance(numbers, dict) or sorted(numbers.values(), key=str) != sorted(range(len(numbers)), key=str):
+        raise UserError(
+            f'{file}: expected {{"word2idx": {{"<pad>": 0, …}}}} with a number for each word, without a gap'
+        )
+    words = sorted(numbers, key=lambda word: numbers[word])
+    words += [] if MASK in numbers else [MASK]
+    if count is not None and len(words) != count:
+        raise UserError(f"{file} has {len(words)} words with {MASK}, and the weights know {count}: give their own file")
+    return Vocabulary([*words, *([] if IMAGE in numbers else [IMAGE])])

@@ -26,7 +26,7 @@ from provenn.core.narrowing import of_kind
 from provenn.data.captions import Captioned, read_captions
 from provenn.data.composed import CAPTIONS, SIDE, composed_scenes, vocabulary
 from provenn.data.images import SUFFIXES, images_in, read_pixels, resize_pixels
-from provenn.data.vocabulary import Vocabulary, words_of
+from provenn.data.vocabulary import SPECIAL, Vocabulary, read_vocabulary, words_of
 from provenn.tasks.base import (
     CUT,
     HeldOut,
@@ -57,6 +57,7 @@ TILE = 128  # images, and texts, that are compared at a time
 CELLS = 4  # of each side of an image, whose mean colours are the dummy baseline
 RIDGE = 10.0
 Encoded = Tensor | tuple[Tensor, ...]
+UNNAMED = "<word-{}>"  # of a vocabulary whose words nobody named
 
 
 class Pairs(NamedTuple):
@@ -294,7 +295,7 @@ class ImageTextRetrieval(Task):
     ) -> HeldOut:
         """As in `Task`, in the words that the weights know; a folder without splits whole where all is wanted."""
         named = self._named(source)
-        words = Vocabulary(meta["words"])
+        words = _named_words(meta)
         if isinstance(named, str):
             gallery = _scenes("test", seed, captions, meta, words, folds)
             return HeldOut(gallery, f"the test split of {named}")
@@ -311,13 +312,17 @@ class ImageTextRetrieval(Task):
         return max(floors(data).values())
 
     def default_meta(self, options: dict[str, Any]) -> dict[str, Any]:
-        words = vocabulary()
+        """Of the composed scenes; of the words of a file, the option `vocabulary`; or of so many words without names.
+
+        An option `features` says how many numbers a region has.
+        """
+        words = _words_of_options(options)
         return {
             "words": words.words,
             "pad": words.pad,
             "longest": LONGEST,
             "size": SIZE,
-            "features": 0,
+            "features": int(options.get("features") or 0),
             "mean": list(IMAGENET_MEAN),
             "std": list(IMAGENET_STD),
         }
@@ -574,7 +579,7 @@ def _join(parts: Sequence[Encoded]) -> Encoded:
 
 def _encoded_items(model: nn.Module, meta: dict[str, Any], items: Sequence[Item]) -> Encoded:
     """What a system makes of image files, or of texts."""
-    words, parts = Vocabulary(meta["words"]), []
+    words, parts = _named_words(meta), []
     longest, device = int(meta["longest"]), device_of(model)
     texts = [words.encode(item, longest) for item in items if isinstance(item, str)]
     _say_cut([item for item in items if isinstance(item, str)], longest, "texts")
@@ -601,8 +606,31 @@ def _say_cut(texts: Sequence[str], longest: int, what: str) -> None:
         )
 
 
+def _words_of_options(options: dict[str, Any]) -> Vocabulary:
+    """The words that a system's options name: a file, or as many as its embedding has rows."""
+    file, composed = options.get("vocabulary"), vocabulary()
+    if file is not None:
+        return read_vocabulary(Path(file), int(options["vocab_size"]) if "vocab_size" in options else None)
+    count = int(options.get("vocab_size") or len(composed))
+    return composed if count == len(composed) else Vocabulary([*SPECIAL, *map(UNNAMED.format, range(6, max(7, count)))])
+
+
+def _named_words(meta: dict[str, Any]) -> Vocabulary:
+    """The words that weights know.
+
+    Raises:
+        UserError: nothing says what they are, as of an authors' checkpoint.
+    """
+    if meta["words"][-1] == UNNAMED.format(len(meta["words"]) - 1):
+        raise UserError(
+            f"these weights know {len(meta['words'])} words and do not say which: give the file of the words with "
+            "--set vocabulary=FILE"
+        )
+    return Vocabulary(meta["words"])
+
+
 def _example(image: Tensor | None, text: str, meta: dict[str, Any]) -> Example:
-    words = Vocabulary(meta["words"])
+    words = _named_words(meta)
     if not text.strip():
         raise UserError("the text is empty: give a caption in words")
     _say_unknown(words, [text])

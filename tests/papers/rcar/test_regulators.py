@@ -208,7 +208,10 @@ def test_what_cannot_be_is_refused(untyped):
         (lambda: AlignmentVector(0, 4), "embed_dim must be at least 1, got 0"),
         (lambda: RegulatedCrossAttention(8, steps=-1), "steps must be at least 0, got -1"),
         (lambda: RegulatedCrossAttention(8, temperature=math.nan), "temperature must be a finite number"),
-        (lambda: RegulatedCrossAttention(8)(torch.zeros(1, 2, 6), torch.zeros(1, 2, 8)), "expected tokens of 8 numbers"),
+        (
+            lambda: RegulatedCrossAttention(8)(torch.zeros(1, 2, 6), torch.zeros(1, 2, 8)),
+            "expected tokens of 8 numbers",
+        ),
         (lambda: scaled_similarities(torch.zeros(1, 1, 1, 1), None, "l3"), "scaling must be one of softmax"),
     ):
         with pytest.raises(ValueError, match=words):

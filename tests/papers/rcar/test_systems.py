@@ -147,7 +147,11 @@ def test_saf_keeps_the_running_figures_of_a_loop_over_captions():
 # Counts: those of the authors' code, less what none of its outputs reaches
 
 
-COUNTS = {1: (14_761_690, 15_319_770, 14_761_690), 2: (14_893_531, 16_272_091, 15_845_852), 3: (15_025_372, 17_224_412, 16_930_014)}  # fmt: skip
+COUNTS = {
+    1: (14_761_690, 15_319_770, 14_761_690),
+    2: (14_893_531, 16_272_091, 15_845_852),
+    3: (15_025_372, 17_224_412, 16_930_014),
+}
 NORM, HEAD = 2 * 1024, 257  # a batch norm behind the last layer of the MLP, and a head that cosines do not use
 
 
@@ -291,8 +295,9 @@ def test_any_two_token_sets_match():
 
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     try:
-        vision, text = VisionTower(VisionConfig(layout="clip", image_size=16, patch_size=8, **sizes)), TextTower(
-            TextConfig(layout="clip", vocab_size=20, max_position_embeddings=8, **sizes)
+        vision, text = (
+            VisionTower(VisionConfig(layout="clip", image_size=16, patch_size=8, **sizes)),
+            TextTower(TextConfig(layout="clip", vocab_size=20, max_position_embeddings=8, **sizes)),
         )
     except TypeError:
         pytest.skip("towers take other options")

@@ -1,5 +1,7 @@
 """What makes tokens of one width of regions, pictures and words, as the authors' code and its hosts have it."""
 
+from itertools import pairwise
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -77,7 +79,7 @@ class PictureEncoder(nn.Module):
         self.grid = grid
         widths = (3, max(1, width // 3), max(1, 2 * width // 3), width, width)
         layers: list[nn.Module] = []
-        for index, (before, after) in enumerate(zip(widths, widths[1:])):
+        for index, (before, after) in enumerate(pairwise(widths)):
             convolution = nn.Conv2d(before, after, 3, 2 if index < 3 else 1, 1, bias=False)
             layers += [convolution, nn.BatchNorm2d(after), nn.ReLU()]
         self.layers = nn.Sequential(*layers)
@@ -143,8 +145,9 @@ def augment_words(
     kept: tuple[int, ...],
     share: float = 0.2,
 ) -> tuple[Int[Tensor, "texts shorter"], Bool[Tensor, "texts shorter"]]:
-    """Captions as they are trained on: of the words a share is touched, half of these masked, a tenth any word, the rest
-    removed.
+    """Captions as they are trained on: of the words a share is touched.
+
+    Of these half are masked, a tenth become any word, and the rest are removed.
 
     Args:
         tokens, words: captions, and which tokens are real; real ones come first.

@@ -1,4 +1,4 @@
-"""What RCAR's abstract says, as measurements: on grids of digits, in counts, and in time beside a loop over captions."""
+"""What RCAR's abstract says, as measurements: on grids of digits, in counts, and beside a loop over captions."""
 
 from collections.abc import Callable
 from functools import partial
@@ -238,8 +238,8 @@ def by_one_argument(run: Run) -> Measurement:
         made += int(both(regions, words).shape == (2, 2))
     return Measurement.holds(
         apart < 1e-12 and made == len(hosts),
-        f"Six hosts take rcr=2, and rcr=1 with rar=2. With zero output layers two steps of RCR change scores by at most "
-        f"{apart:.1g}.",
+        "Six hosts take rcr=2, and rcr=1 with rar=2. With zero output layers two steps of RCR change scores by at "
+        f"most {apart:.1g}.",
     )
 
 

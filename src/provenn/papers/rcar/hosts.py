@@ -177,7 +177,8 @@ class Similarity(nn.Module):
         region_mask, word_mask = self._masks(regions, words, region_mask, word_mask)
         with without_autocast(regions):
             regions, words = (
-                at_least_single(hide_tokens(tokens, mask)) for tokens, mask in ((regions, region_mask), (words, word_mask))
+                at_least_single(hide_tokens(tokens, mask))
+                for tokens, mask in ((regions, region_mask), (words, word_mask))
             )
             if torch.is_grad_enabled() or torch.compiler.is_compiling():
                 return self._table(regions, words, region_mask, word_mask)
@@ -389,9 +390,7 @@ class RCAR(Similarity):
     3.0
     """
 
-    def __init__(
-        self, mode: Mode = "t2i", steps: int = 2, *, regulators: Regulators = "rcar", **options: Any
-    ):
+    def __init__(self, mode: Mode = "t2i", steps: int = 2, *, regulators: Regulators = "rcar", **options: Any):
         if regulators not in ("rcr", "rar", "rcar"):
             raise ValueError(f"regulators must be rcr, rar or rcar, got {regulators!r}")
         check_sizes(steps=steps)

@@ -325,7 +325,8 @@ class RegulatedCrossAttention(nn.Module):
         if x.shape[-1] != self.dim or other.shape[-1] != self.dim:
             raise ValueError(f"expected tokens of {self.dim} numbers, got {x.shape[-1]} and {other.shape[-1]}")
         query, context = (
-            l2_normalise(at_least_single(hide_tokens(tokens, real))) for tokens, real in ((x, query_mask), (other, mask))
+            l2_normalise(at_least_single(hide_tokens(tokens, real)))
+            for tokens, real in ((x, query_mask), (other, mask))
         )
         e: Tensor | None = None
         lam: Tensor | float = self.temperature

@@ -210,9 +210,7 @@ class SystemOptions(TypedDict, total=False):
     vocabulary: str | None
 
 
-def rcar(
-    vocab_size: int = F30K, *, mode: Mode = "t2i", steps: int = 2, **options: Unpack[SystemOptions]
-) -> Matching:
+def rcar(vocab_size: int = F30K, *, mode: Mode = "t2i", steps: int = 2, **options: Unpack[SystemOptions]) -> Matching:
     """RCAR: RCR and RAR together; 2 steps, as the authors have in both directions and for both sets."""
     return _of_paper(mode, "rcar", vocab_size, steps, options)
 

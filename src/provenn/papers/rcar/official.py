@@ -79,8 +79,8 @@ def convert(
     noted = dict(config or {})
     lists = {str(number): part for number, part in enumerate(PARTS)}
     named = {re.sub(r"^([012])\.", lambda found: f"{lists[found[1]]}.", name): value for name, value in state.items()}
-    ours = _renamed(named)
     _check(noted, named)
+    ours = _renamed(named)
     options_found = _sizes(ours)
     counts = {kind: _count(ours, f"matcher.{kind}.") for kind in ("align", "regulate", "aggregate", "graph")}
     if "matcher.whole.align.project.weight" in ours:
@@ -157,7 +157,12 @@ def _check(noted: Mapping[str, Any], named: Mapping[str, Tensor]) -> None:
 def _sizes(ours: Mapping[str, Tensor]) -> dict[str, Any]:
     linear, embed = ours["image.linear.weight"], ours["text.embed.weight"]
     align = next((ours[name] for name in ours if name.endswith("matcher.align.0.project.weight")), None)
-    sizes = {"vocab_size": len(embed), "features": linear.shape[1], "embed_dim": len(linear), "word_dim": embed.shape[1]}
+    sizes = {
+        "vocab_size": len(embed),
+        "features": linear.shape[1],
+        "embed_dim": len(linear),
+        "word_dim": embed.shape[1],
+    }
     return {name: int(size) for name, size in sizes.items()} | ({} if align is None else {"align_dim": len(align)})
 
 

@@ -44,7 +44,7 @@ DIM, ALIGN = 64, 32  # d and m
 BATCH, STEPS = 24, 900
 CELLS, WORDS = 9, 15  # of a pair, for counts
 RIDGE = 10.0
-SHOWN = 200  # test pairs that a probe looks at
+SHOWN = 100  # test pairs that a probe looks at
 META = {"pad": 0, "longest": 60, "size": 8, "mean": [0.5] * 3, "std": [0.25] * 3}
 
 
@@ -158,10 +158,8 @@ def pooled_rule(data: TaskData) -> float:
     x, asked = (x - mean) / std, (asked - mean) / std
     weights = torch.linalg.solve(x.T @ x + RIDGE * torch.eye(x.shape[1]), x.T @ (bags - centre))
     predicted, wanted = F.normalize(asked @ weights, dim=1), F.normalize(wanted - centre, dim=1)
-    found = [
-        match(predicted[start : start + FOLD] @ wanted[start : start + FOLD].T, torch.arange(len(asked[start : start + FOLD])))
-        for start in range(0, len(asked), FOLD)
-    ]
+    parts = zip(predicted.split(FOLD), wanted.split(FOLD))
+    found = [match(one @ other.T, torch.arange(len(one))) for one, other in parts]
     ranks = [torch.cat([getattr(part, name) for part in found]).numpy() for name in ("text_rank", "image_rank")]
     return with_r1(recalls(*ranks))["r1"]
 
