@@ -103,7 +103,7 @@ async def outcomes(run: Run, way: str, rate: float, **changes: Any) -> list[dict
 def above_chance(run: Run, name: str, values: list[float]) -> list[Skill]:
     """Whether the taught decoder, or a tuned one, answers better than guessing."""
     baseline = TASK.dummy_baseline(tuning_data(run.seeds[0], run.smoke))
-    return [Skill(variant=name, values=values, dummy_baseline=baseline, higher_is_better=True)]
+    return [Skill(variant=name, values=values, dummy_baseline=[baseline] * len(values), higher_is_better=True)]
 
 
 async def forgotten(run: Run, way: str) -> Measurement:

@@ -135,8 +135,8 @@ class LowRankResidualAttention(nn.Module):
         Args:
             x: tokens.
             features: what they look at.
-            mask: True where a token may look at a feature, a row for each token or one for all; a token that may look at
-                none gets zero.
+            mask: True where a token may look at a feature, a row for each token or one for all; a token that
+                may look at none gets zero.
             query_turns, feature_turns: cosines and sines of rotary positions, `provenn.nn.positions.rotation`'s.
         """
         q = self.queries(x, query_turns)
@@ -387,15 +387,11 @@ class WingsBlock(nn.Module):
         attended, weights, main = self._attention(self.norm1(x), context, has_images is not None, state)
         h = x + attended
         asking = x if self.query == "parallel" else h
-        visual, textual = None, None
-        if self.visual is not None:
-            visual, after = self._look(self.visual, asking, context, streams.visual, state and state.visual)
-            state = state and state._replace(visual=after)
-        if self.textual is not None:
-            textual, after = self._look(self.textual, asking, context, streams.textual, state and state.textual, True)
-            state = state and state._replace(textual=after)
-        if state is not None:
-            state = state._replace(main=main)
+        before = (None, None) if state is None else (state.visual, state.textual)
+        visual, seen = self._look(self.visual, asking, context, streams.visual, before[0])
+        textual, said = self._look(self.textual, asking, context, streams.textual, before[1], True)
+        if main is not None and seen is not None and said is not None:
+            state = WingsState(main, seen, said)
         h = self._add(h, visual, textual, weights, has_images)
         return h + self.feedforward(self.norm2(h)), state
 
@@ -447,7 +443,7 @@ class WingsBlock(nn.Module):
 
     def _look(
         self,
-        learner: LowRankResidualAttention,
+        learner: LowRankResidualAttention | None,
         x: Tensor,
         context: Context,
         tokens: Gathered | None,
@@ -455,6 +451,8 @@ class WingsBlock(nn.Module):
         causal: bool = False,
     ) -> tuple[Tensor | None, LearnerState | None]:
         """What the tokens gather from images or words, those that were read before too."""
+        if learner is None:
+            return None, state
         before = 0 if state is None else state.cache.length
         keys: tuple[Tensor, Tensor] | None = None
         there = None if tokens is None else tokens.there

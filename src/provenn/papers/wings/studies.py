@@ -147,20 +147,24 @@ def tuning_data(seed: int, smoke: bool) -> TaskData:
     """Pictures alone to tune on; pictures and texts to validate and test on."""
     few = 16 if smoke else None
     train = rows("V", few or COUNTS["tuned"], "train", seed)
-    val = ConcatDataset([rows(mix, few or COUNTS["val"], "val", seed) for mix in ("V", "T")])
-    test = ConcatDataset([rows(mix, few or COUNTS["test"], "test", seed) for mix in MIXES])
-    tensors = [t for part in (train, *val.datasets, *test.datasets) for t in part.tensors]
-    return TaskData("digits and texts", train, val, test, fingerprint(*tensors))
+    val = [rows(mix, few or COUNTS["val"], "val", seed) for mix in ("V", "T")]
+    test = [rows(mix, few or COUNTS["test"], "test", seed) for mix in MIXES]
+    tensors = [tensor for part in (train, *val, *test) for tensor in part.tensors]
+    return TaskData("digits and texts", train, _joined(val), _joined(test), fingerprint(*tensors))
 
 
 @lru_cache(maxsize=4)  # likewise
 def teaching_data(seed: int, smoke: bool) -> TaskData:
     """Texts of one to three turns, without a picture."""
     count = 24 if smoke else COUNTS["taught"]
-    train = ConcatDataset([rows(mix, count // 3, "train", seed) for mix in ("T", "TT", "TTT")])
+    train = [rows(mix, count // 3, "train", seed) for mix in ("T", "TT", "TTT")]
     val, test = (rows("T", 16 if smoke else COUNTS[split], split, seed) for split in ("val", "test"))
-    tensors = [t for part in (*train.datasets, val, test) for t in part.tensors]
-    return TaskData("texts", train, val, test, fingerprint(*tensors))
+    tensors = [tensor for part in (*train, val, test) for tensor in part.tensors]
+    return TaskData("texts", _joined(train), val, test, fingerprint(*tensors))
+
+
+def _joined(parts: list[TensorDataset]) -> Any:
+    return ConcatDataset(parts)
 
 
 class Answers(Task):
@@ -233,8 +237,7 @@ class Chat(VisionLanguageModel):
     def __init__(self, variant: Variant):
         decoder = init_narrow(Decoder(vocab=PAD, dim=WIDTH, layers=LAYERS, heads=HEADS, hidden=2 * WIDTH))
         super().__init__(decoder, projector=MLPProjector(4, WIDTH), image_token=IMAGE)
-        for linear in (self.projector.linear1, self.projector.linear2):  # type: ignore[union-attr]  # what was passed
-            linear.reset_parameters()
+        init_narrow(self.projector)
         self.variant = variant
 
 
@@ -305,7 +308,7 @@ def tuned(
     hardware: Hardware = ONE_CPU,
     title: str = "",
 ) -> Fit:
-    """The taught decoder of the seed, tuned on pictures in the way of the variant, in two stages of a length for all."""
+    """The taught decoder of the seed, tuned on pictures in the way of the variant, in stages of one length for all."""
     first: Any = build()
     variant, short = first.variant, recipe.max_steps is not None
     weights = taught(seed, short, hardware)
@@ -339,9 +342,9 @@ def with_replay(train: Any, share: float, seed: int) -> TensorDataset:
 @torch.no_grad()
 def accuracy(mix: str, model: Any, data: TaskData) -> float:
     """Of the last turn, on the test's texts of this mix."""
-    parts = getattr(data.test, "datasets", None) or [data.test.dataset]  # type: ignore[attr-defined]  # a smoke run's few
+    parts = getattr(data.test, "datasets", [data.test])
     chosen = next((part for part in parts if isinstance(part, TensorDataset) and _is(part, mix)), None)
-    if chosen is None:
+    if chosen is None:  # of a smoke run, whose test is cut short
         chosen = rows(mix, 16, "test", 0)
     return TASK.evaluate(model, chosen)[mix]
 
@@ -366,7 +369,8 @@ def drift(model: Any, weights: dict[str, Tensor]) -> float:
 def outcome(variant: Variant, rate: float, short: bool, device: str, seed: int) -> dict[str, float]:
     """Accuracies before and after, shift and drift of one tuning at a rate that is not chosen."""
     hardware = replace(ONE_CPU, device=device)
-    recipe = replace(TUNING, lr=rate, **({"epochs": 1, "max_steps": 2, "warmup_steps": 1} if short else {}))
+    recipe = replace(TUNING, lr=rate)
+    recipe = replace(recipe, epochs=1, max_steps=2, warmup_steps=1) if short else recipe
     data = tuning_data(seed, short)
     weights = taught(seed, short, hardware)
     before = prepared(Variant("plain"), weights).to(device).eval()
