@@ -143,14 +143,12 @@ def fit_stages(
     seed: int = 0,
     hardware: Hardware = ONE_CPU,
     saving: Saving | None = None,
-    title: str = "",
 ) -> Fit:
     """Build a model from the seed and train it stage after stage; in one outcome, with the task's metrics of the test.
 
     Args:
         build, task, data, recipe, seed, hardware, saving: as in `fit`.
         plan: the stages of a model, by task, data and recipe.
-        title: of the whole, as in `fit`. Each stage shows its own name.
 
     Raises:
         UserError: as in `run_stages`.

@@ -162,7 +162,7 @@ def tuned(
         return fit(build, task, data, recipe, seed=seed, hardware=hardware, title=title)
     return fit_stages(
         partial(_upon, build, data, seed, recipe.max_steps is not None, hardware), stages, task, data, recipe,
-        seed=seed, hardware=hardware, title=title,
+        seed=seed, hardware=hardware,
     )  # fmt: skip
 
 
