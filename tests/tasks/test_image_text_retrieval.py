@@ -262,3 +262,36 @@ def test_the_exported_system_scores_as_prediction_does(kind):
 def test_the_picture_of_an_evaluation_has_queries_and_what_was_found():
     figure = evaluated(Embeds().eval(), gallery(8), {})
     assert len(figure.axes) == 6 * 6
+
+
+def test_an_example_is_a_picture_a_text_or_both(tmp_path):
+    Image.new("RGB", (20, 30), "red").save(tmp_path / "red.png")
+    (tmp_path / "said.txt").write_text("a dark red")
+    plain = TASK.example(tmp_path / "red.png", META)
+    both = TASK.example(tmp_path / "red.png", META, text="dark light")
+    assert plain.shape == (1, 3, 16, 16) and torch.equal(both.image, plain)
+    assert both.tokens.tolist() == [[1, 6, 7, 2]] and both.words == ("<start>", "dark", "light", "<end>")
+    alone = TASK.example(tmp_path / "said.txt", META)
+    assert alone.image is None and alone.words == ("<start>", "<unk>", "dark", "red", "<end>")
+    with pytest.raises(UserError, match="the text is empty"):
+        TASK.example(tmp_path / "red.png", META, text="  ")
+
+
+def test_words_of_the_fields_files_stand_in_their_order(tmp_path):
+    import json
+
+    words = {"<pad>": 0, "<start>": 1, "<end>": 2, "<unk>": 3, "dog": 4, "cat": 5}
+    file = tmp_path / "vocab.json"
+    file.write_text(json.dumps({"word2idx": words, "idx": 6}))
+    meta = TASK.default_meta({"vocabulary": str(file), "vocab_size": 7, "features": 12})
+    assert meta["words"] == [*words, "<mask>", "<image>"] and meta["features"] == 12 and meta["pad"] == 0
+    with pytest.raises(UserError, match="has 7 words with <mask>, and the weights know 9"):
+        TASK.default_meta({"vocabulary": str(file), "vocab_size": 9})
+    for wrong in ({"words": []}, {"word2idx": {"<pad>": 0, "dog": 2}}, [1]):
+        file.write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match="with a number for each word, without a gap"):
+            TASK.default_meta({"vocabulary": str(file)})
+    unnamed = TASK.default_meta({"vocab_size": 9})
+    assert len(unnamed["words"]) == 9 and len(TASK.default_meta({})["words"]) == 72
+    with pytest.raises(UserError, match="know 9 words and do not say which: give the file of the words"):
+        TASK.held_out("composed", unnamed)
