@@ -327,7 +327,7 @@ class ImageTextRetrieval(Task):
             "std": list(IMAGENET_STD),
         }
 
-    def example(  # type: ignore[override]  # takes a text besides
+    def example(
         self, file: Path, meta: dict[str, Any], text: str | None = None
     ) -> Float[Tensor, "1 3 height width"] | Example:
         """A picture as a network sees it; with a text, or of a .txt file that holds one, an `Example`."""

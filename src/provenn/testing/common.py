@@ -648,7 +648,8 @@ def _results(module: Any, subject: Subject, inputs: list[Tensor]) -> tuple[list[
             mask[:, 2] = False
             outputs.append(module(*inputs, mask=mask))
             with suppress(ValueError):  # one that looks both ways refuses to stream
-                outputs.append(_stacked_steps(module, inputs[0][:, :4]) if hasattr(module, "step") else None)
+                if hasattr(module, "step"):
+                    outputs.append(_stacked_steps(module, inputs[0][:, :4]))
     return [y.detach().cpu() for y in outputs if isinstance(y, Tensor)], [slope.cpu() for slope in slopes]
 
 

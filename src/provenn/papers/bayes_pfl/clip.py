@@ -152,8 +152,8 @@ def _caption(some: Pictures, textures: Sequence[str], mean: Tensor, std: Tensor,
     right = (some.kind[:, None] == stated[:, 1]) | ((stated[:, 1] < 0) & (some.kind[:, None] > 0))
     right &= (some.texture[:, None] == stated[:, 0]) & ((stated[:, 2] < 0) | (some.place[:, None] == stated[:, 2]))
     tokens = torch.full((len(texts), max(map(len, texts))), END)
-    for row, text in enumerate(texts):
-        tokens[row, : len(text)] = torch.tensor(text)
+    for row, numbers in enumerate(texts):
+        tokens[row, : len(numbers)] = torch.tensor(numbers)
     return Captioned((some.images - mean) / std, tokens, right)
 
 

@@ -153,6 +153,8 @@ class BayesPFL(nn.Module):
     """
 
     reads_names = True
+    noise: Tensor
+    unnamed: Tensor
 
     def __init__(
         self,
@@ -229,10 +231,10 @@ class BayesPFL(nn.Module):
         self.context = nn.Parameter(torch.empty(prompts, context, dim))
         self.normal, self.abnormal = (nn.Parameter(torch.empty(prompts, state, dim)) for _ in range(2))
         self.temperature_pixel, self.temperature_image = (nn.Parameter(torch.tensor(START)) for _ in range(2))
-        options = {"steps": flows, "invertible": invertible}
+        options: dict[str, Any] = {"steps": flows, "invertible": invertible}
         self.specific = PromptDistribution(dim, hidden, **options) if specific else None
         self.agnostic = PromptDistribution(dim, hidden, kinds=2, **options) if agnostic else None
-        kinds = {"rca": partial(ResidualCrossModalAttention, heads=heads), "plain": PlainResidual}
+        kinds: dict[str, Any] = {"rca": partial(ResidualCrossModalAttention, heads=heads), "plain": PlainResidual}
         self.attention = kinds[attention](dim) if attention in kinds else Unchanged()
         self.to_text = nn.ModuleList(nn.Linear(vision.dim, dim, bias=False) for _ in layers)
         self.text_mapping = nn.Linear(dim, dim)

@@ -33,7 +33,10 @@ from provenn.papers.falcon.studies import (
 )
 
 RATES = (1e-3, 3e-3, 1e-2)
-SIZES = {"columns": {"parameters": lambda variant: count_parameters(network(variant, 10))}, "kind": "encoder"}
+SIZES: dict[str, Any] = {
+    "columns": {"parameters": lambda variant: count_parameters(network(variant, 10))},
+    "kind": "encoder",
+}
 
 # Resolution: encoders of one number of operations, each with its own width.
 VIEWS = Study(

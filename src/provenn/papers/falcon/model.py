@@ -391,7 +391,8 @@ class Falcon(VisionLanguageModel):
     def _with_markers(self, x: Tensor, shapes: Sequence[Grid]) -> tuple[Tensor, list[int]]:
         """Each crop's own text before its registers, as vectors."""
         known = self.markers or {}
-        parts, sizes, number = [], [], 0
+        parts: list[Tensor] = []
+        sizes, number = [], 0
         for shape in shapes:
             before = len(parts)
             for name in markers_of(shape):

@@ -332,7 +332,7 @@ def questions(seed: int, smoke: bool) -> TaskData:
     found: dict[str, list[tuple[Tensor, list[str], str, str]]] = {}
     for split, many in QUESTIONS.items():
         count = 24 if smoke else {"train": 2000, "val": 300, "test": 600}[split]
-        scenes = composed_scenes(split, seed, count, side=CANVAS, questions=many)  # type: ignore[arg-type]  # a split
+        scenes = composed_scenes(split, seed, count, side=CANVAS, questions=many)
         found[split] = [
             (torch.from_numpy(scene.pixels).permute(2, 0, 1), words_of(asked.text), asked.answer, asked.kind)
             for scene in scenes

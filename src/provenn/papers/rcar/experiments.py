@@ -68,7 +68,7 @@ def study(name: str, data: Callable[..., Any], variants: dict[str, tuple[str, An
     )
 
 
-RCAR2 = {"rcr": 1, "rar": 2}
+RCAR2: dict[str, Any] = {"rcr": 1, "rar": 2}
 STEPWISE = study(
     "many fillers",
     many,
@@ -230,7 +230,8 @@ def by_one_argument(run: Run) -> Measurement:
         own = {name: value for name, value in plain.state_dict().items() if not name.startswith("align.")}
         own |= {f"align.2.{name[8:]}": v for name, v in plain.state_dict().items() if name.startswith("align.")}
         fed.load_state_dict({**fed.state_dict(), **own})
-        for step in fed.regulate:
+        regulate: Any = fed.regulate  # torch types what a list holds as modules alone
+        for step in regulate:
             for layer in (step.channels[2], step.sharpness[2]):
                 torch.nn.init.zeros_(layer.weight)
         apart = max(apart, float((fed(regions, words) - plain(regions, words)).abs().max()))

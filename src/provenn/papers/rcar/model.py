@@ -142,7 +142,7 @@ class Ensemble(nn.Module):
         super().__init__()
         if not parts:
             raise ValueError("an ensemble needs at least one system, got none")
-        self.parts = nn.ModuleList(parts)
+        self.parts: Any = nn.ModuleList(parts)  # torch types what a list holds as modules alone
 
     def encode_images(self, images: Tensor, regions: Tensor | None = None) -> tuple[Tensor, ...]:
         """Tokens and masks of every part, one after the other."""

@@ -128,7 +128,7 @@ def grids(fillers: tuple[int, int], seed: int, smoke: bool) -> TaskData:
         seed: of images, captions and noise.
         smoke: whether there are few.
     """
-    meta = {**META, "words": words().words, "features": 70}
+    meta: dict[str, Any] = {**META, "words": words().words, "features": 70}
     sets = {}
     for split, count in COUNTS.items():
         features, captions = drawn(split, seed, (2 * BATCH if split == "train" else FOLD) if smoke else count, fillers)
@@ -160,8 +160,8 @@ def pooled_rule(data: TaskData) -> float:
     predicted, wanted = F.normalize(asked @ weights, dim=1), F.normalize(wanted - centre, dim=1)
     parts = zip(predicted.split(FOLD), wanted.split(FOLD))
     found = [match(one @ other.T, torch.arange(len(one))) for one, other in parts]
-    ranks = [torch.cat([getattr(part, name) for part in found]).numpy() for name in ("text_rank", "image_rank")]
-    return with_r1(recalls(*ranks))["r1"]
+    texts, images = (torch.cat([getattr(part, name) for part in found]).numpy() for name in ("text_rank", "image_rank"))
+    return with_r1(recalls(texts, images))["r1"]
 
 
 def _bags(gallery: Gallery, size: int) -> Float[Tensor, "images words"]:
