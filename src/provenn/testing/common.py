@@ -637,19 +637,19 @@ def _run_on_another_device(subject: Subject) -> None:
 
 
 def _results(module: Any, subject: Subject, inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """What a module gives, and the gradients of its inputs and parameters, on the CPU."""
+    """What a module gives in training and then in evaluation, and the gradients of its inputs and parameters."""
     outputs = _backward(_silence(module), inputs)
     slopes = [x.grad for x in (*inputs, *module.parameters()) if x.grad is not None]
     module.eval()
     with torch.no_grad():
-        outputs += tree_leaves(module(*inputs))
-        if subject.slot is not None and subject.slot.name == "token-mixer":
+        if subject.slot is None or subject.slot.name != "token-mixer":
+            outputs += tree_leaves(module(*inputs))
+        else:
             mask = torch.ones(inputs[0].shape[:2], dtype=torch.bool, device=inputs[0].device)
             mask[:, 2] = False
             outputs.append(module(*inputs, mask=mask))
             with suppress(ValueError):  # one that looks both ways refuses to stream
-                if hasattr(module, "step"):
-                    outputs.append(_stacked_steps(module, inputs[0][:, :4]))
+                outputs += [_stacked_steps(module, inputs[0][:, :4])] if hasattr(module, "step") else []
     return [y.detach().cpu() for y in outputs if isinstance(y, Tensor)], [slope.cpu() for slope in slopes]
 
 

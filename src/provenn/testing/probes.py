@@ -18,7 +18,7 @@ from provenn.evidence.study import SMOKE_EXAMPLES, Contrast, Reading, Study
 from provenn.tasks import TaskData
 from provenn.testing.elsewhere import elsewhere, move
 
-OPERATIONS = 1000  # of torch that are followed in one probe: a longer one repeats them, mostly
+OPERATIONS = 500  # of torch that are followed in one probe: a longer one repeats them, mostly
 
 
 def studies_of(card: Card) -> list[Study]:
@@ -34,7 +34,7 @@ def studies_of(card: Card) -> list[Study]:
 def faults_of_probes(card: Card) -> Iterator[str]:
     """Every probe of a study reads a network on another device, which is emulated (`provenn.testing.elsewhere`).
 
-    It reads an untrained network and a smoke run's examples, for its first thousand operations. The network is of the
+    It reads an untrained network and a smoke run's examples, for its first five hundred operations. The network is of the
     variant whose figure an experiment takes from it, or else of the last. A probe that `CPU_ONLY` of experiments.py
     names, with the reason, has to fail.
     """
