@@ -2,15 +2,17 @@
 
     python scripts/shared_models.py tiny-clip
     python scripts/shared_models.py tiny-vlm
+    python scripts/shared_models.py sheets
 
 The second reads by the vision tower of the first, which stays as it is. Each takes less than 12 minutes of one core.
-The data are composed scenes, whose labels are true by construction.
+The data are composed scenes, whose labels are true by construction. The last draws what both do with the test, for the
+documents.
 """
 
 import argparse
 import json
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -18,17 +20,18 @@ from torch import nn
 from torch.nn import functional as F
 
 from provenn.core import progress
-from provenn.core.files import write_atomically
+from provenn.core.files import save_figure, write_atomically
 from provenn.data.composed import COLOURS, NOUNS, Composed, composed_scenes
 from provenn.nn.contrastive import ContrastivePair
 from provenn.nn.folders import write_folder
-from provenn.nn.shipped import ABOUT, FOLDER, IMAGE_CHAT, pretrained
+from provenn.nn.shipped import ABOUT, FOLDER, IMAGE_CHAT, PAIR, about, pretrained
 from provenn.nn.towers import TextConfig, VisionConfig
 from provenn.nn.vision_language import ImageChat, small_vision_language_model
-from provenn.tasks import TaskData, get_task
+from provenn.tasks import TaskData, get_task, image_text_retrieval, multimodal_chat
 from provenn.tasks.image_text_retrieval import Pairs
 from provenn.training import Fit, Recipe, fit
 
+PICTURES = Path(__file__).resolve().parents[1] / "docs" / "pictures"
 PATCH = 8
 SCENES = 6000
 CLIP = Recipe(
@@ -51,25 +54,32 @@ def labels_of(scenes: tuple[Composed, ...]) -> torch.Tensor:
     return torch.stack(rows)
 
 
-class ClipLearner(nn.Module):
-    """CLIP with its loss, and a read-out of each patch that is learned beside it and thrown away.
+class Embeds(nn.Module):
+    """A pair as the task of retrieval calls it."""
 
-    The read-out says which noun and which colour lies in a patch. It makes a few minutes of training enough.
-    """
-
-    def __init__(self, vocab: int, end: int, labels: torch.Tensor):
+    def __init__(self, pair: ContrastivePair):
         super().__init__()
-        vision = VisionConfig("clip", 64, 3, 4, image=64, patch=PATCH)
-        text = TextConfig("clip", 64, 2, 4, vocab=vocab, max_length=40, end_of_text=end)
-        self.pair = ContrastivePair(vision, text, 64)
-        self.nouns, self.colours = nn.Linear(64, len(NOUNS) + 1), nn.Linear(64, len(COLOURS) + 1)
-        self.labels = labels
+        self.pair = pair
 
     def encode_images(self, images: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
         return self.pair.encode_image(images)
 
     def encode_texts(self, tokens: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
         return self.pair.encode_text(tokens, mask=words)
+
+
+class ClipLearner(Embeds):
+    """CLIP with its loss, and a read-out of each patch that is learned beside it and thrown away.
+
+    The read-out says which noun and which colour lies in a patch. It makes a few minutes of training enough.
+    """
+
+    def __init__(self, vocab: int, end: int, labels: torch.Tensor):
+        vision = VisionConfig("clip", 64, 3, 4, image=64, patch=PATCH)
+        text = TextConfig("clip", 64, 2, 4, vocab=vocab, max_length=40, end_of_text=end)
+        super().__init__(ContrastivePair(vision, text, 64))
+        self.nouns, self.colours = nn.Linear(64, len(NOUNS) + 1), nn.Linear(64, len(COLOURS) + 1)
+        self.labels = labels
 
     def training_loss(self, batch: Pairs) -> torch.Tensor:
         seen = self.pair.vision_model(batch.images)
@@ -92,7 +102,9 @@ def train_clip(seed: int) -> None:
     done = fit(lambda: ClipLearner(len(words), words.index("<end>"), labels), task, data, CLIP, seed=seed, title="clip")
     learner: ClipLearner = done.model  # type: ignore[assignment]  # what was built
     folder = FOLDER / "tiny-clip"
-    learner.pair.save_huggingface(folder)
+    parts = {"vision": learner.pair.vision_model.config, "text": learner.pair.text_model.config}
+    sizes = {name: asdict(config) for name, config in parts.items()}
+    write_folder(folder, {"model_type": PAIR, **sizes, "dim": learner.pair.dim}, learner.pair)
     _say(folder, "tiny-clip", data, done, CLIP, seed)
 
 
@@ -116,7 +128,7 @@ def train_vlm(seed: int) -> None:
     data = task.load("composed", seed=seed, examples=SCENES, text_share=TOLD, longest=160)
     done = fit(lambda: build_talker(data), task, data, TALK, seed=seed, title="vlm")
     folder = FOLDER / "tiny-vlm"
-    write_folder(folder, {"model_type": IMAGE_CHAT, **data.options, **TALKER}, done.model)
+    write_folder(folder, {"model_type": IMAGE_CHAT, "model": {**data.options, **TALKER}}, done.model)
     with torch.no_grad():
         told = task.evaluate(done.model, task.held_out("composed", data.meta, text_share=1.0).dataset)
         known = scored.evaluate(done.model, scored.held_out("composed", data.meta).dataset)
@@ -126,7 +138,7 @@ def train_vlm(seed: int) -> None:
 
 def _say(folder: Path, name: str, data: TaskData, done: Fit, recipe: Recipe, seed: int) -> None:
     """Write beside the weights what they take, what they reach, and the command that makes them."""
-    about = {
+    facts = {
         "command": f"python scripts/shared_models.py {name}" + (f" --seed {seed}" if seed else ""),
         "data": data.name,
         "fingerprint": data.fingerprint,
@@ -135,11 +147,24 @@ def _say(folder: Path, name: str, data: TaskData, done: Fit, recipe: Recipe, see
         "metrics": {key: round(value, 4) for key, value in done.metrics.items()},
         **data.meta,
     }
-    write_atomically(folder / ABOUT, json.dumps(about, indent=1) + "\n")
-    print(name, about["metrics"], f"{about['core_minutes']} core-minutes")
+    write_atomically(folder / ABOUT, json.dumps(facts, indent=1) + "\n")
+    print(name, facts["metrics"], f"{facts['core_minutes']} core-minutes")
 
 
-TRAIN = {"tiny-clip": train_clip, "tiny-vlm": train_vlm}
+def draw_sheets(seed: int) -> None:
+    """What both models do with pictures and pairs of words that they never saw."""
+    for name, task, kind in (
+        ("tiny-clip", "image-text-retrieval", image_text_retrieval),
+        ("tiny-vlm", "visual-question-answering", multimodal_chat),
+    ):
+        model = pretrained(name)
+        if isinstance(model, ContrastivePair):
+            model = Embeds(model).eval()
+        dataset = get_task(task).held_out("composed", about(name), seed=seed).dataset
+        save_figure(kind.evaluated(model, dataset, {}), PICTURES / f"{name}.png")
+
+
+TRAIN = {"tiny-clip": train_clip, "tiny-vlm": train_vlm, "sheets": draw_sheets}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])

@@ -2,12 +2,24 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from provenn.core.errors import UserError
 from provenn.nn.decoder import Decoder, RotaryPositions
 from provenn.nn.language import init_narrow
-from provenn.nn.vision_language import MLPProjector, PatchMerger, VisionLanguageModel, image_positions
+from provenn.nn.towers import VisionConfig, VisionTower
+from provenn.nn.vision_language import (
+    ImageChat,
+    MLPProjector,
+    PatchMerger,
+    TowerTokens,
+    VisionLanguageModel,
+    image_positions,
+    small_vision_language_model,
+    spread_placeholders,
+)
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 IMAGE = 99  # no token of the vocabulary
@@ -138,3 +150,93 @@ def test_what_positions_of_rows_and_columns_need():
     apart = torch.tensor([[IMAGE, 1, IMAGE, IMAGE]])
     with pytest.raises(UserError, match=r"^image 1 has 3 tokens, and other tokens stand between them in row 1 of the "):
         vlm(apart, drawn(3, 10), grids=torch.tensor([[1, 1, 3]]))
+
+
+class Ragged(VisionLanguageModel):
+    """As many features of an image as its first number says."""
+
+    def features(self, images, grids=None):
+        sizes = [1 + int(image[0, 0].abs() * 10) % 4 for image in images]
+        return self.projector(torch.cat([image[:size] for image, size in zip(images, sizes)])[None])[0], sizes
+
+
+def test_one_placeholder_an_image_reads_as_one_for_each_feature():
+    torch.manual_seed(0)
+    decoder = Decoder(50, 24, 2, 4, kv_heads=2)
+    inner = init_narrow(Ragged(decoder, None, MLPProjector(10, 24), image_token=IMAGE)).double()
+    chat, images = ImageChat(inner), drawn(4, 4, 10)
+    _, sizes = inner.features(images)
+    assert len(set(sizes)) > 1
+    rows = [[1, IMAGE, 2, IMAGE, 3], [4, 5], [IMAGE, 6], [7, 8, IMAGE]]
+    tokens, mask = padded(rows)
+    together = chat(tokens, images, mask=mask)
+    written = torch.stack(list(chat.generate(tokens, 5, images, mask=mask, temperature=0)), 1)
+    first = 0
+    for number, words in enumerate(rows):
+        some = images[first : first + words.count(IMAGE)]
+        counts = iter(sizes[first : first + len(some)])
+        spread = [[token] * (next(counts) if token == IMAGE else 1) for token in words]
+        ends = torch.tensor([len(part) for part in spread]).cumsum(0) - 1
+        shown = (some,) if len(some) else ()
+        whole = torch.tensor([[token for part in spread for token in part]])
+        expected = inner(whole, *shown)[0, ends]
+        torch.testing.assert_close(together[number, -len(words) :], expected, **EXACT)
+        alone = torch.stack(list(inner.generate(whole, 5, *shown, temperature=0)), 1)
+        assert torch.equal(written[number], alone[0])
+        first += len(some)
+    plain = chat(torch.tensor([rows[0]]), images[:2])
+    torch.testing.assert_close(plain[0], together[0], **EXACT)
+
+
+@given(st.data())
+def test_placeholders_are_spread_where_they_stand(data):
+    rows = data.draw(st.lists(st.lists(st.sampled_from([1, 2, IMAGE]), min_size=4, max_size=4), min_size=1, max_size=3))
+    sizes = [data.draw(st.integers(1, 4)) for row in rows for token in row if token == IMAGE]
+    spread, known, place = spread_placeholders(torch.tensor(rows), IMAGE, sizes)
+    counts = iter(sizes)
+    for number, row in enumerate(rows):
+        expected = [token for token in row for _ in range(next(counts) if token == IMAGE else 1)]
+        assert spread[number][known[number]].tolist() == expected
+        assert spread[number][place[number]].tolist() == row
+
+
+def test_placeholders_of_images_too_many_or_too_few_are_refused():
+    tokens = torch.tensor([[1, IMAGE, 2]])
+    for sizes, what in (([], "there are 0 images: too many"), ([2, 2], "there are 2 images: too few")):
+        with pytest.raises(UserError, match=rf"the texts have 1 placeholders of images \(token {IMAGE}\) and {what}"):
+            spread_placeholders(tokens, IMAGE, sizes)
+    with pytest.raises(UserError, match="image 1 has no feature to be read"):
+        spread_placeholders(tokens, IMAGE, [0])
+    hidden = spread_placeholders(tokens, IMAGE, [], torch.tensor([[True, False, True]]))
+    assert hidden[1].tolist() == [[True, False, True]], "a placeholder in padding is none"
+
+
+@pytest.mark.parametrize("layout", ["clip", "siglip"])
+def test_tokens_of_a_tower_are_those_of_the_layer_that_is_asked_for(layout):
+    torch.manual_seed(0)
+    tower = VisionTower(VisionConfig(layout, 16, 3, 2, image=16, patch=8)).double()
+    images = drawn(2, 3, 16, 16)
+    said = tower(images, layers=(2,))
+    assert torch.equal(TowerTokens(tower)(images), said.last.patches)
+    assert torch.equal(TowerTokens(tower, -2)(images), said.layers[2].patches)
+    count = 5 if layout == "clip" else 4
+    assert TowerTokens(tower, 2, first=True)(images).shape == (2, count, 16) and TowerTokens(tower).dim == 16
+    registers = TowerTokens(tower, extra=drawn(1, 3, 16))
+    expected = tower(images, extra=registers.extra).last.extra
+    assert torch.equal(registers(images), expected) and expected.shape == (2, 3, 16)
+    registers(images).sum().backward()
+    assert registers.extra.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="layer must lie between -4 and 3, got 4"):
+        TowerTokens(tower, 4)
+
+
+def test_a_small_model_takes_towers_and_projectors_of_ones_own():
+    vision, projector = Tower(), nn.Linear(10, 32)
+    small = small_vision_language_model(50, 7, vision=vision, projector=projector, dim=32, layers=1)
+    assert small.model.vision is vision and small.model.projector is projector
+    assert small(torch.tensor([[1, 7, 2]]), drawn(1, 3, 10).float()).shape == (1, 3, 50)
+    tower = VisionTower(VisionConfig("siglip", 16, 1, 2, image=16, patch=8, head=False))
+    small = small_vision_language_model(50, 7, vision=tower, layer=0, dim=32, layers=1, kv_heads=2, bias=True)
+    assert (
+        small.model.vision.tower is tower and small(torch.tensor([[7, 7]]), torch.randn(2, 3, 16, 16)).isfinite().all()
+    )

@@ -152,6 +152,18 @@ def test_a_folder_is_split_by_images_and_its_rare_words_are_unknown(root):
     assert 0 <= TASK.evaluate(Embeds(**data.options).eval(), data.test)["rsum"] <= 6
 
 
+def test_texts_that_are_cut_are_said(root, capsys):
+    with progress.shown():
+        TASK.load(root, size=16, longest=5)
+        assert "of 16 captions have more than 3 words, and the rest is not read, such as 'it is number" in (
+            capsys.readouterr().err
+        )
+        TASK.predict(Embeds(), META, ["dark " * 7], None, gallery=root)
+        assert "1 of 1 texts have more than 6 words" in capsys.readouterr().err
+        TASK.predict(Embeds(), META, ["dark " * 6], None, gallery=root)
+        assert "of 1 texts" not in capsys.readouterr().err
+
+
 def test_features_have_lengths_and_fit_no_weights_of_pictures(tmp_path):
     rng = np.random.default_rng(0)
     for name, count in (("train", 8), ("dev", 3), ("test", 4)):

@@ -18,8 +18,9 @@ from provenn.data.conversations import Conversation, Exchange
 from provenn.nn.vision_language import small_vision_language_model
 from provenn.tasks import get_task
 from provenn.tasks.base import IGNORED
+from provenn.tasks.demos import Trial
 from provenn.tasks.multimodal_chat import Talks, counted_nats, evaluated, fitted, join_chats, likelihoods, write
-from provenn.tasks.visual_question_answering import answers, by_words, floors
+from provenn.tasks.visual_question_answering import answer, answers, by_words, floors
 from provenn.training import Recipe, fit
 
 CHAT, VQA = get_task("multimodal-chat"), get_task("visual-question-answering")
@@ -308,3 +309,17 @@ class Short(nn.Module):
 def test_the_picture_of_an_evaluation_has_questions_and_answers():
     figure = evaluated(chat(), talks(*MIXED), {})
     assert "→" in figure.axes[0].get_title(loc="left") and len(figure.axes) == 8
+
+
+def test_a_demo_answers_the_question_that_was_typed(root, monkeypatch):
+    monkeypatch.chdir(root)
+    model = chat()
+    for question, options in (("what ?", {"question": " what ? "}), ("", {})):
+        trial = Trial(VQA, model, META, root / "1.png", options, print)
+        if not question:
+            with pytest.raises(UserError, match="there is no question: type one"):
+                answer(trial)
+            continue
+        told = answer(trial)
+        assert told["kind"] == "text" and told["size"] == (30, 20) and (root / "shown.png").is_file()
+        assert told["text"] == f"what ?\n{VQA.predict(model, META, [str(root / '1.png'), 'what ?'], None)}"

@@ -141,9 +141,16 @@ class ContrastivePair(nn.Module):
         A tokenizer and an image processor that lie in the folder are left as they are.
 
         Raises:
+            UserError: token 2 ends a text of CLIP, which transformers takes for the last token.
             Unwritable: the folder cannot be written.
         """
         clip = self.layout == "clip"
+        text = self.text_model.config
+        if clip and text.end_of_text == 2 and text.vocab != 3:
+            raise UserError(
+                f"transformers takes token 2 as an end of text for the last one, {text.vocab - 1}: give the end "
+                "of text another number, or save its state_dict"
+            )
         parts = {"text": self.text_model.config, "vision": self.vision_model.config}
         config: Values = {
             "model_type": self.layout,

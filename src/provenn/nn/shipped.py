@@ -10,7 +10,7 @@ from torch import nn
 from provenn.core.errors import UserError
 
 FOLDER = Path(__file__).with_name("shared")
-IMAGE_CHAT = "provenn-image-chat"  # the model type of a small vision–language model
+PAIR, IMAGE_CHAT = "provenn-pair", "provenn-image-chat"  # types of models, in their config.json
 ABOUT = "provenn.json"  # beside the weights: what they take, what they reach, and the command that makes them
 
 
@@ -27,17 +27,21 @@ def pretrained(name: str) -> nn.Module:
     >>> pretrained("tiny-clip").dim
     64
     """
-    from provenn.nn.contrastive import PAIRS, ContrastivePair
+    from provenn.nn.contrastive import ContrastivePair
     from provenn.nn.folders import build_with, read_config, read_tensors
+    from provenn.nn.towers import TextConfig, VisionConfig
     from provenn.nn.vision_language import small_vision_language_model
 
     about(name)
     folder = FOLDER / name
-    config = read_config(folder, (*PAIRS, IMAGE_CHAT))
-    if config["model_type"] in PAIRS:
-        return ContrastivePair.from_huggingface(folder)
-    sizes = {key: value for key, value in config.items() if key not in ("model_type", "dtype")}
-    return build_with(lambda: small_vision_language_model(**sizes), read_tensors(folder), str(folder), None)
+    config = read_config(folder, (PAIR, IMAGE_CHAT))
+
+    def build() -> nn.Module:
+        if config["model_type"] == PAIR:
+            return ContrastivePair(VisionConfig(**config["vision"]), TextConfig(**config["text"]), config["dim"])
+        return small_vision_language_model(**config["model"])
+
+    return build_with(build, read_tensors(folder), str(folder), None)
 
 
 @cache

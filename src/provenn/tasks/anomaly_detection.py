@@ -301,7 +301,8 @@ def anomalies(model: nn.Module, images: Float[Tensor, "batch 3 height width"], n
             f"{type(said).__name__}"
         )
     score, heat = said
-    if heat.shape != (len(images), *images.shape[2:]) or score.shape != (len(images),):
+    # `len` would fix the number of images in an exported file.
+    if heat.shape != (images.shape[0], *images.shape[2:]) or score.shape != images.shape[:1]:
         raise UserError(
             f"{type(model).__name__} gives scores {tuple(score.shape)} and maps {tuple(heat.shape)} for images "
             f"{tuple(images.shape)}: expected one score an image, and maps of the size of the images"

@@ -26,7 +26,7 @@ from provenn.core.narrowing import of_kind
 from provenn.data.captions import Captioned, read_captions
 from provenn.data.composed import CAPTIONS, SIDE, composed_scenes, vocabulary
 from provenn.data.images import SUFFIXES, images_in, read_pixels, resize_pixels
-from provenn.data.vocabulary import Vocabulary
+from provenn.data.vocabulary import Vocabulary, words_of
 from provenn.tasks.base import (
     CUT,
     HeldOut,
@@ -382,12 +382,15 @@ class ImageTextRetrieval(Task):
         return [*images_in(gallery)]
 
     def portable(self, model: nn.Module, meta: dict[str, Any]) -> Portable:
-        """From `image` in 0…1 and `tokens` to `similarity`, a score of each image and each text."""
+        """From `image` in 0…1 and `tokens`, filled up with `<pad>` to the longest, to `similarity`, each with each."""
         _check_pictures(meta)
         generator = torch.Generator().manual_seed(0)
-        words = Vocabulary(meta["words"])
-        tokens = torch.randint(0, len(words), (3, min(12, meta["longest"])), generator=generator)
-        tokens[:, 0], tokens[:, -1] = words.start, words.end
+        words, longest = Vocabulary(meta["words"]), int(meta["longest"])
+        tokens = torch.randint(0, len(words), (3, longest), generator=generator)
+        tokens[:, 0] = words.start
+        tokens = torch.where((tokens == words.end) | (tokens == words.pad), words.unknown, tokens)
+        for row, end in enumerate((longest - 1, longest // 2, 2)):
+            tokens[row, end], tokens[row, end + 1 :] = words.end, words.pad
 
         def predict(image: Tensor, tokens: Tensor) -> Tensor:
             encoded = encode_texts(model, tokens, tokens != words.pad)
@@ -439,7 +442,8 @@ def encode_images(model: nn.Module, images: Tensor, regions: Bool[Tensor, "batch
         UserError: it has none.
     """
     if regions is None:
-        regions = torch.ones(len(images), images.shape[1] if images.ndim == 3 else 1, dtype=torch.bool)
+        # `len` would fix the number of images in an exported file.
+        regions = torch.ones(images.shape[0], images.shape[1] if images.ndim == 3 else 1, dtype=torch.bool)
     return _method(model, "encode_images")(images, regions.to(images.device))
 
 
@@ -553,6 +557,7 @@ def _encoded_items(model: nn.Module, meta: dict[str, Any], items: Sequence[Item]
     words, parts = Vocabulary(meta["words"]), []
     longest, device = int(meta["longest"]), device_of(model)
     texts = [words.encode(item, longest) for item in items if isinstance(item, str)]
+    _say_cut([item for item in items if isinstance(item, str)], longest, "texts")
     _say_unknown(words, [item for item in items if isinstance(item, str)])
     width = max(map(len, texts), default=1)
     with torch.no_grad():
@@ -566,9 +571,17 @@ def _encoded_items(model: nn.Module, meta: dict[str, Any], items: Sequence[Item]
     return _join(parts)
 
 
-def _say_unknown(words: Vocabulary, texts: Sequence[str]) -> None:
-    from provenn.data.vocabulary import words_of
+def _say_cut(texts: Sequence[str], longest: int, what: str) -> None:
+    """Say how many texts are longer than what is read of one."""
+    cut = [text for text in texts if len(words_of(text)) + 2 > longest]
+    if cut:
+        progress.say(
+            f"{len(cut):,} of {len(texts):,} {what} have more than {longest - 2} words, and the rest is not read, "
+            f"such as {cut[0][:60]!r}"
+        )
 
+
+def _say_unknown(words: Vocabulary, texts: Sequence[str]) -> None:
     unknown = sorted({word for text in texts for word in words_of(text)} - set(words.words))
     if unknown:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
@@ -742,7 +755,9 @@ def _gallery(part: Captioned, meta: dict[str, Any], words: Vocabulary, captions:
     if features != meta["features"]:
         kind = [f"features of {number} numbers" if number else "pictures" for number in (features, meta["features"])]
         raise UserError(f"the data are {kind[0]}; these weights take {kind[1]}")
-    tokens = [[words.encode(text, int(meta["longest"])) for text in texts[:captions]] for texts in part.captions]
+    longest = int(meta["longest"])
+    tokens = [[words.encode(text, longest) for text in texts[:captions]] for texts in part.captions]
+    _say_cut([text for texts in part.captions for text in texts[:captions]], longest, "captions")
     _fold_size(len(tokens), folds)
     return Gallery(part.images, tokens, meta, part.lengths, folds)
 
