@@ -676,7 +676,7 @@ def _contexts(dataset: Any, order: int) -> Iterator[tuple[list[tuple[int, ...]],
 def _drawn(
     split: str, seed: int, count: int | None, pictures: int, text_share: float | int
 ) -> tuple[Tensor, list[Conversation]]:
-    pixels, talks = composed_talk(split, seed, count, pictures=pictures, text_share=text_share)  # type: ignore[arg-type]  # one of three words
+    pixels, talks = composed_talk(split, seed, count, pictures=pictures, text_share=text_share)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), list(talks)
 
 

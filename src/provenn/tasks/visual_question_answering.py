@@ -217,7 +217,7 @@ def _questions(
         count,
         pictures=pictures,
         text_share=text_share,
-        captions=False,  # type: ignore[arg-type]  # one of three words
+        captions=False,
     )
     asked = []
     for talk in talks:
