@@ -34,8 +34,8 @@ def studies_of(card: Card) -> list[Study]:
 def faults_of_probes(card: Card) -> Iterator[str]:
     """Every probe of a study reads a network on another device, which is emulated (`provenn.testing.elsewhere`).
 
-    It reads an untrained network and a smoke run's examples, for its first five hundred operations. The network is of the
-    variant whose figure an experiment takes from it, or else of the last. A probe that `CPU_ONLY` of experiments.py
+    It reads an untrained network and a smoke run's examples, for its first five hundred operations. The network is of
+    the variant whose figure an experiment takes from it, or else of the last. A probe that `CPU_ONLY` of experiments.py
     names, with the reason, has to fail.
     """
     try:
