@@ -77,10 +77,9 @@ def draw(model: nn.Module, x: Float[Tensor, "1 channels height width"], meta: di
 
     figure, place = axes.figure, axes.get_subplotspec()
     if isinstance(figure, Figure) and place is not None:
-        rows = place.subgridspec(2, 1, height_ratios=(3, 1))
-        above, below = rows[0], rows[1]
-        axes.set_subplotspec(above)
-        _draw_distances(attention_over_distance(model, x), figure.add_subplot(below))
+        grid = place.subgridspec(2, 1, height_ratios=(3, 1))
+        axes.set_subplotspec(grid[0])
+        _draw_distances(attention_over_distance(model, x), figure.add_subplot(grid[1]))
     _draw_rollout(model, x, meta, axes)
 
 
