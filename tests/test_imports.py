@@ -46,7 +46,8 @@ def rule() -> str:
     lines = [*filter(None, levels), "", papers]
     lines += ["its convert: these and " + " ".join(sorted(CONVERT_MAY - PAPERS_MAY))]
     lines += ["its experiments, studies, task and bench: these and " + " ".join(sorted(EXPERIMENTS_MAY - PAPERS_MAY))]
-    lines += ["its task, which reads its own kind of data: these and " + " ".join(sorted(TASKS_MAY - EXPERIMENTS_MAY))]
+    own = " ".join(sorted(TASKS_MAY - EXPERIMENTS_MAY))
+    lines += [f"its task and training, which read their own kind of data: these and {own}"]
     lines += ["data: used by tasks alone"]
     return "\n".join(lines)
 
@@ -118,8 +119,8 @@ def test_no_files_import_each_other_in_a_circle_for_types_either():
 
 
 def test_data_is_read_by_tasks_alone():
-    """Shared ones, and those that a paper brings as `task.py` or in `task/`."""
-    own = re.compile(r"papers/\w+/task(\.py|/)")
+    """Shared ones, and those that a paper brings as `task.py` or in `task/`, or trains on in `training/`."""
+    own = re.compile(r"papers/\w+/(task|training)(\.py|/)")
     users = {file for file in files() if "data" in parts_imported(file) and part_of(file) != "data"}
     users = {file for file in users if not own.match(file)}
     assert {part_of(file) for file in users} <= {"tasks"}, users
@@ -138,6 +139,7 @@ def test_a_paper_keeps_to_itself(file: str):
         "experiments": EXPERIMENTS_MAY,
         "studies": EXPERIMENTS_MAY,
         "task": TASKS_MAY,
+        "training": TASKS_MAY,
         "bench": EXPERIMENTS_MAY,
         "convert": CONVERT_MAY,
     }.get(file.split("/")[2].removesuffix(".py"), PAPERS_MAY)

@@ -4,11 +4,10 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from provenn.core.errors import UserError
+from provenn.core.special_tokens import MARKS as MARKS
 from provenn.data.conversations import PLACEHOLDER, Conversation
-from provenn.data.vocabulary import SPECIAL, Vocabulary, words_of
+from provenn.data.vocabulary import Vocabulary, words_of
 
-USER, ASSISTANT = "<user>", "<assistant>"
-MARKS = (*SPECIAL, USER, ASSISTANT)
 NO_TARGET = -100  # where nothing of an answer follows
 
 

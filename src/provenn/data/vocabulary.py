@@ -11,8 +11,14 @@ from torch import Tensor
 
 from provenn.core.errors import UserError
 from provenn.core.inputs import parse_json, read_text
+from provenn.core.special_tokens import END as END
+from provenn.core.special_tokens import IMAGE as IMAGE
+from provenn.core.special_tokens import MASK as MASK
+from provenn.core.special_tokens import PAD as PAD
+from provenn.core.special_tokens import SPECIAL as SPECIAL
+from provenn.core.special_tokens import START as START
+from provenn.core.special_tokens import UNKNOWN as UNKNOWN
 
-PAD, START, END, MASK, UNKNOWN, IMAGE = SPECIAL = ("<pad>", "<start>", "<end>", "<mask>", "<unk>", "<image>")
 WORD = re.compile(r"<\w+>|\w+(?:['’]\w+)*|[^\w\s]")
 
 

@@ -56,6 +56,7 @@ AT_LEAST = 4  # how often a word of the user's own captions must occur to be kno
 TILE = 128  # images, and texts, that are compared at a time
 CELLS = 4  # of each side of an image, whose mean colours are the dummy baseline
 RIDGE = 10.0
+SHOWN = 60  # composed scenes in which a text alone is looked for
 Encoded = Tensor | tuple[Tensor, ...]
 UNNAMED = "<word-{}>"  # of a vocabulary whose words nobody named
 
@@ -85,11 +86,13 @@ class Example(NamedTuple):
         image: as a network sees it; none where a text alone was given.
         tokens: of the text.
         words: what each token is.
+        scenes: composed test scenes, standardised by themselves, to look for the text in where it was given alone.
     """
 
     image: Float[Tensor, "1 3 height width"] | None
     tokens: Int64[Tensor, "1 length"]
     words: tuple[str, ...]
+    scenes: Float[Tensor, "scenes 3 side side"] | None = None
 
 
 class Gallery(Dataset):
@@ -635,7 +638,14 @@ def _example(image: Tensor | None, text: str, meta: dict[str, Any]) -> Example:
         raise UserError("the text is empty: give a caption in words")
     _say_unknown(words, [text])
     tokens = words.encode(text, int(meta["longest"]))
-    return Example(image, torch.tensor([tokens]), tuple(words.words[token] for token in tokens))
+    said = torch.tensor([tokens]), tuple(words.words[token] for token in tokens)
+    return Example(image, *said, _shown_scenes() if image is None else None)
+
+
+def _shown_scenes() -> Float[Tensor, "scenes 3 side side"]:
+    scenes = composed_scenes("test", count=SHOWN)
+    pixels = torch.stack([torch.from_numpy(scene.pixels).permute(2, 0, 1).float() / 255 for scene in scenes])
+    return (pixels - pixels.mean((0, 2, 3), keepdim=True)) / pixels.std((0, 2, 3), keepdim=True)
 
 
 def _say_unknown(words: Vocabulary, texts: Sequence[str]) -> None:

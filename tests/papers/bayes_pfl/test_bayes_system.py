@@ -12,11 +12,20 @@ from provenn.core.errors import UserError
 from provenn.papers import bayes_pfl
 from provenn.papers.bayes_pfl import bayes_clip, bayes_defects
 from provenn.papers.bayes_pfl.augmentation import augment
-from provenn.papers.bayes_pfl.clip import KINDS, WORDS, Pictures, _draw, _vary, captioned, small_clip, textures_of
+from provenn.papers.bayes_pfl.clip import small_clip
 from provenn.papers.bayes_pfl.experiments import one_by_one
 from provenn.papers.bayes_pfl.model import CLIP_MEAN, CLIP_STD, Samples
 from provenn.papers.bayes_pfl.official import convert
 from provenn.papers.bayes_pfl.training import stages
+from provenn.papers.bayes_pfl.training.pictures import (
+    KINDS,
+    WORDS,
+    Pictures,
+    _draw,
+    _vary,
+    captioned,
+    textures_of,
+)
 from provenn.papers.bayes_pfl.words import END, START, Letters, OneWord, called, prompts_of
 from provenn.tasks import get_task
 from provenn.training import Recipe

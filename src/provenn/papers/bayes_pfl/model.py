@@ -35,8 +35,8 @@ from provenn.papers.bayes_pfl.layers import (
     smooth,
 )
 from provenn.papers.bayes_pfl.words import OBJECT, Letters, OfFolder, OneWord, Tokenizer, prompts_of
-from provenn.tasks.image_classification import IMAGENET_MEAN, IMAGENET_STD
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # how the task standardises images
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 OFFSETS = (0.5, -0.5)  # means of the state vectors at first, normal and abnormal
 KL_WEIGHT = 0.01

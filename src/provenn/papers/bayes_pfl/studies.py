@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from provenn.data.defects import CATEGORIES, COUNTS, SIDE, Drawn, composed_defects
 from provenn.papers.bayes_pfl.clip import small_clip
 from provenn.papers.bayes_pfl.model import BayesPFL
 from provenn.papers.bayes_pfl.rivals import HELD_OUT, LocalContrast, NoisyBank, Templates, encode_sentences
@@ -20,6 +19,7 @@ from provenn.papers.bayes_pfl.words import Letters
 from provenn.tasks import Task, TaskData, fingerprint, get_task
 from provenn.tasks.anomaly_detection import TEXTURES, AnomalyDetection, Composed, join_named
 from provenn.tasks.base import device_of
+from provenn.tasks.embedded import CATEGORIES, COUNTS, SIDE, Drawn, composed_defects
 from provenn.training import Fit, Hardware, Recipe, Stage, fit, fit_stages, run_stages
 
 ONE_CPU = Hardware()

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from provenn.core.narrowing import present
 from provenn.nn.arguments import check_whole
 from provenn.nn.towers import Attention
 
@@ -59,10 +60,10 @@ class VisualRegisters(nn.Module):
             low, high = int(places.min()), int(places.max())
             if low < 0 or high > self.limit:
                 raise ValueError(f"rows and columns of crops must lie from 0 to {self.limit}, got {low} to {high}")
-        base = given
-        if base is None:
-            base = self.registers if self.generate is None else self.generate(self.count)
-        assert base is not None  # one of the two is there
+        if given is not None:
+            base = given
+        else:
+            base = present(self.registers, "registers") if self.generate is None else self.generate(self.count)
         place = self.rows(places[:, 0]) + self.columns(places[:, 1])
         return base + FACTOR * place[:, None]
 

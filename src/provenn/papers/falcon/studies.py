@@ -14,10 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from provenn.data.composed import composed_scenes
-from provenn.data.patches import SOURCES, wide_patches
-from provenn.data.photographs import GREY, grey_photograph, photograph
-from provenn.data.vocabulary import words_of
 from provenn.nn.decoder import Decoder
 from provenn.nn.language import init_narrow
 from provenn.nn.towers import VisionConfig
@@ -37,6 +33,7 @@ from provenn.papers.falcon.rivals import (
 )
 from provenn.tasks import Task, TaskData, fingerprint, get_task
 from provenn.tasks.base import device_of
+from provenn.tasks.embedded import GREY, SOURCES, composed_scenes, grey_photograph, photograph, wide_patches, words_of
 from provenn.training import Fit, Hardware, Recipe, Stage, fit, only, run_stages
 
 SIDE, PATCH, REGISTERS = 24, 4, 4  # 36 patches of a crop to 4 tokens: 9-fold

@@ -10,12 +10,10 @@ from provenn.core.errors import UserError
 from provenn.papers.rcar.encoders import PictureEncoder
 from provenn.papers.rcar.hosts import Step
 from provenn.papers.rcar.model import Matching
-from provenn.tasks.image_text_retrieval import Example
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SCENES = 60  # among which a text alone finds its picture
 IN_A_LINE = 8  # words of a picture
 
 
@@ -86,7 +84,7 @@ def look(model: nn.Module, x: Any) -> Looked:
     """
     if not isinstance(model, Matching) or not isinstance(model.image, PictureEncoder):
         raise UserError(f"{type(model).__name__} takes no pictures: take --preset rcar_small")
-    if not isinstance(x, Example):
+    if not hasattr(x, "tokens"):
         raise UserError('attention is between a picture and a text: give a caption too, such as "a red disc on paper"')
     image = _found(model, x) if x.image is None else x.image
     regions, words = model.encode_images(image)[0][0], model.encode_texts(x.tokens)[0][0]
@@ -96,12 +94,7 @@ def look(model: nn.Module, x: Any) -> Looked:
     return Looked(image, x.words, score, steps, maps)
 
 
-def _found(model: Matching, x: Example) -> Tensor:
-    """The composed test scene that a text finds, standardised by itself."""
-    from provenn.data.composed import composed_scenes
-
-    scenes = composed_scenes("test", count=SCENES)
-    pixels = torch.stack([torch.from_numpy(scene.pixels).permute(2, 0, 1).float() / 255 for scene in scenes])
-    images = (pixels - pixels.mean((0, 2, 3), keepdim=True)) / pixels.std((0, 2, 3), keepdim=True)
-    scores = model(images, x.tokens)
-    return images[scores[:, 0].argmax()][None]
+def _found(model: Matching, x: Any) -> Tensor:
+    """Of the scenes given with a text, the one that it finds."""
+    scores = model(x.scenes, x.tokens)
+    return x.scenes[scores[:, 0].argmax()][None]

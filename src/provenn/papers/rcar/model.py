@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from provenn.core.errors import UserError
-from provenn.data.vocabulary import END, MASK, SPECIAL, START
+from provenn.core.special_tokens import END, MASK, SPECIAL, START
 from provenn.nn.arguments import check_finite
 from provenn.papers.rcar.encoders import WORD_DIM, PictureEncoder, RegionEncoder, WordEncoder, augment_words, hinge
 from provenn.papers.rcar.hosts import OF_SGRAF, RCAR, Host, Regulators, Similarity

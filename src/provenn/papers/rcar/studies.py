@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from provenn.core.cost import macs
 from provenn.core.narrowing import of_kind
-from provenn.data.vocabulary import SPECIAL, Vocabulary
 from provenn.papers.rcar.encoders import RegionEncoder, WordEncoder
 from provenn.papers.rcar.hosts import Host, Similarity
 from provenn.papers.rcar.layers import Mode
@@ -25,6 +24,7 @@ from provenn.papers.rcar.model import Matching
 from provenn.papers.rcar.rivals import AttentionPooling, FixedFactors, Pooled
 from provenn.tasks import TaskData, fingerprint
 from provenn.tasks.base import Scores
+from provenn.tasks.embedded import SPECIAL, Vocabulary
 from provenn.tasks.image_text_retrieval import CaptionPairs, Gallery, ImageTextRetrieval, join_pairs
 from provenn.tasks.matching import chance, match, recalls
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from provenn.core.errors import UserError
 from provenn.core.files import atomic_write
+from provenn.core.narrowing import present
 from provenn.nn.decoder import Decoder, DecoderBlock
 from provenn.nn.vision_language import VisionLanguageModel
 from provenn.papers.wings.layers import (
@@ -141,8 +142,7 @@ def options_of(model: nn.Module) -> LearnerOptions:
     if not blocks or not isinstance(decoder.sharing, SplitStreams):
         raise UserError("the model has no learners: attach them first")
     first = blocks[0]
-    learner = first.visual or first.textual
-    assert learner is not None  # one of the two is there
+    learner = present(first.visual or first.textual, "learner")
     layers = tuple(index for index, block in enumerate(decoder.blocks) if isinstance(block, WingsBlock))
     router = first.router
     return LearnerOptions(
@@ -173,10 +173,10 @@ def add_textual(model: Model, *, max_len: int = 4096, routing: Routing = "attent
             f"textual learners join a model of visual ones alone, got one with learners={options.learners!r}"
         )
     for block in wings_blocks(model):
-        assert block.visual is not None  # they were counted above
+        visual = present(block.visual, "visual")
         weight = block.norm1.weight
         dim = weight.shape[0]
-        block.textual = LowRankResidualAttention(dim, block.visual.heads, options.rank).to(weight)
+        block.textual = LowRankResidualAttention(dim, visual.heads, options.rank).to(weight)
         block.routing = routing
         block.router = (
             AttentionRouter(max_len, activation=options.activation).to(weight) if routing == "attention" else None

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from provenn.core.errors import UserError
-from provenn.data.chat_tokens import MARKS
+from provenn.core.special_tokens import MARKS
 from provenn.papers.wings.layers import WingsBlock
 from provenn.papers.wings.model import Wings
 

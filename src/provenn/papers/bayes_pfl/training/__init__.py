@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from provenn.core.errors import UserError
-from provenn.papers.bayes_pfl.clip import Captioned, captioned, contrast, textures_of
 from provenn.papers.bayes_pfl.model import BayesPFL
+from provenn.papers.bayes_pfl.training.pictures import Captioned, captioned, contrast, textures_of
 from provenn.tasks.anomaly_detection import AnomalyDetection
 from provenn.tasks.base import Task, TaskData
 from provenn.training import Batches, Recipe, Stage, only
