@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from provenn.core.errors import UserError
 from provenn.core.special_tokens import MARKS as MARKS
+from provenn.core.special_tokens import SPECIAL
 from provenn.data.conversations import PLACEHOLDER, Conversation
 from provenn.data.vocabulary import Vocabulary, words_of
 

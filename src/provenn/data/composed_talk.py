@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 from jaxtyping import UInt8
 
-from provenn.data.chat_tokens import ASSISTANT, USER
+from provenn.core.special_tokens import ASSISTANT, USER
 from provenn.data.composed import KINDS, NUMERALS, Composed, Split, composed_scenes, vocabulary
 from provenn.data.conversations import PLACEHOLDER, Conversation, Exchange
 
