@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
@@ -161,7 +162,10 @@ def draw_sheets(seed: int) -> None:
         if isinstance(model, ContrastivePair):
             model = Embeds(model).eval()
         dataset = get_task(task).held_out("composed", about(name), seed=seed).dataset
-        save_figure(kind.evaluated(model, dataset, {}), PICTURES / f"{name}.png")
+        file = PICTURES / f"{name}.png"
+        save_figure(kind.evaluated(model, dataset, {}), file)
+        with Image.open(file) as drawn:
+            drawn.convert("RGB").quantize(128).save(file, optimize=True)  # a quarter of its size
 
 
 TRAIN = {"tiny-clip": train_clip, "tiny-vlm": train_vlm, "sheets": draw_sheets}

@@ -763,7 +763,7 @@ def evaluated(model: nn.Module, dataset: Dataset, scores: Scores) -> "Figure":
     talks: Talks = dataset  # type: ignore[assignment]  # a data set of this task
     chosen = torch.linspace(0, len(talks) - 1, min(8, len(talks))).long().tolist()
     tokens, count = talks.chat_tokens, int(talks.meta["answer"])
-    figure = Figure(figsize=(11, 6.4), layout="constrained")
+    figure = Figure(figsize=(11, 7), layout="constrained")
     axes = figure.subplots(2, 4).flatten()
     for axis in axes:
         axis.set_axis_off()
@@ -777,10 +777,10 @@ def evaluated(model: nn.Module, dataset: Dataset, scores: Scores) -> "Figure":
             mean, std = (torch.tensor(talks.meta[key])[:, None, None] for key in ("mean", "std"))
             axis.imshow((images[0] * std + mean).clamp(0, 1).permute(1, 2, 0).numpy())
         asked = " ".join(exchange.asked.replace(PLACEHOLDER, "").split())
-        lines = [*textwrap.wrap(asked, 34)[:3], *textwrap.wrap(f"→ {said}", 34)[:2]]
+        lines = [*textwrap.wrap(asked, 42)[:2], *textwrap.wrap(f"→ {said}", 42)[:2]]
         right = said == tokens.decode(tokens.text(exchange.answers[0]))
         if not right:
-            lines += textwrap.wrap(f"right: {exchange.answers[0]}", 34)[:2]
+            lines += textwrap.wrap(f"right: {exchange.answers[0]}", 42)[:2]
         axis.set_title("\n".join(lines), fontsize=8, color="#2a8f3c" if right else "#b00020", loc="left")
     return figure
 
