@@ -697,7 +697,34 @@ def visa(root: Path) -> None:
     (root / "split_csv" / "1cls.csv").write_text("\n".join(lines))
 
 
+def talks(root: Path, name: str) -> None:
+    """Conversations about photographs, as LLaVA and ShareGPT4V have them."""
+    told = []
+    for i in range(12):
+        photo(root / f"coco/train2017/{i:012}.jpg", 32, level=100 + 10 * i)
+        asked = {"from": "human", "value": f"<image>\nWhat is in picture {i % 3}?"}
+        answer = {"from": "gpt", "value": f"A {WORDS[i % len(WORDS)]} on a mat."}
+        told.append({"id": str(i), "image": f"coco/train2017/{i:012}.jpg", "conversations": [asked, answer]})
+    (root / name).write_text(json.dumps(told))
+
+
+def asked(root: Path, splits: dict[str, int], **more: list[str]) -> None:
+    """Questions about photographs, a line each."""
+    for split, count in splits.items():
+        lines = []
+        for i in range(count):
+            photo(root / f"{split}/{i}.jpg", 32, level=100 + 10 * i)
+            answers = {"answers": ["red", "red", "blue"]} if not more else {"answer": more["choices"][i % 2]}
+            question = f"what colour is the {WORDS[i % len(WORDS)]} ?"
+            lines.append(json.dumps({"image": f"{split}/{i}.jpg", "question": question, **answers, **more}))
+        (root / f"{split}.jsonl").write_text("\n".join(lines))
+
+
 WRITERS = {
+    "llava-instruct": lambda root: talks(root, "llava_instruct_150k.json"),
+    "sharegpt4v": lambda root: talks(root, "sharegpt4v_instruct.json"),
+    "vqa-v2": lambda root: asked(root, {"train": 8, "val": 4}),
+    "scienceqa": lambda root: asked(root, {"train": 6, "val": 3, "test": 3}, choices=["red", "blue"]),
     "flickr30k": lambda root: karpathy(root, "flickr30k", "flickr30k-images"),
     "coco-captions": lambda root: karpathy(root, "coco", "val2014"),
     "flickr30k-precomp": lambda root: region_features(root, "test"),

@@ -190,7 +190,7 @@ def test_told_scenes_hold_the_answer_and_shown_ones_a_picture():
             told, _, question = asked.removeprefix("read : ").partition(" . ")
             assert told in scene.captions and exchange.kind in TOLD_BY
             if exchange.kind in ("colour", "noun", "ground", "size", "position"):
-                assert set(exchange.answers[0].split()) <= set(told.split()), "what is read holds the answer"
+                assert set(exchange.answers[0].split()) <= set(words_of(told)), "what is read holds the answer"
             elif exchange.kind == "count" and question not in answers:
                 assert exchange.answers == (NUMERALS[len(scene.things)],)
         for exchange in talk.exchanges:

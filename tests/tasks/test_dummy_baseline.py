@@ -1,15 +1,19 @@
 """Every task has a dummy baseline, and `fit` reports the test split."""
 
+from collections import Counter
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from scipy.ndimage import uniform_filter
 from skimage.feature import hog
+from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import Ridge
+from sklearn.naive_bayes import MultinomialNB
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -29,6 +33,7 @@ from provenn.tasks.discovery import SHARED
 from provenn.tasks.image_text_retrieval import CaptionPairs, Gallery, join_pairs
 from provenn.tasks.language_modelling import Windows
 from provenn.tasks.masked_language_modelling import Blanks
+from provenn.tasks.multimodal_chat import Talks
 from provenn.tasks.object_detection import Pictures, join
 from provenn.tasks.re_identification import Groups
 from provenn.tasks.re_identification import Pictures as Sighted
@@ -480,7 +485,87 @@ def defects():
     return data, [Blurred(), Blurred(blind=True)], float(np.mean(shares))
 
 
+class Mimic(nn.Module):
+    """It looks at nothing, prefers the words of one answer, and goes on after each as that answer does."""
+
+    def __init__(self, words, size):
+        super().__init__()
+        self.after = nn.Parameter(torch.zeros(size, size))
+        with torch.no_grad():
+            for before, word in pairwise(words):
+                self.after[before, word] = 2
+
+    def forward(self, tokens, images=None, *, mask=None):
+        return self.after[tokens]
+
+    def generate(self, tokens, count, images=None, *, mask=None, ends=(), temperature=0.0):
+        last = tokens[:, -1]
+        for _ in range(count):
+            last = self.after[last].argmax(1)
+            yield last
+
+
+def part_of(data, count=24):
+    """The first conversations of each split."""
+    parts = (Talks(part.conversations[:count], part.meta, part.pictures) for part in (data.train, data.val, data.test))
+    train, val, test = parts
+    return replace(data, train=train, val=val, test=test)
+
+
+def mimic_of(data, answer):
+    tokens = data.train.chat_tokens
+    return Mimic([tokens.assistant, *tokens.text(answer), tokens.end], len(tokens))
+
+
+def chats():
+    """Conversations about scenes; counts of what follows up to four tokens, and the form of a question with two."""
+    data = part_of(get_task("multimodal-chat").load("composed", examples=40))
+    tokens = data.train.chat_tokens
+
+    def targets(part):
+        for read, wanted in ((list(one.tokens), list(one.targets)) for one in part.encoded):
+            for place in (k for k, target in enumerate(wanted) if target >= 0):
+                begin = max(k for k in range(place + 1) if read[k] == tokens.user)
+                form = [word for word in read[begin + 1 : begin + 12] if word != tokens.image][:2]
+                past = [str(read[max(0, place + 1 - n) : place + 1]) for n in range(1, 5)]
+                yield [*past, f"{form}{read[place - 1 : place + 1]}"], wanted[place]
+
+    seen = [("", target) for _, target in targets(data.train)]
+    singles = Counter(target for _, target in seen)
+    pairs = Counter((past, target) for pasts, target in targets(data.train) for past in pasts)
+    follow = {past: [c for (p, _), c in pairs.items() if p == past] for past in {past for past, _ in pairs}}
+    nats = []
+    for pasts, target in targets(data.test):
+        share = (singles[target] + 1) / (len(seen) + len(tokens))
+        for past in pasts:
+            kinds = len(follow.get(past, ()))
+            if kinds:
+                share = (pairs[past, target] + kinds * share) / (sum(follow[past]) + kinds)
+        nats.append(-np.log(share))
+    return data, [mimic_of(data, "yes")], float(np.exp(np.mean(nats)))
+
+
+def asked():
+    """Questions about scenes; answers by the words of a question and their pairs, by scikit-learn's naive Bayes."""
+    data = part_of(get_task("visual-question-answering").load("composed", examples=60), 90)
+    texts, answers = ([], []), ([], [])
+    for part, (said, right) in zip((data.train, data.test), zip(texts, answers)):
+        for talk in part.conversations:
+            said.append(talk.exchanges[0].asked.replace("<image>", " "))
+            right.append(talk.exchanges[0].answers[0])
+    terms = CountVectorizer(token_pattern=r"\w+(?:['’]\w+)*|[^\w\s]", ngram_range=(1, 2))
+    bayes = MultinomialNB().fit(terms.fit_transform(texts[0]), answers[0])
+    told = [list(bayes.predict(terms.transform(texts[1])))]
+    forms = {}
+    for text, answer in zip(texts[0], answers[0]):
+        forms.setdefault(tuple(text.lower().split()[:2]), Counter())[answer] += 1
+    told.append([forms[tuple(text.lower().split()[:2])].most_common(1)[0][0] for text in texts[1]])
+    return data, [mimic_of(data, "yes")], max(float(np.mean(np.array(some) == answers[1])) for some in told)
+
+
 CASES = {
+    "multimodal-chat": chats,
+    "visual-question-answering": asked,
     "anomaly-detection": defects,
     "image-text-retrieval": captioned,
     "audio-classification": sounds,

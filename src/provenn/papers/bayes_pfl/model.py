@@ -114,7 +114,7 @@ class Unchanged(nn.Module):
 class BayesPFL(nn.Module):
     """A frozen CLIP with a bank of prompts, their distributions, and residual cross-model attention.
 
-    A prompt is [start] E_b + z_c, G_b + z_s, the category's name, [end]: E are P context words, G are Q words of the
+    A prompt is [start] E_b + z_c, G_b + z_s, the category's name, [end]. E are P context words. G are Q words of the
     normal or of the abnormal state. z_c is drawn for each image, and z_s for all of them. R samples of B pairs give
     B·R pairs of text embeddings, sample by sample, and their probabilities are averaged.
 

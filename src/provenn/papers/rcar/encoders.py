@@ -62,8 +62,8 @@ class RegionEncoder(nn.Module):
 class PictureEncoder(nn.Module):
     """A picture as tokens, one for each cell of a grid; ours, for what has no features of regions.
 
-    Four convolutions with batch norms and ReLUs, whose map has a cell for 8×8 pixels; the mean of it in each cell of
-    the grid; then that and where the cell lies, −1…1 across and down, linearly to d.
+    Four convolutions with batch norms and ReLUs, whose map has a cell for 8×8 pixels. Of it the mean in each cell of
+    the grid is taken. Then that and where the cell lies, −1…1 across and down, linearly to d.
 
     Args:
         embed_dim: d.

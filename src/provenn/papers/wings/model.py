@@ -24,7 +24,7 @@ class Wings(ImageChat):
     Args:
         decoder: plain, of the text.
         vision, projector, image_token: as in `VisionLanguageModel`.
-        stage: 1 has visual learners alone and trains them and the projector; 2 has all and trains all but the tower; 0
+        stage: 1 has visual learners alone and trains them and the projector. 2 has all and trains all but the tower; 0
             does that from the first step, for models that are trained from nothing, and the tower too.
         projector_rate: the projector's rate over the others' in the second stage; 5 in the authors' scripts.
         learners: options of `attach`.
