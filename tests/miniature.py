@@ -697,7 +697,32 @@ def visa(root: Path) -> None:
     (root / "split_csv" / "1cls.csv").write_text("\n".join(lines))
 
 
+def talks(root: Path, file: str) -> None:
+    """Six conversations about six photographs, as a list."""
+    said = []
+    for number in range(6):
+        photo(root / "coco" / "train2017" / f"{number:012}.jpg", 32, level=60 + 20 * number)
+        turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat on a mat."}]
+        said.append({"id": number, "image": f"coco/train2017/{number:012}.jpg", "conversations": turns})
+    (root / file).write_text(json.dumps(said))
+
+
+def asked(root: Path, splits: tuple[str, ...], **more: object) -> None:
+    """A question a line about photographs of a folder for each split; the last of each is about none."""
+    for split in splits:
+        lines = []
+        for number in range(5):
+            photo(root / split / f"{number}.jpg", 32, level=60 + 20 * number)
+            line = {"image": f"{split}/{number}.jpg", "question": "What is it?", "answers": ["cat"] * 10, **more}
+            lines.append(line if number < 4 or not more else {k: v for k, v in line.items() if k != "image"})
+        (root / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+
 WRITERS = {
+    "llava-instruct": lambda root: talks(root, "llava_instruct_150k.json"),
+    "sharegpt4v": lambda root: talks(root, "sharegpt4v_instruct.json"),
+    "vqa-v2": lambda root: asked(root, ("train", "val")),
+    "scienceqa": lambda root: asked(root, ("train", "val", "test"), choices=["cat", "dog"]),
     "flickr30k": lambda root: karpathy(root, "flickr30k", "flickr30k-images"),
     "coco-captions": lambda root: karpathy(root, "coco", "val2014"),
     "flickr30k-precomp": lambda root: region_features(root, "test"),
