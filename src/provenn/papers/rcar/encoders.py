@@ -51,7 +51,7 @@ class RegionEncoder(nn.Module):
         x = x if mask is None else x.masked_fill(~mask[..., None], 0)
         tokens = self.linear(x)
         if self.mlp is not None:
-            if self.training and mask is not None and not bool(mask.all()):
+            if self.training and mask is not None and not mask.is_meta and not bool(mask.all()):
                 real = self.mlp(x[mask])
                 tokens = tokens + real.new_zeros(*mask.shape, real.shape[1]).masked_scatter(mask[..., None], real)
             else:

@@ -25,6 +25,7 @@ from provenn.papers.rcar.layers import (
     CorrespondenceRegulator,
     Mode,
     Scaling,
+    apply_single,
     attention_weights,
     check_sizes,
     check_steps,
@@ -180,7 +181,7 @@ class Similarity(nn.Module):
                 at_least_single(hide_tokens(tokens, mask))
                 for tokens, mask in ((regions, region_mask), (words, word_mask))
             )
-            if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            if torch.is_grad_enabled() or torch.compiler.is_compiling() or regions.is_meta:
                 return self._table(regions, words, region_mask, word_mask)
             scores = regions.new_empty(len(regions), len(words))
             for rows, columns, longest in self._parts(region_mask, word_mask):
@@ -288,7 +289,7 @@ class Similarity(nn.Module):
             return aggregate_cosines(cosine, query_mask, self.host, self.lse)
         if not self.rar:
             h = self._of_host(a, mask)
-        return self.score(present(h, "the summary"))[..., 0].sigmoid()
+        return apply_single(self.score, present(h, "the summary"))[..., 0].sigmoid()
 
     def _of_host(self, a: Tensor, mask: Tensor) -> Tensor:
         if self.host == "sgr":
@@ -424,9 +425,9 @@ class Pooling(nn.Module):
         if self.regions is not None and x.shape[1] != self.regions:
             raise ValueError(f"SGRAF's batch norm is of {self.regions} regions, got {x.shape[1]}: give regions")
         mean = x.sum(1) / mask.sum(1, keepdim=True).clamp_min(1)  # others are zeros
-        local = self.dropout(self.local_norm(self.local(x)).tanh())
-        whole = self.dropout(self.mean_norm(self.mean(mean)).tanh())
-        scores = self.score(local * whole[:, None])[..., 0].masked_fill(~mask, torch.finfo(x.dtype).min)
+        local = self.dropout(self.local_norm(apply_single(self.local, x)).tanh())
+        whole = self.dropout(self.mean_norm(apply_single(self.mean, mean)).tanh())
+        scores = apply_single(self.score, local * whole[:, None])[..., 0].masked_fill(~mask, torch.finfo(x.dtype).min)
         return l2_normalise((scores.softmax(-1)[:, None] @ x)[:, 0])
 
 
@@ -457,8 +458,10 @@ class GraphReasoning(nn.Module):
         initialise(self)
 
     def forward(self, a: Float[Tensor, "contexts sets nodes align"], mask: Bool[Tensor, "1 sets nodes"]) -> Tensor:
-        edges = (self.query(a) @ self.key(a).mT).masked_fill(~mask[..., None, :], torch.finfo(a.dtype).min)
-        return self.out(edges.softmax(-1) @ a.masked_fill(~mask[..., None], 0)).relu()
+        edges = (apply_single(self.query, a) @ apply_single(self.key, a).mT).masked_fill(
+            ~mask[..., None, :], torch.finfo(a.dtype).min
+        )
+        return apply_single(self.out, edges.softmax(-1) @ a.masked_fill(~mask[..., None], 0)).relu()
 
 
 class AttentionFiltration(nn.Module):
@@ -476,7 +479,7 @@ class AttentionFiltration(nn.Module):
         initialise(self)
 
     def forward(self, a: Float[Tensor, "contexts sets nodes align"], mask: Bool[Tensor, "1 sets nodes"]) -> Tensor:
-        scores = self.score(a)[..., 0]
+        scores = apply_single(self.score, a)[..., 0]
         gates = self._norm(scores, mask.expand_as(scores)).sigmoid().masked_fill(~mask, 0)
         shares = gates / (gates.sum(-1, keepdim=True) + EPSILON)
         return l2_normalise((shares[..., None, :] @ a.masked_fill(~mask[..., None], 0))[..., 0, :])

@@ -34,6 +34,12 @@ def l2_normalise(x: Float[Tensor, "*shape"], dim: int = -1) -> Float[Tensor, "*s
     return x / (torch.linalg.vector_norm(x, dim=dim, keepdim=True) + EPSILON)
 
 
+def apply_single(module: nn.Module, x: Tensor) -> Tensor:
+    """What a module makes of numbers in the type of its weights, in single precision at least."""
+    weight = next(module.parameters(), x)
+    return at_least_single(module(x.to(weight.dtype)))
+
+
 class Attended(NamedTuple):
     """What attention gave.
 
@@ -188,7 +194,7 @@ class AlignmentVector(nn.Module):
     def forward(
         self, query: Float[Tensor, "*#queries dim"], attended: Float[Tensor, "*#queries dim"]
     ) -> Float[Tensor, "*queries align"]:
-        return l2_normalise(at_least_single(self.project((query - attended).square())))
+        return l2_normalise(apply_single(self.project, (query - attended).square()))
 
 
 class CorrespondenceRegulator(nn.Module):
@@ -229,8 +235,8 @@ class CorrespondenceRegulator(nn.Module):
         e: Float[Tensor, "*#queries dim"] | float = 1.0,
         lam: Float[Tensor, "*#queries"] | float = T2I,
     ) -> Regulated:
-        factors = (at_least_single(self.channels(a)).tanh() + e).clamp(-1, 1)
-        return Regulated(factors, (at_least_single(self.sharpness(a))[..., 0] + lam).relu())
+        factors = (apply_single(self.channels, a).tanh() + e).clamp(-1, 1)
+        return Regulated(factors, (apply_single(self.sharpness, a)[..., 0] + lam).relu())
 
 
 class AggregationRegulator(nn.Module):
@@ -271,8 +277,8 @@ class AggregationRegulator(nn.Module):
         mask: Bool[Tensor, "*#batch queries"] | None = None,
     ) -> Aggregated:
         a = a if mask is None else a.masked_fill(~mask[..., None], 0)
-        local, whole = (self.dropout(layer(x).tanh()) for layer, x in ((self.local, a), (self.whole, h)))
-        scores = at_least_single(self.score(local * whole[..., None, :]))[..., 0]
+        local, whole = (self.dropout(apply_single(layer, x).tanh()) for layer, x in ((self.local, a), (self.whole, h)))
+        scores = apply_single(self.score, local * whole[..., None, :])[..., 0]
         if mask is not None:
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         weights = scores.softmax(dim=-1)
