@@ -36,7 +36,7 @@ def faults_of_probes(card: Card) -> Iterator[str]:
 
     It reads an untrained network and a smoke run's examples, for its first five hundred operations. The network is of
     the variant whose figure an experiment takes from it, or else of the last. A probe that `CPU_ONLY` of experiments.py
-    names, with the reason, has to fail.
+    names, with the reason, has to fail. One that several studies share is read in the first.
     """
     try:
         studies = studies_of(card) if card.has("experiments") else []
@@ -45,10 +45,15 @@ def faults_of_probes(card: Card) -> Iterator[str]:
     excused: dict[str, str] = getattr(card.resolve_module("experiments"), "CPU_ONLY", {}) if studies else {}
     probes: set[str] = set()
     failed: set[str] = set()
-    for study in (study for study in studies if study.probes):
+    asked: set[int] = set()
+    for study in studies:
+        probes |= study.probes.keys()
+        new = [name for name, probe in study.probes.items() if id(probe) not in asked]
+        asked |= {id(probe) for probe in study.probes.values()}
+        if not new:
+            continue
         data = _shortened(study.data(0, True))
-        for name in study.probes:
-            probes.add(name)
+        for name in new:
             try:
                 read_elsewhere(study, name, _variant_read(card, study, name), data)
             except Exception as error:  # whatever a probe raises is what a reader of it would see
