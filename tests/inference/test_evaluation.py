@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import TensorDataset
 
 import provenn
@@ -77,7 +78,7 @@ def test_embedded_data_are_read_as_weights_trained_on_them_say(name):
     assert len(held_out.dataset) == len(data.test) > 0
     for index in (0, len(data.test) - 1):
         ours, theirs = held_out.dataset[index], data.test[index]
-        for one, other in zip(*([ours], [theirs]) if isinstance(ours, torch.Tensor) else (ours, theirs), strict=True):
+        for one, other in zip(tree_leaves(ours), tree_leaves(theirs), strict=True):
             torch.testing.assert_close(torch.as_tensor(one), torch.as_tensor(other), rtol=1e-5, atol=1e-5)
 
 
