@@ -509,3 +509,11 @@ def test_bad_sizes_are_refused():
     with pytest.raises(ValueError, match="SigLIP's towers end in their common space"):
         ContrastivePair(siglip.vision_model.config, siglip.text_model.config, 20)
     assert isinstance(TextTower(siglip.text_model.config).head, nn.Linear)
+
+
+def test_an_end_of_text_that_transformers_reads_otherwise_is_not_saved(tmp_path):
+    text = TextConfig("clip", 32, 1, 4, vocab=VOCAB, max_length=LENGTH, end_of_text=2)
+    pair = ContrastivePair(VisionConfig("clip", 32, 1, 4, image=16, patch=8), text, 16)
+    with pytest.raises(UserError, match="transformers takes token 2 as an end of text for the last one"):
+        pair.save_huggingface(tmp_path)
+    assert not any(tmp_path.iterdir())
