@@ -286,6 +286,21 @@ def test_ragged_rows_go_on_as_they_would_alone():
         first += count
 
 
+def test_ragged_rows_read_on_to_the_digit():
+    model, (tokens, mask) = make(), tokens_of("abc****def", "gh****ij..")
+    given, more = images(2), torch.tensor([[3, 7], [11, 2]])
+    with torch.no_grad():
+        reading = model.read(tokens, given, mask=mask, state=model.decoder.init_state(2))
+        parts = []
+        for step in more.T:
+            reading = model.read(step[:, None], state=reading.state)
+            parts.append(model.decoder.logits(reading.hidden))
+        for row in range(2):
+            whole = torch.cat([tokens[row : row + 1, mask[row]], more[row : row + 1]], dim=1)
+            expected = model(whole, given[row : row + 1])[:, -2:]
+            assert torch.allclose(torch.cat(parts, dim=1)[row : row + 1], expected, atol=1e-10), row
+
+
 def test_a_visual_cache_stays_and_a_textual_one_grows_by_a_word():
     model, (tokens, _) = make(), tokens_of("abc****def")
     reading = model.read(tokens, images(1), state=model.decoder.init_state(1))
