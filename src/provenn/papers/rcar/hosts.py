@@ -425,8 +425,8 @@ class Pooling(nn.Module):
         if self.regions is not None and x.shape[1] != self.regions:
             raise ValueError(f"SGRAF's batch norm is of {self.regions} regions, got {x.shape[1]}: give regions")
         mean = x.sum(1) / mask.sum(1, keepdim=True).clamp_min(1)  # others are zeros
-        local = self.dropout(self.local_norm(apply_single(self.local, x)).tanh())
-        whole = self.dropout(self.mean_norm(apply_single(self.mean, mean)).tanh())
+        local = self.dropout(apply_single(self.local_norm, apply_single(self.local, x)).tanh())
+        whole = self.dropout(apply_single(self.mean_norm, apply_single(self.mean, mean)).tanh())
         scores = apply_single(self.score, local * whole[:, None])[..., 0].masked_fill(~mask, torch.finfo(x.dtype).min)
         return l2_normalise((scores.softmax(-1)[:, None] @ x)[:, 0])
 
