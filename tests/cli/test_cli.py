@@ -388,7 +388,7 @@ BAD = [
     (f"{CONVERT} --device abacus", "no device 'abacus' on this machine"),
     ("inspect tiny_gate", "Missing argument"),
     ("inspect tiny_gait good.png", "did you mean 'tiny_gate'"),
-    ("inspect craft good.png", "craft cannot be inspected; these can: dcal, eca_net,"),
+    ("inspect craft good.png", "craft cannot be inspected; these can: bayes_pfl, dcal,"),
     (
         "inspect nprf good.png --preset nprf_translator_tiny",
         "which inspection needs; of nprf take --preset nprf_lm_tiny or",

@@ -127,8 +127,8 @@ SHARED = {
 ENCODED = {"layers, patches", "layers, vowels", "layers, texts"}
 SPLITS = ("train", "val", "test")
 KINDS = ("variants", "splits", "probes", "read")
-# Tasks whose tests are no examples that a loss takes: episodes that are played, pictures that are searched.
-UNLIKE = ("reinforcement-learning", "re-identification")
+# Tasks whose tests are no examples that a loss takes: episodes that are played, what is searched.
+UNLIKE = ("reinforcement-learning", "re-identification", "image-text-retrieval")
 
 
 def data_of(study: Study, seed: int) -> TaskData:
@@ -262,12 +262,14 @@ def held_probes(study: Study) -> dict[str, dict[str, float]]:
             model = network(study, part, data)
             torch.manual_seed(0)
             with torch.no_grad():
-                figure = probe(model, data)
-            if figure is None or not np.isfinite(figure):  # as of a network that has nothing to be read
+                found = probe(model, data)
+            named = {f"{label} {i}": x for i, x in enumerate(found)} if isinstance(found, list) else {label: found}
+            # None as of a network that has nothing to be read
+            if any(figure is None or not np.isfinite(figure) for figure in named.values()):
                 continue
-            away = min(abs(figure), abs(figure - 1))
+            away = max(min(abs(figure), abs(figure - 1)) for figure in named.values())
             if away > furthest:
-                furthest, values[name] = away, {label: float(figure)}
+                furthest, values[name] = away, {each: float(figure) for each, figure in named.items()}
             if away > 1e-3:
                 break
     return values

@@ -131,8 +131,8 @@ def grids(fillers: tuple[int, int], seed: int, smoke: bool) -> TaskData:
     meta: dict[str, Any] = {**META, "words": words().words, "features": 70}
     sets = {}
     for split, count in COUNTS.items():
-        features, captions = drawn(split, seed, (2 * BATCH if split == "train" else FOLD) if smoke else count, fillers)
-        sets[split] = Gallery(features, captions, meta, folds=1 if split == "train" else len(features) // FOLD)
+        features, captions = drawn(split, seed, 2 * BATCH if smoke else count, fillers)
+        sets[split] = Gallery(features, captions, meta, folds=1 if split == "train" or smoke else count // FOLD)
     return TaskData(
         "grids",
         CaptionPairs(sets["train"]),
