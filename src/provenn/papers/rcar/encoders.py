@@ -89,7 +89,7 @@ class PictureEncoder(nn.Module):
         maps = F.adaptive_avg_pool2d(self.layers(x), self.grid)
         line = torch.linspace(-1, 1, self.grid, device=x.device, dtype=maps.dtype)
         where = torch.stack([line[:, None].expand(self.grid, self.grid), line.expand(self.grid, self.grid)])
-        maps = torch.cat([maps, where.expand(len(maps), -1, -1, -1)], 1)
+        maps = torch.cat([maps, where.expand(maps.shape[0], -1, -1, -1)], 1)
         return l2_normalise(self.linear(maps.flatten(2).mT))
 
 

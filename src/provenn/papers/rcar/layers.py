@@ -330,16 +330,17 @@ class RegulatedCrossAttention(nn.Module):
         """`mask` is True where a token of the other set may be attended, `query_mask` where one of x is real."""
         if x.shape[-1] != self.dim or other.shape[-1] != self.dim:
             raise ValueError(f"expected tokens of {self.dim} numbers, got {x.shape[-1]} and {other.shape[-1]}")
-        query, context = (
-            l2_normalise(at_least_single(hide_tokens(tokens, real)))
-            for tokens, real in ((x, query_mask), (other, mask))
-        )
-        e: Tensor | None = None
-        lam: Tensor | float = self.temperature
-        for align, regulate in zip(self.align, self.regulate):
+        with without_autocast(x):  # MLPs too: a temperature that is rounded sharpens other words
+            query, context = (
+                l2_normalise(at_least_single(hide_tokens(tokens, real)))
+                for tokens, real in ((x, query_mask), (other, mask))
+            )
+            e: Tensor | None = None
+            lam: Tensor | float = self.temperature
+            for align, regulate in zip(self.align, self.regulate):
+                found = regulated_attention(query, context, e, lam, query_mask=query_mask, context_mask=mask)
+                e, lam = regulate(align(query, found.values), 1.0 if e is None else e, lam)
             found = regulated_attention(query, context, e, lam, query_mask=query_mask, context_mask=mask)
-            e, lam = regulate(align(query, found.values), 1.0 if e is None else e, lam)
-        found = regulated_attention(query, context, e, lam, query_mask=query_mask, context_mask=mask)
         values = of_kind(found.values, Tensor, "values").to(x.dtype)
         return x + values if self.residual else values
 
