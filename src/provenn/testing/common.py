@@ -240,7 +240,8 @@ def _reach_parameters(subject: Subject) -> None:
     """A gradient well above rounding reaches every parameter that is trained, but the biases of keys, and the input.
 
     A bias of all keys adds one number to all scores of a query, which a softmax cancels: rounding alone reaches it. Up
-    to 2^24 parameters it is asked in float64, where that is seen; beyond, any gradient counts.
+    to 2^24 parameters it is asked in float64, where that is seen; beyond, any gradient counts, and none is asked of
+    single numbers, where rounding may come to nothing.
     """
     module, inputs = subject.build().train(), subject.inputs()
     small = count_parameters(module) <= 2**24
@@ -249,7 +250,9 @@ def _reach_parameters(subject: Subject) -> None:
     _backward(module, inputs)
     trained: list[tuple[str, Tensor]] = [("the input", x) for x in inputs if x.is_floating_point()]
     trained += [(n, p) for n, p in module.named_parameters() if p.requires_grad and not n.endswith(KEY_BIASES)]
-    sizes = {name: 0.0 if x.grad is None else x.grad.abs().max().item() for name, x in trained if x.numel()}
+    sizes = {
+        name: 0.0 if x.grad is None else x.grad.abs().max().item() for name, x in trained if x.numel() > (not small)
+    }
     least = 1e-12 * max(sizes.values(), default=0.0) if small else 0.0
     missed = [name for name, size in sizes.items() if size <= least]
     assert not missed, f"no gradient reaches {', '.join(missed[:6])}{' and others' if len(missed) > 6 else ''}"
