@@ -177,6 +177,16 @@ def test_what_is_in_a_picture_is_found_and_drawn(client):
     assert f'href="{at}/shown.png"' in page
 
 
+def test_a_question_about_a_picture_is_answered_the_samples_own_where_none_is_typed(client):
+    asked, page, at = answer(client, "falcon", sample="composed-1.png")
+    assert asked["result"]["text"].startswith("what is behind ?\n") and len(asked["result"]["text"]) > 18
+    assert "what is behind ?" in page and sized(client, f"{at}/shown.png") == (64, 64)
+    typed, _, _ = answer(client, "falcon", picture(80, 60), question="how many objects are there ?")
+    assert typed["result"]["text"].startswith("how many objects are there ?\n")
+    refused = post(client, "falcon", picture(80, 60), question=" ")
+    assert refused.status_code == 422 and "There is no question" in refused.text
+
+
 def test_a_picture_is_divided(client):
     outcome, _, at = answer(client, "bevanet", picture(64, 40, "JPEG"))
     assert sum(share for _, share, _ in outcome["result"]["shares"]) == pytest.approx(1)

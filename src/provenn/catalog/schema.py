@@ -48,13 +48,14 @@ class Pruning(Facts):
 
 
 class Example(Facts):
-    """An input for the common checks: normal noise, or integers from 0 to `below` (exclusive).
+    """An input for the common checks: normal noise, or integers from `least` to `below` (exclusive).
 
     With a `name` it is the keyword argument of that name; without, the next positional one.
     """
 
     shape: list[int]
     below: int | None = None
+    least: int = 0
     name: str | None = None
 
 

@@ -25,7 +25,8 @@ class Subject:
         make: builds the module from torch's global generator; keyword arguments override its settings.
         shapes: the shapes of its inputs; keyword arguments override sizes (only `batch`, of a preset).
         slot: the slot of a mechanism; None for a preset.
-        below: for each input, None where it is real, else how many integers it may hold.
+        below: for each input, None where it is real, else the integer that all of it are below.
+        least: for each input of integers, the least of them; 0 where none is given.
         published: what was published of a preset.
     """
 
@@ -34,6 +35,7 @@ class Subject:
     shapes: Callable[..., list[tuple[int, ...]]]
     slot: Slot | None = None
     below: tuple[int | None, ...] = ()
+    least: tuple[int, ...] = ()
     published: tuple[Figure, ...] = ()
 
     @classmethod
@@ -71,8 +73,9 @@ class Subject:
             assert preset.input, f"the preset {preset.name} of {paper.slug} names no input in paper.toml"
             return [(batch, *example.shape[1:]) for example in preset.input]
 
-        below = tuple(example.below for example in preset.input)
-        return cls(f"{paper.slug} {preset.name}", make, shapes, below=below, published=tuple(preset.published))
+        below, least = (tuple(getattr(example, of) for example in preset.input) for of in ("below", "least"))
+        published = tuple(preset.published)
+        return cls(f"{paper.slug} {preset.name}", make, shapes, below=below, least=least, published=published)
 
     def build(self, seed: int = 0, *, stir: bool = True, **options: Any) -> nn.Module:
         """The module in eval mode, with weights of that seed; `stir` moves parameters off the zeros they start at."""
@@ -87,8 +90,8 @@ class Subject:
         return [
             torch.randn(shape, generator=generator)
             if below is None
-            else torch.randint(below, shape, generator=generator)
-            for shape, below in zip(shapes, self.below or [None] * len(shapes))
+            else torch.randint(least, below, shape, generator=generator)
+            for shape, below, least in zip(shapes, self.below or [None] * len(shapes), self.least or [0] * len(shapes))
         ]
 
 

@@ -155,7 +155,7 @@ class Catalogue(Mapping[str, Entry]):
 
     def __init__(self) -> None:
         entries = (Entry.of(card) for card in catalog.cards().values())
-        self._entries = {e.slug: e for e in sorted(entries, key=lambda e: (e.card.date, e.slug), reverse=True)}
+        self._entries = {e.slug: e for e in sorted(entries, key=lambda e: (-e.card.date.toordinal(), e.slug))}
 
     def __getitem__(self, slug: str) -> Entry:
         return self._entries[slug]

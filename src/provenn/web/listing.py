@@ -71,7 +71,7 @@ class Listing:
             return sorted(found, key=lambda e: (-votes.get(e.slug, 0), -e.card.date.toordinal(), e.slug))
         if self.sort == "share":
             return sorted(found, key=lambda e: (-e.share, -e.card.date.toordinal(), e.slug))
-        return sorted(found, key=lambda e: (e.card.date, e.slug), reverse=True) if self.by_date else found
+        return sorted(found, key=lambda e: (-e.card.date.toordinal(), e.slug)) if self.by_date else found
 
     def groups(self, entries: list[Entry]) -> list[tuple[str, list[Entry]]]:
         """By month where the list goes by date, else one group without a name."""

@@ -27,7 +27,10 @@ def _example(example: Example, options: dict[str, Any]) -> str:
     axis, name = {4: (1, "in_channels"), 3: (2, "channels")}.get(len(shape), (0, ""))
     shape[axis] = options.get(name, shape[axis])
     sizes = ", ".join(map(str, shape))
-    noise = f"torch.randn({sizes})" if example.below is None else f"torch.randint({example.below}, ({_tuple(shape)}))"
+    noise = f"torch.randn({sizes})"
+    if example.below is not None:
+        least = f"{example.least}, " if example.least else ""
+        noise = f"torch.randint({least}{example.below}, ({_tuple(shape)}))"
     return f"{example.name}={noise}" if example.name else noise
 
 
