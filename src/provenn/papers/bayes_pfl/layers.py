@@ -204,6 +204,7 @@ class ResidualCrossModalAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int = 4):
         super().__init__()
+        check_whole(dim=dim, heads=heads)
         check_heads(dim, heads)
         self.dim, self.heads = dim, heads
         self.query = nn.Linear(dim, dim)
