@@ -26,8 +26,8 @@ def four_stages(model: nn.Module, task: Task, data: TaskData, recipe: Recipe) ->
     | exchange | crops | frozen | a copy of self-attention, which learns |
 
     Registers, tables of crops and projector learn in all. So does the decoder here, which begins with no language; the
-    authors freeze theirs in the first. A model of `low_resolution` has the first two stages, and one without ReAtten the
-    first three.
+    authors freeze theirs in the first. A model of `low_resolution` has the first two stages, and one without ReAtten
+    the first three.
     """
     encoder = _encoder(model)
     frozen, all_of_it = _but_the_tower, nn.Module.parameters
