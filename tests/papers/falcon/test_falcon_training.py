@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import provenn
@@ -83,11 +85,21 @@ def test_models_without_crops_or_exchange_have_fewer_stages_of_equal_length(opti
     assert {stage.recipe.epochs for stage in stages_of(chat(**options), epochs=1, max_steps=1)} == {1}
 
 
-def test_one_command_trains_all_four(tmp_path: Path):
-    sizes = {"examples": 24, "dim": 32, "layers": 1}
-    short = {"max_steps": 4, "warmup_steps": 0, "batch_size": 4}
+def test_one_command_trains_all_four_on_pictures_of_any_shape(tmp_path: Path):
+    lines = []
+    for number in range(16):
+        colour = number % 2
+        pixels = np.full((40 + 10 * (number % 3), 60, 3), 200 * colour, dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+        lines.append({"image": f"{number}.png", "question": "is it dark ?", "answer": ("yes", "no")[colour]})
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
     folder, metrics = provenn.train(
-        "falcon", "composed", preset="falcon_stages", overrides=sizes, recipe=short, out=tmp_path / "run"
+        "falcon",
+        tmp_path / "data.jsonl",
+        preset="falcon_stages",
+        overrides={"size": 64, "dim": 32, "layers": 1},
+        recipe={"max_steps": 4, "warmup_steps": 0, "batch_size": 4},
+        out=tmp_path / "run",
     )
     assert 0 <= metrics["accuracy"] <= 1
     run = json.loads((folder / "run.json").read_text())

@@ -1,4 +1,4 @@
-"""How Wings' experiments tune and what they read off: stages, rates that count, prefixes; and the picture of the router."""
+"""How Wings' experiments tune and what they read off: stages, rates that count, prefixes; the router's picture."""
 
 from dataclasses import replace
 from functools import partial
