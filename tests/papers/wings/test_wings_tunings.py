@@ -1,12 +1,17 @@
 """How Wings' experiments tune and what they read off: stages, rates that count, prefixes; the router's picture."""
 
+import json
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
+from safetensors.torch import load_file
 
+import provenn
 from provenn.evidence import Run
 from provenn.evidence.run import run_to_end
 from provenn.papers.wings import experiments, studies, wings_small
@@ -128,3 +133,33 @@ def test_the_picture_has_a_line_of_each_layer_and_shades_the_picture():
     assert all((torch.as_tensor(y) == weights[name]).all() for name, y in lines.items())
     assert [label.get_text() for label in axes.get_xticklabels()] == ["<start>", "<user>", "<assistant>"]
     assert axes.get_xticks().tolist() == [0, 1, 6]  # 2 × 2 patches between
+
+
+def test_the_second_stage_goes_on_from_the_first_on_pictures_of_any_size(tmp_path):
+    """The commands of the README. A picture is read at 64 pixels, else its tokens would be more than the router takes."""
+    talks = []
+    for number in range(12):
+        Image.fromarray(np.full((150, 200, 3), 20 * number, np.uint8)).save(tmp_path / f"{number}.png")
+        said = [{"from": "human", "value": "<image> is it dark ?"}, {"from": "gpt", "value": ("no", "yes")[number < 6]}]
+        talks.append({"image": f"{number}.png", "conversations": said})
+    (tmp_path / "chat.json").write_text(json.dumps(talks))
+    short = {"max_steps": 3, "warmup_steps": 0, "batch_size": 4}
+    sizes = {"dim": 16, "layers": 1, "heads": 2, "rank": 2}
+    first, _ = provenn.train(
+        "wings", tmp_path / "chat.json", overrides={"stage": 1, **sizes}, recipe=short, out=tmp_path / "first"
+    )
+    second, _ = provenn.train(
+        "wings",
+        tmp_path / "chat.json",
+        weights=first,
+        two_steps=True,
+        overrides={"stage": 2, **sizes},
+        recipe=short,
+        out=tmp_path / "second",
+    )
+    before, after = (load_file(folder / "weights.safetensors") for folder in (first, second))
+    assert not any(".textual." in name or ".router." in name for name in before)
+    new = [name for name in after if ".textual.out.up." in name or ".router.linear." in name]
+    assert len(new) == 3 and all(after[name].any() for name in new)
+    tower = [name for name in before if ".vision." in name]
+    assert tower and all(torch.equal(before[name], after[name]) for name in tower)  # it never learns

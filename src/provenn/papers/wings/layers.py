@@ -430,7 +430,7 @@ class WingsBlock(nn.Module):
         if k.shape[2] > self.router.max_len:
             raise UserError(
                 f"the text has {k.shape[2]} tokens, the router's max_len is {self.router.max_len}: shorten the text, "
-                "or attach learners with a larger max_len"
+                "take smaller pictures, or give learners a larger max_len"
             )
         width = v.shape[-1]
         columns = self.router.columns(context.shared.numbers).to(v.dtype)[:, None]
