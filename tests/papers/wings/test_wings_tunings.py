@@ -136,7 +136,7 @@ def test_the_picture_has_a_line_of_each_layer_and_shades_the_picture():
 
 
 def test_the_second_stage_goes_on_from_the_first_on_pictures_of_any_size(tmp_path):
-    """The commands of the README. A picture is read at 64 pixels, else its tokens would be more than the router takes."""
+    """The commands of the README. A picture is read at 64 pixels, else it has more tokens than the router takes."""
     talks = []
     for number in range(12):
         Image.fromarray(np.full((150, 200, 3), 20 * number, np.uint8)).save(tmp_path / f"{number}.png")

@@ -51,6 +51,6 @@ def draw(model: nn.Module, x: Float[Tensor, "1 channels height width"], meta: di
         axes.plot(row.cpu().numpy(), ".-", label=name)
     axes.axhline(0.5, color="black", linewidth=0.5, linestyle=":")
     places = [*range(len(BEFORE)), *range(count - len(AFTER), count)]
-    axes.set_xticks(places, [*BEFORE, *AFTER], rotation=30, ha="right")
+    axes.set_xticks(places, [*BEFORE, *AFTER], rotation=90)
     axes.set(ylim=(0, 1), ylabel="weight of the visual learner")
     axes.legend(fontsize=8)
