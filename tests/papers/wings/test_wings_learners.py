@@ -302,6 +302,16 @@ def test_ragged_rows_read_on_to_the_digit():
             assert torch.allclose(torch.cat(parts, dim=1)[row : row + 1], expected, atol=1e-10), row
 
 
+def test_a_row_keeps_its_image_while_another_gets_one():
+    model, given = make(), images(2)
+    (first, _), (more, _) = tokens_of("ab****c", "defghij"), tokens_of("klmnop", "kl****")
+    with torch.no_grad():
+        reading = model.read(first, given[:1], state=model.decoder.init_state(2))
+        reading = model.read(more, given[1:], state=reading.state)
+        whole = model.read(torch.cat([first[:1], more[:1]], dim=1), given[:1])
+    assert torch.allclose(reading.hidden[0], whole.hidden[0, -6:], atol=1e-10)
+
+
 def test_caches_of_short_texts_hold_no_leftovers_of_memory():
     """A check for finite answers sees their free room: a question of a few words was refused by chance."""
     model, before = make(), torch.are_deterministic_algorithms_enabled()
