@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from provenn.core.cost import count_parameters, flops
+from provenn.papers.falcon import studies
 from provenn.papers.falcon.crops import cut, places_of
 from provenn.papers.falcon.experiments import PAIRS, QUESTIONS, SEAMS, SMALL, VIEWS
 from provenn.papers.falcon.rivals import Abstractor, AllTokens, MostAttended, PixelShuffle, Pooling, RandomPatches
@@ -32,6 +33,7 @@ from provenn.papers.falcon.studies import (
     without_exchange,
 )
 from provenn.tasks import get_task
+from provenn.training import Fit
 
 TASK = get_task("image-classification")
 SHORT = replace(RECIPE, epochs=1, max_steps=2)
@@ -95,6 +97,15 @@ def test_compressors_are_what_they_are_called():
     abstractor = Abstractor(DIM, 2, 4).double()
     moved = encoded._replace(patches=encoded.patches.flip(1))
     torch.testing.assert_close(abstractor(moved), abstractor(encoded))  # a set of tokens, without an order
+
+
+def test_an_abstractor_reads_registers_too_where_there_are_some():
+    encoded = made("recompact").encode(*crops(), 4)
+    abstractor = Abstractor(DIM, 2, 4).double()
+    with torch.no_grad():
+        whole = abstractor(encoded)
+        assert not torch.allclose(abstractor(encoded._replace(registers=2 * encoded.registers)), whole)
+        assert not torch.allclose(abstractor(encoded._replace(patches=2 * encoded.patches)), whole)
 
 
 def test_most_attended_patches_are_those_of_the_last_layer():
@@ -224,6 +235,28 @@ def test_stages_train_what_they_say():
     }
     name = "encoder.tower.encoder.layers.1.mlp.fc1.weight"
     assert torch.equal(ends["falcon"][name], ends["own crop"][name])  # one network that tells single digits
+
+
+def test_two_thirds_are_without_exchange_and_the_last_third_with_a_frozen_vit(monkeypatch):
+    data, seen = seam_digits(0, True), []
+
+    def noted(model, planned, **options):
+        for stage in planned:
+            with stage.learning(model) as inside:
+                tower = [p.requires_grad for name, p in inside.named_parameters() if ".tower." in name]
+                seen.append((stage.name, stage.recipe.epochs, inside.encoder.interact is None, any(tower)))
+        return [Fit(model, {})]
+
+    monkeypatch.setattr(studies, "run_stages", noted)
+    for kind in ("falcon", "recompact"):
+        done = in_stages(
+            lambda kind=kind: network(Variant(kind), **data.options), TASK, data, replace(RECIPE, epochs=6)
+        )
+        assert 0 <= done.metrics["accuracy"] <= 1
+    assert seen == [
+        ("crops", 4, True, True), ("exchange", 2, False, False),
+        ("crops", 4, True, True), ("exchange", 2, True, False),
+    ]  # fmt: skip
 
 
 class Told(torch.nn.Module):

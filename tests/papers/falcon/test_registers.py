@@ -9,7 +9,16 @@ from provenn.core.errors import UserError
 from provenn.nn.decoder import Decoder
 from provenn.nn.towers import VisionConfig, VisionTower
 from provenn.nn.vision_language import ImageChat
-from provenn.papers.falcon import CropEncoder, Falcon, ReAtten, RegisterViT, falcon_8b, falcon_encoder, places_of
+from provenn.papers.falcon import (
+    CropEncoder,
+    Falcon,
+    ReAtten,
+    RegisterViT,
+    falcon_8b,
+    falcon_encoder,
+    falcon_scenes,
+    places_of,
+)
 from provenn.papers.falcon.experiments import reatten_flops
 from provenn.papers.falcon.inspection import inspect, looks_of
 
@@ -351,3 +360,9 @@ def test_the_register_slice_is_not_written_in_place():
     out = model.exchange(0, y, 5)
     assert torch.equal(y, kept) and torch.equal(out[:, :9], y[:, :9]) and not torch.allclose(out[:, 9:], y[:, 9:])
     assert F.mse_loss(out[:, 9:], y[:, 9:]) > 0
+
+
+@pytest.mark.parametrize(("wrong", "message"), [({"registers": 0}, "at least 1"), ({"side": 30}, "patches' 8 pixels")])
+def test_systems_that_would_see_nothing_or_a_part_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        falcon_scenes(12, 5, dim=16, layers=1, heads=2, **wrong)

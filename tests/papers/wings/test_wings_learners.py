@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from provenn.core.errors import UserError
+from provenn.core.finite import is_finite
 from provenn.nn.decoder import Decoder, RotaryPositions
 from provenn.nn.positions import rotation, turn
 from provenn.nn.vision_language import MLPProjector, VisionLanguageModel
@@ -299,6 +300,29 @@ def test_ragged_rows_read_on_to_the_digit():
             whole = torch.cat([tokens[row : row + 1, mask[row]], more[row : row + 1]], dim=1)
             expected = model(whole, given[row : row + 1])[:, -2:]
             assert torch.allclose(torch.cat(parts, dim=1)[row : row + 1], expected, atol=1e-10), row
+
+
+def test_a_row_keeps_its_image_while_another_gets_one():
+    model, given = make(), images(2)
+    (first, _), (more, _) = tokens_of("ab****c", "defghij"), tokens_of("klmnop", "kl****")
+    with torch.no_grad():
+        reading = model.read(first, given[:1], state=model.decoder.init_state(2))
+        reading = model.read(more, given[1:], state=reading.state)
+        whole = model.read(torch.cat([first[:1], more[:1]], dim=1), given[:1])
+    assert torch.allclose(reading.hidden[0], whole.hidden[0, -6:], atol=1e-10)
+
+
+def test_caches_of_short_texts_hold_no_leftovers_of_memory():
+    """A check for finite answers sees their free room: a question of a few words was refused by chance."""
+    model, before = make(), torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # fills what is not initialised with NaN
+    try:
+        state = model.decoder.init_state(1)
+        with torch.no_grad():
+            reading = model.read(tokens_of("abc")[0], state=state)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert is_finite(tuple(state.layers)) and is_finite(tuple(reading.state.layers))
 
 
 def test_a_visual_cache_stays_and_a_textual_one_grows_by_a_word():

@@ -94,7 +94,17 @@ def test_stages_of_a_system_train_what_they_name_and_the_projector_faster():
     assert {g["lr"] for g in whole.optimizers(Recipe(epochs=1, lr=0.1)).param_groups} == {0.1}
 
 
-@pytest.mark.parametrize("wrong", [{"stage": 3}, {"stage": True}, {"projector_rate": 0}, {"rank": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"stage": 3},
+        {"stage": True},
+        {"projector_rate": 0},
+        {"rank": 0},
+        {"learners": "textual", "stage": 1},
+        {"system_length": -1},
+    ],
+)
 def test_impossible_systems_are_refused_by_name(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         small(**wrong)

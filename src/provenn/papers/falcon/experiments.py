@@ -223,7 +223,7 @@ def _small_prefill(each: int, crops: int, device: str) -> Callable[[], Tensor]:
 PREFILL_TIME = Timing(
     "time before the first word, one layer of 256 channels",
     {"all patches": partial(_small_prefill, PATCHES), "registers": partial(_small_prefill, REGISTERS)},
-    sizes=(1, 5, 17),
+    sizes=(1, 2, 5, 10, 17),  # a smoke run takes the first three
     unit="crops",
     rounds=7,
     setting={"threads": 1},

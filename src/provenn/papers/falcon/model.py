@@ -363,6 +363,8 @@ class Falcon(VisionLanguageModel):
         image_token: int,
         markers: Mapping[str, Sequence[int]] | None = None,
     ):
+        if vision.vit.registers.count < 1:
+            raise ValueError("registers must be at least 1: a language model reads nothing else of an image, got 0")
         projector = MLPProjector(vision.dim, decoder.norm.weight.shape[0]) if projector is None else projector
         super().__init__(decoder, vision, projector, image_token=image_token)
         self.markers = None if markers is None else {name: list(tokens) for name, tokens in markers.items()}
@@ -548,6 +550,8 @@ def falcon_scenes(
         dim, layers, heads: of the decoder.
     """
     tower = cast(ContrastivePair, pretrained("tiny-clip")).vision_model
+    if side % tower.config.patch:
+        raise ValueError(f"side must be a multiple of the patches' {tower.config.patch} pixels, got {side}")
     tower.resize(side)
     options: dict[str, Any] = {"registers": registers, "limit": limit, "interact": interact}
     on_meta = torch.get_default_device().type == "meta"

@@ -286,7 +286,7 @@ def layer_step(way: str, tokens: int, device: str) -> Callable[[], None]:
 STEP = Timing(
     "a layer forward and backward",
     {"Wings": partial(layer_step, "wings"), "plain": partial(layer_step, "plain"), "LoRA": partial(layer_step, "lora")},
-    sizes=(512, 1024, 2048),
+    sizes=(128, 256, 512, 1024, 2048),  # a smoke run takes the first three
     unit="tokens",
     rounds=7,
     setting={"threads": 1},

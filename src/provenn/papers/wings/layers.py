@@ -369,12 +369,13 @@ class WingsBlock(nn.Module):
         """Empty caches for `batch` streams."""
         attention = self.attention
         weight = attention.key.weight
-        keys = weight.new_empty(batch, attention.kv_heads, 16, attention.head_dim)
+        # Zeros, not what lies in memory: a check for finite answers looks at the room that is not filled yet, too.
+        keys = weight.new_zeros(batch, attention.kv_heads, 16, attention.head_dim)
         one = weight.new_empty(batch, attention.heads, 0, attention.head_dim)
         none = LearnerState(
             KVCache(one, torch.empty_like(one), 0), torch.zeros(batch, 0, dtype=torch.bool, device=weight.device)
         )
-        return WingsState(KVCache(keys, torch.empty_like(keys), 0), none, none)
+        return WingsState(KVCache(keys, torch.zeros_like(keys), 0), none, none)
 
     def forward(
         self, x: Float[Tensor, "batch tokens dim"], context: Context, state: WingsState | None = None
@@ -429,7 +430,7 @@ class WingsBlock(nn.Module):
         if k.shape[2] > self.router.max_len:
             raise UserError(
                 f"the text has {k.shape[2]} tokens, the router's max_len is {self.router.max_len}: shorten the text, "
-                "or attach learners with a larger max_len"
+                "take smaller pictures, or give learners a larger max_len"
             )
         width = v.shape[-1]
         columns = self.router.columns(context.shared.numbers).to(v.dtype)[:, None]

@@ -1,6 +1,6 @@
 """Wings: SigLIP, a projector and a chat model with learners in every layer (arXiv:2406.03496, sections 3 and 4)."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,6 +13,7 @@ from provenn.nn.language import init_narrow
 from provenn.nn.towers import VisionConfig, VisionTower
 from provenn.nn.vision_language import ImageChat, MLPProjector, TowerTokens, VisionLanguageModel
 from provenn.papers.wings.adapter import attach, freeze_for_stage
+from provenn.papers.wings.layers import Learners, Query, Routing
 
 SYSTEM = {"qwen": 14, "llama": 17}  # tokens of the system prompt
 IMAGE = -200  # the placeholder of an image, which no vocabulary has
@@ -50,6 +51,10 @@ class Wings(ImageChat):
         if projector_rate <= 0:
             raise ValueError(f"projector_rate must be above 0, got {projector_rate}")
         if stage == 1:
+            if learners.get("learners") == "textual":
+                raise ValueError(
+                    "learners must be both or visual in stage 1, which has visual ones alone, got 'textual'"
+                )
             learners = {**learners, "learners": "visual"}
         super().__init__(attach(VisionLanguageModel(decoder, vision, projector, image_token=image_token), **learners))
         self.stage, self.projector_rate = stage, projector_rate
@@ -213,7 +218,13 @@ def wings_small(
     rank: int = 8,
     max_len: int = 512,
     stage: int = 0,
-    **learners: Any,
+    projector_rate: float | int = 5.0,
+    learners: Learners = "both",
+    routing: Routing = "attention",
+    activation: Literal["silu", "none"] = "silu",
+    query: Query = "sequential",
+    system_length: int = 0,
+    as_released: bool = False,
 ) -> Wings:
     """A small one of ours, for images of some 64 pixels: what trains in minutes.
 
@@ -221,7 +232,8 @@ def wings_small(
         vocab_size, image_token: of the tokens.
         image_size: side of an image, in pixels.
         dim, layers, heads: of the decoder.
-        rank, max_len, stage, learners: as in `Wings`.
+        rank, max_len, learners, routing, activation, query, system_length, as_released: as in `attach`.
+        stage, projector_rate: as in `Wings`.
     """
     decoder = init_narrow(Decoder(vocab_size, dim, layers, heads))
     tower = VisionTower(VisionConfig("clip", dim, 2, heads, image=image_size, patch=8))
@@ -232,9 +244,15 @@ def wings_small(
         projector,
         image_token=image_token,
         stage=stage,
+        projector_rate=projector_rate,
         rank=rank,
         max_len=max_len,
-        **learners,
+        learners=learners,
+        routing=routing,
+        activation=activation,
+        query=query,
+        system_length=system_length,
+        as_released=as_released,
     )
     init_narrow(projector)  # `VisionLanguageModel` starts it as large models have it
     return system
