@@ -289,24 +289,6 @@ def test_an_ensemble_averages_tables():
         mean_table([torch.zeros(4, 3), torch.zeros(2, 3)])
 
 
-def test_any_two_token_sets_match():
-    """Patches of CLIP's vision tower, and its words."""
-    from provenn.nn.towers import TextConfig, TextTower, VisionConfig, VisionTower
-
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    try:
-        vision, text = (
-            VisionTower(VisionConfig(layout="clip", image_size=16, patch_size=8, **sizes)),
-            TextTower(TextConfig(layout="clip", vocab_size=20, max_position_embeddings=8, **sizes)),
-        )
-    except TypeError:
-        pytest.skip("towers take other options")
-    with torch.no_grad():
-        patches = vision(torch.randn(2, 3, 16, 16)).tokens[:, 1:]
-        words = text(torch.randint(20, (3, 6))).tokens
-    assert RCAR(embed_dim=16, align_dim=8).eval()(l2_normalise(patches), l2_normalise(words)).shape == (2, 3)
-
-
 # Files
 
 
