@@ -8,12 +8,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from provenn.core.errors import UserError
 from provenn.nn.anomaly import Anomalies
 from provenn.papers.bayes_pfl import (
     ResidualCrossModalAttention,
     bayes_defects,
     dice_loss,
     focal_loss,
+    for_category,
     kl_estimate,
     orthogonal_loss,
 )
@@ -182,6 +184,26 @@ def test_inspected_spread_is_the_deviation_over_pairs():
     torch.testing.assert_close(rows["spread over prompts"], maps.std(1, correction=0).mean(0))
     torch.testing.assert_close(rows["defect"], maps.mean((0, 1)))
     torch.testing.assert_close(rows["layer 3"], maps[2].mean(0))
+
+
+# One category
+
+
+def test_a_system_for_one_category_answers_as_with_its_name(untyped):
+    model, (images, *_) = small(), batch()
+    fixed = for_category(model, "metal_nut")
+    said = get_task("anomaly-detection").portable(fixed, {"size": 64, "mean": [0.4] * 3, "std": [0.2] * 3})
+    assert said.outputs == ["score", "heat"]
+    with torch.no_grad():
+        written = torch.export.export(fixed, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)).module()
+        for count in (2, 3):
+            named, plain = model(images[:count], ["metal nut"] * count), fixed(images[:count])
+            assert torch.equal(plain.heat, named.heat) and torch.equal(plain.score, named.score)
+            torch.testing.assert_close(written(images[:count]).heat, named.heat)
+            assert not torch.allclose(model(images[:count]).heat, named.heat)
+    assert model.reads_names and len(model.unnamed) == len("object") + 1
+    with pytest.raises(UserError, match="a category has no name"):
+        for_category(model, " ")
 
 
 # Images of training
