@@ -148,8 +148,9 @@ def test_patches_of_clip_and_words_of_its_text_tower_match():
     torch.manual_seed(0)
     vision = VisionTower(VisionConfig("clip", 16, 1, 2, hidden=32, image=16, patch=8))
     text = TextTower(TextConfig("clip", 16, 1, 2, hidden=32, vocab=20, max_length=8, end_of_text=19))
+    tokens = torch.cat([torch.randint(18, (3, 5)), torch.full((3, 1), 19)], 1)
     with torch.no_grad():
-        patches, words = vision(torch.randn(2, 3, 16, 16)).last.patches, text(torch.randint(20, (3, 6))).last
+        patches, words = vision(torch.randn(2, 3, 16, 16)).last.patches, text(tokens).last
     scores = RCAR(embed_dim=16, align_dim=8).eval()(l2_normalise(patches), l2_normalise(words))
     assert scores.shape == (2, 3) and scores.std() > 0
 
@@ -272,4 +273,4 @@ def test_tiles_lie_apart_and_within_the_picture(words):
         for other in boxes[:k]:
             assert box.x0 >= other.x1 or other.x0 >= box.x1 or box.y0 >= other.y1 or other.y0 >= box.y1
     if words == 4:
-        assert sum(box.width * box.height for box in boxes) > 0.3 * whole.width * whole.height
+        assert sum(box.width * box.height for box in boxes) > 0.5 * whole.width * whole.height
