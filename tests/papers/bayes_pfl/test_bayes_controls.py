@@ -17,6 +17,7 @@ from provenn.papers.bayes_pfl import (
     for_category,
     kl_estimate,
     orthogonal_loss,
+    words,
 )
 from provenn.papers.bayes_pfl import model as system
 from provenn.papers.bayes_pfl.augmentation import augment
@@ -28,6 +29,7 @@ from provenn.papers.bayes_pfl.rivals import LocalContrast
 from provenn.papers.bayes_pfl.studies import defects, image_auroc, kind_ap, network
 from provenn.papers.bayes_pfl.training import stages
 from provenn.papers.bayes_pfl.training.pictures import ACROSS, DOWN, Captioned, captioned, contrast
+from provenn.papers.bayes_pfl.words import UNKNOWN, Letters
 from provenn.tasks import get_task
 from provenn.training import Recipe
 
@@ -203,6 +205,16 @@ def test_a_system_for_one_category_answers_as_with_its_name(untyped):
     assert model.reads_names and len(model.unnamed) == len("object") + 1
     with pytest.raises(UserError, match="a category has no name"):
         for_category(model, " ")
+
+
+def test_letters_that_no_name_of_textures_has_are_named_once(monkeypatch):
+    said = []
+    monkeypatch.setattr(words.progress, "say", said.append)
+    for _ in range(3):
+        assert Letters().encode("öse 日") == [UNKNOWN, 33, 19, 3, UNKNOWN]
+    assert len(said) == 1 and "'öse 日'" in said[0] and "ö日" in said[0]
+    Letters().encode("metal_nut 3-b")
+    assert len(said) == 1
 
 
 # Images of training
