@@ -160,9 +160,9 @@ def test_images_of_training_are_turned_with_their_masks(stage, monkeypatch):
 def test_words_and_layers_start_as_the_authors_have_it():
     torch.manual_seed(0)
     model = bayes_defects(prompts=60)
-    for words, mean in ((model.context, 0.0), (model.normal, 0.5), (model.abnormal, -0.5)):
-        assert words.mean().item() == pytest.approx(mean, abs=1e-3)
-        assert words.std().item() == pytest.approx(INIT, rel=0.2)
+    for bank, mean in ((model.context, 0.0), (model.normal, 0.5), (model.abnormal, -0.5)):
+        assert bank.mean().item() == pytest.approx(mean, abs=1e-3)
+        assert bank.std().item() == pytest.approx(INIT, rel=0.2)
     assert model.text_mapping.weight.std().item() == pytest.approx(INIT, rel=0.1)
     assert model.specific.encoder.mean[0].weight.std().item() == pytest.approx(INIT, rel=0.1)
     assert (model.text_mapping.bias == 0).all()
@@ -208,7 +208,8 @@ def test_a_system_for_one_category_answers_as_with_its_name(untyped):
 
 
 def test_letters_that_no_name_of_textures_has_are_named_once(monkeypatch):
-    said = []
+    said: list[str] = []
+    words._say_unknown.cache_clear()
     monkeypatch.setattr(words.progress, "say", said.append)
     for _ in range(3):
         assert Letters().encode("öse 日") == [UNKNOWN, 33, 19, 3, UNKNOWN]
