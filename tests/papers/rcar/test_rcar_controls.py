@@ -274,3 +274,18 @@ def test_tiles_lie_apart_and_within_the_picture(words):
             assert box.x0 >= other.x1 or other.x0 >= box.x1 or box.y0 >= other.y1 or other.y0 >= box.y1
     if words == 4:
         assert sum(box.width * box.height for box in boxes) > 0.5 * whole.width * whole.height
+
+
+def test_the_small_preset_trains_on_features_of_regions(tmp_path):
+    """As the command line does it, which also says what side pictures would have."""
+    import provenn
+
+    rng = np.random.default_rng(0)
+    for split in ("train", "dev", "test"):
+        np.save(tmp_path / f"{split}_ims.npy", rng.normal(size=(4, 6, 12)).astype(np.float32))
+        lines = [f"a {('red', 'blue', 'green', 'dark')[k // 5]} disc number {k % 5}" for k in range(20)]
+        (tmp_path / f"{split}_caps.txt").write_text("\n".join(lines))
+    provenn.train("rcar", str(tmp_path), steps=1, batch_size=2, out=tmp_path / "run", device="cpu")
+    model, label = provenn.paper("rcar").load(tmp_path / "run")
+    assert isinstance(model.image, RegionEncoder) and label.options["features"] == 12
+    assert isinstance(provenn.paper("rcar").build("rcar_small").image, PictureEncoder)

@@ -352,7 +352,7 @@ def test_what_cannot_be_is_refused(untyped):
         (lambda: made(host="saf")(torch.zeros(1, 4, 16).double(), tokens()[1]), "batch norm is of 5 regions, got 4"),
         (lambda: system(touched=1.5), "touched must be a share"),
         (lambda: Ensemble([]), "at least one system"),
-        (lambda: rcar.rcar_small(image_size=8, features=3), "give image_size or features, not both"),
+        (lambda: rcar.rcar_small(features=0), "features must be at least 1, got 0"),
         (lambda: rcar.sgraf(host="mean"), "host must be sgr or saf"),
         (lambda: system()(torch.zeros(1, 5, 11), torch.zeros(1, 3).long()), "expected regions of 12 numbers"),
     ):
