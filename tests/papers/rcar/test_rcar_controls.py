@@ -27,6 +27,7 @@ from provenn.papers.rcar.studies import TASK, Variant, many, network, with_r1
 from provenn.tasks.image_text_retrieval import Pairs
 
 LENGTHS = [7, 3, 5, 1]
+FEW = {"max_steps": 1, "batch_size": 2}
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -285,7 +286,7 @@ def test_the_small_preset_trains_on_features_of_regions(tmp_path):
         np.save(tmp_path / f"{split}_ims.npy", rng.normal(size=(4, 6, 12)).astype(np.float32))
         lines = [f"a {('red', 'blue', 'green', 'dark')[k // 5]} disc number {k % 5}" for k in range(20)]
         (tmp_path / f"{split}_caps.txt").write_text("\n".join(lines))
-    provenn.train("rcar", str(tmp_path), steps=1, batch_size=2, out=tmp_path / "run", device="cpu")
+    provenn.train("rcar", str(tmp_path), recipe=FEW, out=tmp_path / "run", device="cpu")
     model, label = provenn.paper("rcar").load(tmp_path / "run")
     assert isinstance(model.image, RegionEncoder) and label.options["features"] == 12
     assert isinstance(provenn.paper("rcar").build("rcar_small").image, PictureEncoder)
