@@ -262,6 +262,7 @@ def test_a_caption_may_be_true_of_several_images():
     apart = torch.eye(3, dtype=torch.bool)
     alike = apart.clone()
     alike[0, 1] = True
+    pair.requires_grad_(False)
     one, other = (float(contrast(pair, Captioned(images, tokens, truth))) for truth in (apart, alike))
     logits = pair.logits(pair.encode_image(images), pair.encode_text(tokens))
     assert one == pytest.approx(float(pair.loss(logits, apart)), rel=1e-5)
