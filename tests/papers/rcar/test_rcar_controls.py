@@ -88,7 +88,11 @@ def test_the_layer_sees_no_padding_of_either_side():
     own, theirs = torch.arange(5)[None] < 3, torch.arange(6)[None] < 4
     short = layer(x[:, :3], other[:, :4])
     filled = x.masked_fill(~own[..., None], torch.nan), other.masked_fill(~theirs[..., None], torch.nan)
-    torch.testing.assert_close(layer(*filled, mask=theirs, query_mask=own)[:, :3], short)
+    found = layer(*filled, mask=theirs, query_mask=own)[:, :3]
+    torch.testing.assert_close(found, short)
+    slopes = [torch.autograd.grad(each.sum(), list(layer.parameters())) for each in (found, short)]
+    for one, other in zip(*slopes):
+        torch.testing.assert_close(one, other)
 
 
 # Systems
