@@ -289,24 +289,6 @@ def test_an_ensemble_averages_tables():
         mean_table([torch.zeros(4, 3), torch.zeros(2, 3)])
 
 
-def test_any_two_token_sets_match():
-    """Patches of CLIP's vision tower, and its words."""
-    from provenn.nn.towers import TextConfig, TextTower, VisionConfig, VisionTower
-
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    try:
-        vision, text = (
-            VisionTower(VisionConfig(layout="clip", image_size=16, patch_size=8, **sizes)),
-            TextTower(TextConfig(layout="clip", vocab_size=20, max_position_embeddings=8, **sizes)),
-        )
-    except TypeError:
-        pytest.skip("towers take other options")
-    with torch.no_grad():
-        patches = vision(torch.randn(2, 3, 16, 16)).tokens[:, 1:]
-        words = text(torch.randint(20, (3, 6))).tokens
-    assert RCAR(embed_dim=16, align_dim=8).eval()(l2_normalise(patches), l2_normalise(words)).shape == (2, 3)
-
-
 # Files
 
 
@@ -370,7 +352,7 @@ def test_what_cannot_be_is_refused(untyped):
         (lambda: made(host="saf")(torch.zeros(1, 4, 16).double(), tokens()[1]), "batch norm is of 5 regions, got 4"),
         (lambda: system(touched=1.5), "touched must be a share"),
         (lambda: Ensemble([]), "at least one system"),
-        (lambda: rcar.rcar_small(image_size=8, features=3), "give image_size or features, not both"),
+        (lambda: rcar.rcar_small(features=0), "features must be at least 1, got 0"),
         (lambda: rcar.sgraf(host="mean"), "host must be sgr or saf"),
         (lambda: system()(torch.zeros(1, 5, 11), torch.zeros(1, 3).long()), "expected regions of 12 numbers"),
     ):

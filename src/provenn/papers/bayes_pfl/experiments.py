@@ -27,7 +27,7 @@ from provenn.papers.bayes_pfl.studies import (
 )
 
 RATES = (3e-4, 1e-3, 3e-3)
-SCALE = 0.01  # bias_scale, as the pilot's validation textures choose it
+SCALE = 0.01  # bias_scale: about what brings samples to a word's size; set, and not tuned
 NOTE = "One small CLIP a seed learned from the textures that are trained on, and is frozen under all heads."
 ABOUT = (
     "17 textures of photographs, 64×64 pixels, with composed scratches, blends and stains; 10 to train on, 2 to "

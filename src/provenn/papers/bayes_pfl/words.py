@@ -1,9 +1,11 @@
 """Names of categories as tokens: letters, those of a folder of Hugging Face, or the one word that CLIP is known by."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from provenn.core import progress
 from provenn.core.errors import UserError
 
 LETTERS = " -0123456789abcdefghijklmnopqrstuvwxyz"
@@ -54,8 +56,19 @@ class Letters:
     size = len(LETTERS) + 3
 
     def encode(self, text: str) -> list[int]:
-        """The letters of a text in lower case; what is none becomes one token alike."""
-        return [LETTERS.find(letter) + 3 if letter in LETTERS else UNKNOWN for letter in text.lower().replace("_", " ")]
+        """The letters of a text in lower case; what is none becomes one token alike, and is named once."""
+        text = text.lower().replace("_", " ")
+        unknown = "".join(sorted(set(text) - set(LETTERS)))
+        if unknown:
+            _say_unknown(text, unknown)
+        return [LETTERS.find(letter) + 3 if letter in LETTERS else UNKNOWN for letter in text]
+
+
+@lru_cache(maxsize=1024)  # once for each name
+def _say_unknown(text: str, unknown: str) -> None:
+    progress.say(
+        f"the category {text[:60]!r} has letters that the model does not know, {unknown[:20]}: it reads all alike"
+    )
 
 
 class OneWord:

@@ -14,7 +14,8 @@ from provenn.papers.rcar.model import Matching
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-IN_A_LINE = 8  # words of a picture
+MOST = 8  # tiles side by side
+CAPTION = 1.35  # height of a tile with what stands above it, as a share of its side
 
 
 class Looked(NamedTuple):
@@ -56,16 +57,16 @@ def draw(model: nn.Module, x: Any, meta: dict[str, Any], axes: "Axes") -> None:
     seen = look(model, x)
     mean, std = (torch.tensor(meta[name])[:, None, None] for name in ("mean", "std"))
     picture = (seen.image[0].cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
-    lines = -(-len(seen.words) // IN_A_LINE)
+    across = columns(len(seen.words), len(seen.steps))
+    lines = -(-len(seen.words) // across)
     rows = lines * len(seen.steps)
     height, width = picture.shape[:2]
     for number, (step, maps) in enumerate(zip(seen.steps, seen.maps)):
         of_words = len(step.temperature) == len(seen.words)
         for place, (word, drawn) in enumerate(zip(seen.words, maps)):
-            row = number * lines + place // IN_A_LINE
-            column = place % IN_A_LINE
-            size = (0.92 / IN_A_LINE, 0.78 / rows)
-            tile = axes.inset_axes((column / IN_A_LINE, 1 - (row + 1) / rows, *size))
+            row, column = number * lines + place // across, place % across
+            size = (0.92 / across, 0.98 / CAPTION / rows)
+            tile = axes.inset_axes((column / across, 1 - (row + 1) / rows, *size))
             tile.imshow(picture, extent=(0, width, height, 0))
             tile.imshow(drawn.numpy(), cmap="inferno", alpha=0.55, extent=(0, width, height, 0))
             said = f"{word}\nλ {step.temperature[place]:.1f}" if of_words else word
@@ -74,6 +75,19 @@ def draw(model: nn.Module, x: Any, meta: dict[str, Any], axes: "Axes") -> None:
             tile.set_title(said, fontsize=7, pad=2)
             tile.set(xticks=[], yticks=[])
     axes.set_title(f"score {seen.score:.3f}; above: first attention, below: last", fontsize=9)
+
+
+def columns(words: int, steps: int) -> int:
+    """How many words stand side by side, so that square tiles of a block of lines for each step are largest.
+
+    >>> columns(7, 2), columns(16, 2), columns(2, 3)
+    (5, 8, 2)
+    """
+    sides = [
+        (min(1 / across, 1 / (CAPTION * steps * -(-words // across))), across)
+        for across in range(1, max(1, min(MOST, words)) + 1)
+    ]
+    return max(sides)[1]
 
 
 def look(model: nn.Module, x: Any) -> Looked:

@@ -349,15 +349,13 @@ def rcar_small(
 
     Args:
         vocab_size: how many words there are.
-        image_size: side of a picture; any, as it is convolutional. It follows from the data.
-        features: numbers of a region, of data that are features.
+        image_size: side of a picture; any, as it is convolutional. It follows from the data, and features have none.
+        features: numbers of a region, of data that are features; there are no pictures then.
         mode, steps, regulators: see `RCAR`.
         embed_dim, align_dim: d and m.
         warm_up, touched: see `Matching`.
     """
     check_sizes(image_size=image_size, features=features)
-    if image_size is not None and features is not None:
-        raise ValueError("data are pictures or features: give image_size or features, not both")
     similarity = RCAR(mode, steps, regulators=regulators, embed_dim=embed_dim, align_dim=align_dim)
     image = PictureEncoder(embed_dim) if features is None else RegionEncoder(features, embed_dim, embed_dim // 2)
     text = WordEncoder(vocab_size, embed_dim, word_dim=48, dropout=0.1)
