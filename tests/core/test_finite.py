@@ -47,9 +47,24 @@ INPUTS = {  # of each kind of work: what is given, and where the answer goes
     "fine-grained": ("image.png", "answer.csv"),
     "re-identification": ("image.png", "answer.csv"),
     "batch-recognition": ("image.png", "answer.csv"),
+    "image-text-retrieval": ("image.png", "answer.csv"),
+    "anomaly-detection": ("image.png", "answer.csv"),
+    "multimodal-chat": ("image.png", "answer.csv"),
+    "visual-question-answering": ("image.png", "answer.csv"),
 }
-MORE = {"re-identification": " --gallery people"}  # of `predict` alone
-TRIED = {"pansharpening": "image.png", "event-video": "image.png"}  # in the browser, where that is something else
+QUESTION = "what colour is the disc ?"
+MORE = {  # of `predict` alone
+    "re-identification": " --gallery people",
+    "image-text-retrieval": " --texts words",
+    "multimodal-chat": f" '{QUESTION}'",
+    "visual-question-answering": f" '{QUESTION}'",
+}
+WORDS = {"image-text-retrieval": " 'a red disc'"}  # of `inspect` alone
+TRIED = {  # in the browser, where that is something else
+    "pansharpening": "image.png",
+    "event-video": "image.png",
+    "image-text-retrieval": "words",
+}
 # A factor under which every parameter has a square in float32, and every model that ships runs out of its range.
 FACTOR, BOUND = 1e18, 1e19
 
@@ -144,18 +159,23 @@ def test_weights_of_impossible_values_are_refused_by_every_verb(slug, preset, ho
     file, name = damaged(slug, preset, how)
     if how == "negative" and "running_var" not in name:
         pytest.skip("it keeps no variance")
-    given, output = INPUTS[catalog.card(slug).work_of(catalog.card(slug).preset(preset)) or ""]
-    for line in (f"predict {slug} {given} -o {output}", f"evaluate {slug} --data x", f"export {slug} -o a.onnx"):
+    work = catalog.card(slug).work_of(catalog.card(slug).preset(preset)) or ""
+    given, output = INPUTS[work]
+    words = MORE.get(work, "")
+    for line in (f"predict {slug} {given}{words} -o {output}", f"evaluate {slug} --data x", f"export {slug} -o a.onnx"):
         says = refused(f"{line} --weights {file}", capsys)
         assert says.startswith(f"provenn: {file}: {name} ")
         assert how in ("NaN", "negative") or f"is of type {how}" in says.replace("complex64", "complex")
     if (slug, preset) in INSPECTED:
-        assert f"{file}: {name} " in refused(f"inspect {slug} {given} --weights {file} -o a.png", capsys)
+        assert f"{file}: {name} " in refused(
+            f"inspect {slug} {given}{WORDS.get(work, '')} --weights {file} -o a.png", capsys
+        )
 
 
 @pytest.mark.parametrize("slug, preset", INSPECTED)
 def test_no_inspection_is_made_of_it(slug, preset, here, capsys):
-    given, _ = INPUTS[catalog.card(slug).work_of(catalog.card(slug).preset(preset)) or ""]
+    work = catalog.card(slug).work_of(catalog.card(slug).preset(preset)) or ""
+    given = f"{INPUTS[work][0]}{WORDS.get(work, '')}"
     file, says = damaged(slug, preset, "too large")
     assert f"{file}: {says}" in refused(f"inspect {slug} {given} --weights {file} -o answer.png", capsys)
 
@@ -185,8 +205,9 @@ def test_no_demo_shows_it(slug, preset, here):
         for parameter in model.parameters():
             parameter.mul_(FACTOR).clamp_(-BOUND, BOUND)
     given = TRIED.get(label.task, INPUTS[label.task][0])
-    options = {"classes": ["3"], "seed": 0} if label.task == "image-generation" else {}
-    job = {"paper": slug, "preset": preset, "file": None if options else given, "options": options}
+    options = {"image-generation": {"classes": ["3"], "seed": 0}}
+    asked = options.get(label.task, {"question": QUESTION} if QUESTION in MORE.get(label.task, "") else {})
+    job = {"paper": slug, "preset": preset, "file": None if "seed" in asked else given, "options": asked}
     told: list[dict] = []
     worker._work({(slug, preset): (model, label)}, job, told.append)
     assert list(told[-1]) == ["failed"]

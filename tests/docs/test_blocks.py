@@ -1,7 +1,7 @@
 """Every block of code in README, CONTRIBUTING and the guides runs alone, in a folder with the files that they name.
 
 A comment before a block says what the suite has not: `<!-- needs: four GPUs -->`, `<!-- installs -->`. The commands of
-such a block are still held to the options that exist.
+such a block are still held to the options that exist. `<!-- needs: minutes -->` is for `make test-all`, which runs it.
 """
 
 import re
@@ -36,6 +36,9 @@ ELSEWHERE = (
 )
 
 
+MINUTES = "needs: minutes"
+
+
 class Block(NamedTuple):
     name: str
     language: str
@@ -53,8 +56,14 @@ def blocks() -> list[Block]:
 
 
 def of(language: str, *, needs: bool = False) -> list:
-    chosen = [block for block in blocks() if block.language == language and bool(block.needs) is needs]
-    return [pytest.param(block, id=block.name) for block in chosen if language == "sh" or ELSEWHERE not in block.name]
+    """The blocks that run here, those that take minutes marked `exhaustive`; or those whose options alone are held."""
+    chosen = [
+        block for block in blocks() if block.language == language and (language == "sh" or ELSEWHERE not in block.name)
+    ]
+    if needs:
+        return [pytest.param(block, id=block.name) for block in chosen if block.needs]
+    marks = {"": (), MINUTES: pytest.mark.exhaustive}
+    return [pytest.param(b, id=b.name, marks=marks[b.needs]) for b in chosen if b.needs in marks]
 
 
 def commands(text: str) -> list[list[str]]:
