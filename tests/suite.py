@@ -5,7 +5,7 @@ that are asked of it, and the doctests of its code. `--record-passed` (`make tes
 for each paper all of whose checks ran and none failed: the digest of all that they reach (`closure.py`), the versions
 of torch and Python, and the date. An entry of today's digest and versions stays where none of its checks failed, so
 that the suite can be recorded in parts, by `-k`. `--skip-passed` (`make test`) leaves out the checks of every paper
-whose entry is of today's digest and versions, but for those marked `sample`.
+whose entry is of today's digest and versions, but for the first one marked `sample`.
 """
 
 import gc
@@ -105,7 +105,7 @@ def pytest_collection() -> Iterator[None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", f"sample: asked of a paper even where its checks stand in {FILE}")
+    config.addinivalue_line("markers", f"sample: the first is asked of a paper even where its checks stand in {FILE}")
     skips, records = config.getoption("--skip-passed"), config.getoption("--record-passed")
     if skips:
         config.pluginmanager.register(SkipsPassed(config))
@@ -138,7 +138,13 @@ class SkipsPassed:
         _say(self.config, summary(self.papers, self.stand))
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        left = {i for i in items if paper_of(i, self.papers) in self.stand and not i.get_closest_marker("sample")}
+        left, sampled = set(), set()
+        for item in items:
+            paper = paper_of(item, self.papers)
+            if paper in self.stand and (paper in sampled or not item.get_closest_marker("sample")):
+                left.add(item)
+            elif paper in self.stand:
+                sampled.add(paper)
         config.hook.pytest_deselected(items=[item for item in items if item in left])
         items[:] = [item for item in items if item not in left]
 
