@@ -1015,11 +1015,14 @@ def test_doctor_tells_what_is_there_and_what_is_missing(run, monkeypatch):
     monkeypatch.setitem(catalog.cards(), "tiny_gate", tiny.model_copy(update={"experiments": against}))
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "aeon" else find(name, *rest))
+    few = ["image-classification", "layer-stacks", "series-classification"]  # all that there are take minutes
+    monkeypatch.setattr("provenn.tasks.task_names", lambda: few)
     code, out, err = run("doctor")
     assert (code, err) == (0, "")
     for words in (torch.__version__, "pip install 'provenn[series]'", "threads", "digits"):
         assert words in out
     found = json.loads(run("doctor --json")[1])
+    assert list(found["data"]) == few
     assert found["versions"]["torch"] == torch.__version__ and found["extras"]["transformers"] == ""
     assert found["peers"]["a-peer"] == "missing: pip install a-peer (for tiny_gate)" and found["peers"]["torch"] == ""
     assert "pre-trained first" in found["data"]["layer-stacks"]["about"]  # what takes a minute is told, not made
