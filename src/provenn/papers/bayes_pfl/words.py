@@ -49,7 +49,7 @@ class Letters:
     """A token for each letter, so that every name is known.
 
     >>> Letters().encode("nut")
-    [29, 36, 35]
+    [28, 35, 34]
     """
 
     start, end = START, END
