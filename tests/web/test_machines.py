@@ -68,7 +68,7 @@ def numbers(papers) -> list[str]:
 
 
 def test_the_client_of_daily_papers_reads_the_catalogue(hub):
-    cards = sorted(catalog.cards().values(), key=lambda card: (card.date, card.slug), reverse=True)
+    cards = sorted(catalog.cards().values(), key=lambda card: (-card.date.toordinal(), card.slug))
     every = list(hub.list_daily_papers())
     assert numbers(every) == [card.arxiv for card in cards][:50]
     first, card = every[0], cards[0]
