@@ -505,6 +505,7 @@ QUICK = (  # the others of a model family take minutes: `make test-all` has them
     "craft_small",
     "dcal_regions",
     "eca_resnet20",
+    "gaam_audio",
     "gaam_small",
     "hedgehog_vit",
     "moh_vit_digits",
