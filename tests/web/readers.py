@@ -21,7 +21,7 @@ def mails(settings: Settings) -> list[EmailMessage]:
     database = Database(settings.database)
     outbox.deliver(Site(settings, database))
     database.close()
-    files = sorted((settings.home / "mails").glob("*.eml"), key=lambda file: file.stat().st_mtime_ns)
+    files = sorted((settings.home / "mails").glob("[!.]*.eml"), key=lambda file: file.stat().st_mtime_ns)
     return [message_from_bytes(file.read_bytes(), policy=policy.default) for file in files]
 
 

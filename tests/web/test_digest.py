@@ -98,7 +98,7 @@ def text_of(message) -> str:
 
 def files(site):
     outbox.deliver(site, ["sign-in", "subscribe"])
-    found = sorted((site.settings.home / "mails").glob("*.eml"), key=lambda file: file.stat().st_mtime_ns)
+    found = sorted((site.settings.home / "mails").glob("[!.]*.eml"), key=lambda file: file.stat().st_mtime_ns)
     return [message_from_bytes(file.read_bytes(), policy=policy.SMTPUTF8) for file in found]
 
 

@@ -70,7 +70,7 @@ def choose_grid(
             Default: by any factor, as published.
 
     >>> choose_grid(640, 480), choose_grid(1275, 1650), choose_grid(640, 480, max_upscale=1.5)
-    ((3, 4), (4, 3), (1, 2))
+    ((3, 4), (4, 3), (1, 1))
     """
     check_whole(width=width, height=height, side=side)
     check_finite(max_upscale=max_upscale)
