@@ -141,10 +141,12 @@ class SkipsPassed:
         left, sampled = set(), set()
         for item in items:
             paper = paper_of(item, self.papers)
-            if paper in self.stand and (paper in sampled or not item.get_closest_marker("sample")):
-                left.add(item)
-            elif paper in self.stand:
-                sampled.add(paper)
+            if paper in self.stand:
+                first = paper not in sampled and item.get_closest_marker("sample")
+                if first:
+                    sampled.add(paper)
+                else:
+                    left.add(item)
         config.hook.pytest_deselected(items=[item for item in items if item in left])
         items[:] = [item for item in items if item not in left]
 

@@ -65,6 +65,11 @@ TRIED = {  # in the browser, where that is something else
     "event-video": "image.png",
     "image-text-retrieval": "words",
 }
+TYPED = {  # there, beside a file or in place of one
+    "image-generation": {"classes": ["3"], "seed": 0},
+    "multimodal-chat": {"question": QUESTION},
+    "visual-question-answering": {"question": QUESTION},
+}
 # A factor under which every parameter has a square in float32, and every model that ships runs out of its range.
 FACTOR, BOUND = 1e18, 1e19
 
@@ -205,9 +210,8 @@ def test_no_demo_shows_it(slug, preset, here):
         for parameter in model.parameters():
             parameter.mul_(FACTOR).clamp_(-BOUND, BOUND)
     given = TRIED.get(label.task, INPUTS[label.task][0])
-    options = {"image-generation": {"classes": ["3"], "seed": 0}}
-    asked = options.get(label.task, {"question": QUESTION} if QUESTION in MORE.get(label.task, "") else {})
-    job = {"paper": slug, "preset": preset, "file": None if "seed" in asked else given, "options": asked}
+    file = None if label.task == "image-generation" else given
+    job = {"paper": slug, "preset": preset, "file": file, "options": dict(TYPED.get(label.task, {}))}
     told: list[dict] = []
     worker._work({(slug, preset): (model, label)}, job, told.append)
     assert list(told[-1]) == ["failed"]
