@@ -287,7 +287,7 @@ def test_a_paper_that_raises_on_import_is_explained_by_doctor(site, capsys, monk
         comparison._choose("channel-gate", host_for("channel-gate", "digits"), ["none", "raising"], told.append)
     assert main(["reproduce", "raising", "--budget", "smoke", "--out", str(tmp_path / "run")]) == 1
     assert "No module named 'a_package_that_is_missing'" in capsys.readouterr().err
-    monkeypatch.setattr(doctor, "_data", dict)
+    monkeypatch.setattr(doctor, "_data", lambda load: {})
     assert main(["doctor", "--json"]) == 0
     papers = json.loads(capsys.readouterr().out)["papers"]
     assert said in papers["raising"] and papers["tiny_gate"] == ""

@@ -1005,7 +1005,7 @@ def test_the_shell_completes(monkeypatch, capsys, typed, offered):
 
 
 def test_doctor_tells_what_is_there_and_what_is_missing(run, monkeypatch):
-    import importlib.util
+    from provenn.cli import doctor
 
     tiny = catalog.card("tiny_gate")
     against = [
@@ -1013,19 +1013,34 @@ def test_doctor_tells_what_is_there_and_what_is_missing(run, monkeypatch):
         for experiment, name in zip(tiny.experiments, ("a-peer", "torch"))
     ]
     monkeypatch.setitem(catalog.cards(), "tiny_gate", tiny.model_copy(update={"experiments": against}))
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "aeon" else find(name, *rest))
-    few = ["image-classification", "layer-stacks", "series-classification"]  # all that there are take minutes
+    there = doctor._installed
+    monkeypatch.setattr(doctor, "_installed", lambda name: name not in ("aeon", "rasterio") and there(name))
+    few = ["image-classification", "layer-stacks", "series-classification"]  # to load all takes minutes
     monkeypatch.setattr("provenn.tasks.task_names", lambda: few)
-    code, out, err = run("doctor")
+    code, out, err = run("doctor --load")
     assert (code, err) == (0, "")
-    for words in (torch.__version__, "pip install 'provenn[series]'", "threads", "digits"):
+    for words in (torch.__version__, "pip install 'provenn[series]'", "threads", "digits", "to train, validate, test"):
         assert words in out
-    found = json.loads(run("doctor --json")[1])
-    assert list(found["data"]) == few
-    assert found["versions"]["torch"] == torch.__version__ and found["extras"]["transformers"] == ""
+    found = json.loads(run("doctor --load --json")[1])
+    assert list(found["data"]) == few and found["data"]["image-classification"]["loads"]
+    assert (
+        found["versions"]["torch"] == torch.__version__
+        and found["extras"]["geo"]["about"] == "missing: rasterio; pip install 'provenn[geo]'"
+    )
+    assert found["extras"]["onnx"] == {"installed": True, "about": "onnx, onnxruntime, onnxscript"}
+    assert "cryptography" in found["extras"]["care"]["about"] and not {"dev", "all"} & found["extras"].keys()
     assert found["peers"]["a-peer"] == "missing: pip install a-peer (for tiny_gate)" and found["peers"]["torch"] == ""
-    assert "pre-trained first" in found["data"]["layer-stacks"]["about"]  # what takes a minute is told, not made
+    stacks = found["data"]["layer-stacks"]  # what takes a minute is told, not made
+    assert "pre-trained first" in stacks["about"] and stacks["loads"] is None
+
+
+def test_doctor_loads_no_data_that_nobody_asked_for(run, monkeypatch):
+    from provenn.tasks import Task, task_names
+
+    monkeypatch.setattr(Task, "load", lambda *_: pytest.fail("data were loaded"))
+    found = json.loads(run("doctor --json")[1])["data"]
+    assert found.keys() == {*task_names()} and "digits" in found["image-classification"]["about"]
+    assert all(one["loads"] is None for one in found.values()), found
 
 
 def test_a_device_that_holds_too_little_is_one_line_and_no_failure(run, here, monkeypatch):

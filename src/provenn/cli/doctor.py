@@ -1,35 +1,31 @@
 """What this machine can run, and what is missing."""
 
-import importlib.util
-from typing import Any
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires, version
+from typing import Annotated, Any
+
+import typer
 
 from provenn import catalog
 from provenn.cli.app import Json, app
 from provenn.core import progress
 from provenn.core.errors import UserError
 
-EXTRAS = {
-    "aeon": "series",
-    "gymnasium": "series",
-    "h5py": "series",
-    "pandas": "tables",
-    "openpyxl": "tables",
-    "pyarrow": "tables",
-    "transformers": "hf",
-    "onnxscript": "onnx",
-    "tensorboard": "tensorboard",
-    "kornia": "augment",
-    "ray": "cluster",
-}
+GROUPS = {"all", "dev", "docs"}  # extras that collect others, or serve those who work on provenn
 PACKAGES = ("torch", "lightning", "torchmetrics", "numpy", "scipy", "sklearn", "skimage", "safetensors", "matplotlib")
 
 
+Load = Annotated[
+    bool, typer.Option("--load", help="Load the first embedded data set of each task, too; takes a minute or two.")
+]
+
+
 @app.command()
-def doctor(json: Json = False) -> None:
+def doctor(load: Load = False, json: Json = False) -> None:
     """Show what this machine can run, and what is missing.
 
     \b
     provenn doctor
+    provenn doctor --load
     """
     from provenn.cli import console
 
@@ -39,7 +35,7 @@ def doctor(json: Json = False) -> None:
             "machine": _machine(),
             "extras": _extras(),
             "peers": _peers(),
-            "data": _data(),
+            "data": _data(load),
             "papers": _papers(),
         }
     if json:
@@ -50,7 +46,9 @@ def doctor(json: Json = False) -> None:
         terminal.print(
             console.table((title, ""), [(k, console.escape(str(v))) for k, v in findings[title].items()]), ""
         )
-    rows = [(name, _sign(not more), console.escape(more or "present")) for name, more in findings["extras"].items()]
+    rows = [
+        (name, _sign(entry["installed"]), console.escape(entry["about"])) for name, entry in findings["extras"].items()
+    ]
     terminal.print(console.table(("extra", "", ""), rows), "")
     if findings["peers"]:
         rows = [(name, _sign(not more), console.escape(more or "present")) for name, more in findings["peers"].items()]
@@ -65,13 +63,13 @@ def doctor(json: Json = False) -> None:
         terminal.print("", console.table(("paper of another package", "", ""), rows))
 
 
-def _sign(good: bool) -> str:
-    return "[green]✔[/]" if good else "[yellow]–[/]"
+def _sign(good: bool | None) -> str:
+    """A tick, a dash for what is missing, and nothing for what was not tried."""
+    return "" if good is None else "[green]✔[/]" if good else "[yellow]–[/]"
 
 
 def _versions() -> dict[str, str]:
     import platform
-    from importlib.metadata import packages_distributions, version
 
     from provenn import __version__
 
@@ -104,12 +102,29 @@ def _machine() -> dict[str, Any]:
     return machine
 
 
-def _extras() -> dict[str, str]:
-    """Each optional package, and what adds it where it is missing."""
-    return {
-        package: "" if importlib.util.find_spec(package) else f"missing: pip install 'provenn[{extra}]'"
-        for package, extra in EXTRAS.items()
-    }
+def _extras() -> dict[str, dict[str, Any]]:
+    """Each extra of provenn's own metadata: whether its packages are installed, and which they are or are missing."""
+    from packaging.requirements import Requirement
+
+    packages: dict[str, list[str]] = {}
+    for one in map(Requirement, requires("provenn") or ()):
+        extra = str(one.marker).partition('extra == "')[2].rstrip('"')
+        if extra and extra not in GROUPS and one.name != "provenn":
+            packages.setdefault(extra, []).append(one.name)
+    extras = {}
+    for extra, names in packages.items():
+        missing = [name for name in names if not _installed(name)]
+        about = f"missing: {', '.join(missing)}; pip install 'provenn[{extra}]'" if missing else ", ".join(names)
+        extras[extra] = {"installed": not missing, "about": about}
+    return extras
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        version(distribution)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def _peers() -> dict[str, str]:
@@ -143,8 +158,8 @@ def _trouble(card: catalog.Card) -> str:
     return ""
 
 
-def _data() -> dict[str, dict[str, Any]]:
-    """For each task, whether the first of its embedded data sets can be loaded here, and what others there are."""
+def _data(load: bool) -> dict[str, dict[str, Any]]:
+    """Each task's embedded data sets and, where that is asked for, whether the first of them can be loaded here."""
     from provenn.tasks import count_examples, face_of, get_task, task_names
     from provenn.tasks.discovery import shadowed
 
@@ -153,17 +168,14 @@ def _data() -> dict[str, dict[str, Any]]:
         try:
             kind = get_task(task)
             face_of(task)  # refuses a file of faces that cannot be read
-            if not kind.embedded:
-                status[task] = {"loads": True, "about": f"none; it reads {kind.reads}"}
-                continue
-            first, *others = kind.embedded
+            about, loads = ", ".join(kind.embedded) or f"none; it reads {kind.reads}", None
             if kind.made_by:
-                status[task] = {"loads": True, "about": f"{', '.join(kind.embedded)}: made by {kind.made_by}"}
-                continue
-            loaded = kind.load(first)
-            sizes = ", ".join(str(count_examples(part)) for part in (loaded.train, loaded.val, loaded.test))
-            more = f"; also {', '.join(others)}" if others else ""
-            status[task] = {"loads": True, "about": f"{first} ({sizes} to train, validate, test){more}"}
+                about += f": made by {kind.made_by}"
+            elif load and kind.embedded:
+                loaded = kind.load(next(iter(kind.embedded)))
+                sizes = ", ".join(str(count_examples(part)) for part in (loaded.train, loaded.val, loaded.test))
+                about, loads = f"{about}; the first has {sizes} to train, validate, test", True
+            status[task] = {"loads": loads, "about": about}
         except UserError as error:
             status[task] = {"loads": False, "about": str(error)}
         except Exception as error:  # whatever is wrong, the user wants to know, and the rest of the list too
