@@ -253,9 +253,9 @@ class DecoderBlock(nn.Module):
 
     def init_state(self, batch: int) -> MixerState:
         """An empty cache for `batch` streams."""
-        # Room for 16 tokens; never read before it is written.
-        keys = self.attention.key.weight.new_empty(batch, self.attention.kv_heads, 16, self.attention.head_dim)
-        return KVCache(keys, torch.empty_like(keys), 0)
+        # Room for 16 tokens, of zeros: blocks hand their states out, and what is handed out is checked to be finite.
+        keys = self.attention.key.weight.new_zeros(batch, self.attention.kv_heads, 16, self.attention.head_dim)
+        return KVCache(keys, torch.zeros_like(keys), 0)
 
 
 class DecoderState(NamedTuple):

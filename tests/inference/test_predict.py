@@ -1,0 +1,41 @@
+"""Predictions of the weights that ship."""
+
+import pytest
+import torch
+
+import provenn
+from provenn import catalog
+from provenn.core.settings import arguments_of
+from provenn.tasks import get_task
+
+WRITERS = [
+    (card.slug, preset.name, kind.name)
+    for card in catalog.cards().values()
+    for preset in card.presets
+    if preset.name in card.shipped
+    and (kind := get_task(preset.task or card.task)).takes_words
+    and kind.needs_inputs
+    and kind.name != "image-text-retrieval"  # it searches pictures
+]
+
+
+@pytest.fixture
+def memory_of_nans(monkeypatch):
+    """What is allocated without a value is NaN, as what a process used before may be."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation")
+@pytest.mark.usefixtures("memory_of_nans")
+@pytest.mark.parametrize(("slug", "preset", "task"), WRITERS)
+def test_what_a_model_writes_depends_on_no_memory_that_was_never_written(slug, preset, task):
+    assert torch.empty(1).isnan().all()
+    few = {"tokens": 24} if "tokens" in arguments_of(get_task(task).predict) else {}
+    assert provenn.predict(slug, ["what is there"], preset=preset, overrides=few)
+
+
+def test_there_are_models_that_write():
+    assert {"language-modelling", "visual-question-answering"} <= {task for *_, task in WRITERS}
