@@ -63,7 +63,9 @@ class Source:
         """Modules that are imported, each with a name that is asked of it; "" where none is."""
         asked: set[tuple[str, str]] = set()
         modules: dict[str, str] = {}
-        aside = {id(node) for block in self.for_checkers for node in ast.walk(block)}
+        # What `__getattr__` imports counts where its name is asked for: `lazy` has it.
+        getters = (node for node in self.tree.body if isinstance(node, ast.FunctionDef) and node.name == "__getattr__")
+        aside = {id(node) for block in (*self.for_checkers, *getters) for node in ast.walk(block)}
         nodes = [node for node in self.nodes if id(node) not in aside]
         for node in nodes:
             if isinstance(node, ast.Import):

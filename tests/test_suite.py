@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from provenn.inference import train
     from provenn.surgery import swap
-def __getattr__(name): ...
+def __getattr__(name):
+    from provenn import inference, surgery
 """,
     "src/provenn/inference.py": "def train(): ...\n",
     "src/provenn/surgery.py": "def swap(): ...\n",
@@ -153,6 +154,13 @@ def test_every_paper_reaches_its_own_and_few_reach_all():
     scan = {slug for slug, files in reached.items() if tree.package / "ops/selective_scan/fast.py" in files}
     assert scan == {"res_vmamba"}
     assert all(tree.package / "testing/common.py" in files for files in reached.values())
+
+
+def test_what_is_asked_of_every_paper_depends_on_no_paper_and_on_no_task():
+    tree = Tree(ROOT)
+    for file in tree.tests.glob("papers/test_*.py"):
+        names = {module for module, _ in tree.source(file).imports}
+        assert not {name for name in names if name.startswith(("provenn.papers.", "provenn.tasks."))}, file.name
 
 
 def test_an_entry_counts_for_its_digest_and_versions_alone():

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from functools import cache
 from hashlib import sha256
+from importlib import import_module
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,6 @@ from provenn.evidence.benchmark import benchmarks, time_benchmarks
 from provenn.evidence.experiment import measuring_functions
 from provenn.evidence.study import TUNING_SEED, Contrast, Reading, Study
 from provenn.tasks import TaskData, fingerprint
-from provenn.tasks.language_modelling import Windows as TextWindows
-from provenn.tasks.object_detection import Pictures
-from provenn.tasks.re_identification import Groups
-from provenn.tasks.semantic_segmentation import Flipped
-from provenn.tasks.series_forecasting import Windows as SeriesWindows
-from provenn.tasks.super_resolution import Crops, Whole
 from provenn.testing import seeded_array
 
 PAPERS = [slug for slug, card in cards().items() if card.has("experiments")]
@@ -135,15 +130,23 @@ def data_of(study: Study, seed: int) -> TaskData:
     return study.data(seed, study.name in ENCODED)
 
 
+def kind_of(dataset: Any) -> str:
+    """A data set's class and its task's module. By name: no paper's checks depend on the tasks of others."""
+    return f"{type(dataset).__module__.removeprefix('provenn.tasks.')}.{type(dataset).__name__}"
+
+
 def unmoved(dataset: Any) -> Any:
     """The data set before crops and flips are drawn at random."""
-    if isinstance(dataset, Flipped):
-        return dataset.dataset
-    if isinstance(dataset, Crops):
-        return Whole(dataset.photos)
-    if isinstance(dataset, Groups):
-        return dataset.pictures
-    return Pictures(dataset.sources, dataset.meta) if isinstance(dataset, Pictures) else dataset
+    match kind_of(dataset):
+        case "semantic_segmentation.Flipped":
+            return dataset.dataset
+        case "super_resolution.Crops":
+            return import_module(type(dataset).__module__).Whole(dataset.photos)
+        case "re_identification.Groups":
+            return dataset.pictures
+        case "object_detection.Pictures":
+            return type(dataset)(dataset.sources, dataset.meta)
+    return dataset
 
 
 def leaves(example: Any) -> list[np.ndarray]:
@@ -153,7 +156,7 @@ def leaves(example: Any) -> list[np.ndarray]:
 def questions(dataset: Any) -> set[bytes]:
     """A fingerprint of what each example asks: of all its parts but the last, which is the answer."""
     dataset = unmoved(dataset)
-    if isinstance(dataset, TextWindows):  # too many to ask for one by one
+    if kind_of(dataset) == "language_modelling.Windows":  # too many to ask for one by one
         after = dataset.starts[:, None] + torch.arange(1, dataset.length + 1)
         return {window.tobytes() for window in dataset.stream[after].numpy()}
     examples = (dataset[i] for i in range(len(dataset)))
@@ -163,10 +166,10 @@ def questions(dataset: Any) -> set[bytes]:
 
 def sources(dataset: Any) -> set[Any]:
     """What windows are cut from: documents of a text, the rows of a series that are to be predicted."""
-    if isinstance(dataset, TextWindows):
+    if kind_of(dataset) == "language_modelling.Windows":
         documents = dataset.stream.numpy().astype(np.uint8).tobytes().split(b"\0")
         return {document for document in documents if len(document) > dataset.length}
-    if isinstance(dataset, SeriesWindows):
+    if kind_of(dataset) == "series_forecasting.Windows":
         return set(range(dataset.first, dataset.first + len(dataset) + dataset.horizon - 1))
     return set()
 
