@@ -19,7 +19,16 @@ from provenn.nn.vision_language import small_vision_language_model
 from provenn.tasks import get_task
 from provenn.tasks.base import IGNORED
 from provenn.tasks.demos import Trial
-from provenn.tasks.multimodal_chat import Talks, counted_nats, evaluated, fitted, join_chats, likelihoods, write
+from provenn.tasks.multimodal_chat import (
+    Talks,
+    _contexts,
+    counted_nats,
+    evaluated,
+    fitted,
+    join_chats,
+    likelihoods,
+    write,
+)
 from provenn.tasks.visual_question_answering import answer, answers, by_words, floors
 from provenn.training import Recipe, fit
 
@@ -205,6 +214,41 @@ def test_a_file_is_split_by_pictures(root, tokenizer):
     CHAT.check_meta(data.meta, "here")
 
 
+@pytest.mark.parametrize("place", ["clip", "clip/tokenizer.json"])
+def test_the_tokenizer_of_a_folder_is_the_vocabulary(root, place):
+    tokenizers = pytest.importorskip("tokenizers")
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=280, special_tokens=["<|im_start|>", "<|im_end|>", "<image>"], show_progress=False,
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+    )  # fmt: skip
+    inner.train_from_iterator(["What is it? dark light"] * 9, trainer)
+    (root / "clip").mkdir()
+    inner.save(str(root / "clip" / "tokenizer.json"))
+    data = VQA.load(root / "data.jsonl", size=16, tokenizer=place)  # which lies beside the questions
+    assert data.options["vocab_size"] == inner.get_vocab_size() and data.options["image_token"] == 2
+    model = small_vision_language_model(**data.options, dim=16, layers=1, heads=2)
+    batch = next(iter(DataLoader(data.train, batch_size=4, collate_fn=data.collate)))
+    VQA.loss(model, batch).backward()
+    whole = inner.encode("<|im_start|>user\n<image> What is it?<|im_end|>\n<|im_start|>assistant\n").ids
+    talk = next(t for t in data.train.conversations if t.exchanges[0].asked.endswith("What is it?"))
+    assert data.train.chat_tokens.prompt(talk) == whole
+    meta = json.loads(json.dumps(data.meta))  # as weights keep it
+    VQA.check_meta(meta, "here")
+    with pytest.raises(UserError, match=r"meta.tokenizer"):
+        VQA.check_meta({**meta, "tokenizer": 3}, "here")
+    held_out = VQA.held_out(root / "data.jsonl", meta)
+    assert held_out.dataset.encoded[0].tokens[-1] == 1, "the end of ChatML"
+    said = VQA.predict(model.eval(), meta, [str(root / "1.png"), "What is it?"], None, choices="dark, light")
+    assert said.startswith(("What is it? dark", "What is it? light"))
+    forms = {contexts[-1][1:3] for contexts, _ in _contexts(data.train, 4)}
+    asked = ["What is it?", "Is it dark?"]
+    # After a blank behind the placeholder come the first words.
+    assert forms == {tuple(data.train.chat_tokens.asked(f" {question}")[:2]) for question in asked}
+
+
 @pytest.mark.parametrize("fit_", ["stretch", "pad", "keep"])
 def test_images_are_fitted_as_said(fit_):
     image = torch.full((3, 10, 40), 255, dtype=torch.uint8)
@@ -220,7 +264,10 @@ def test_images_are_fitted_as_said(fit_):
     ("options", "message"),
     [
         ({"fit": "crop"}, "fit must be one of stretch, pad, keep, got 'crop'"),
-        ({"tokenizer": "bpe"}, "tokenizer must be one of words, bytes, got 'bpe'"),
+        (
+            {"tokenizer": "bpe"},
+            "tokenizer must be words, bytes, a tokenizer.json or a folder that holds one, got 'bpe'",
+        ),
         ({"longest": 4}, "longest must be at least 8, got 4"),
         ({"size": 32}, "composed scenes have 64×64 pixels: leave size out, got 32"),
         ({"pictures": 9}, "pictures must be from 1 to 4, got 9"),
