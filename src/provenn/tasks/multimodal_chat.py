@@ -321,8 +321,9 @@ class MultimodalChat(Task):
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """−mean log p of the tokens of answers and their ends, over all of the batch."""
-        logits = logits_of(model, batch)
-        return F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORED)
+        chat = Chat(*batch)
+        logits = logits_of(model, chat)
+        return F.cross_entropy(logits.flatten(0, 1).float(), chat.targets.flatten(), ignore_index=IGNORED)
 
     def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 64) -> Scores:
         """Of each conversation `nats` and `tokens` of its answers, and how many of its `answers` are `exact`.

@@ -35,6 +35,7 @@ def compare(
     candidates: Sequence[str] | None = None,
     *,
     data: str | Path,
+    task: str | None = None,
     budget: str = "small",
     seeds: int | str | Sequence[int] = DEFAULT_SEEDS,
     device: str = "auto",
@@ -52,6 +53,7 @@ def compare(
             stand for their first one, and baselines; by default all that fit the slot. They are measured against the
             host's first baseline (`none`, of language models `softmax`), or without it against the first named.
         data: an embedded data set's name, or a path.
+        task: kind of work, where several read the data; by default the first of them.
         budget: smoke, small or paper.
         seeds: how many, or which.
         device: auto, cpu, cuda, mps or a torch device.
@@ -62,14 +64,14 @@ def compare(
         UserError: an unknown slot, candidate, budget, device or data set, or a candidate that does not fit the host.
     """
     slot_called(slot)
-    host = host_for(slot, data)
+    host = host_for(slot, data, task)
     if budget not in BUDGETS:
         raise UserError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
     chosen_seeds = choose_seeds(seeds)
     chosen = _choose(slot, host, candidates, log)
     device = choose_device(device)
-    task = get_task(host.task)
-    loaded = task.load(data, **host.sizes)
+    work = get_task(host.task)
+    loaded = work.load(data, **host.sizes)
     recipe = Recipe(**host.recipe[budget])
     for name, (factory, _) in chosen.items():
         try:
@@ -87,7 +89,7 @@ def compare(
         run = Run(topic, folder, budget=size, seeds=chosen_seeds, device=device, ledger=ledger, reuse=True)
         study = Study(
             f"{slot} on {data}",
-            task,
+            work,
             data=lambda seed, smoke: loaded,
             variants={name: (name, factory) for name, (factory, _) in chosen.items()},
             build=partial(_build_model, host),
@@ -105,7 +107,7 @@ def compare(
         with progress.bar(f"compare {slot}", len(chosen)) as advance:
             for name, (factory, _) in chosen.items():
                 trials = run_to_end(study.trials(run, name))
-                qualities[name] = [trial[task.metric] for trial in trials]
+                qualities[name] = [trial[work.metric] for trial in trials]
                 _log_diverged(trials, name, run, log)
                 build = partial(host.build, factory, loaded.options)
                 build_reference = (
@@ -115,7 +117,7 @@ def compare(
                     _cost,
                     build,
                     build_reference,
-                    task=task,
+                    task=work,
                     batch=partial(host.example or _one_example, loaded),
                     device=device,
                     rounds=3 if run.smoke else 15,
@@ -151,8 +153,8 @@ def compare(
         slot=slot,
         host=host.about,
         data=loaded.name,
-        metric=task.metric,
-        higher_is_better=task.higher_is_better,
+        metric=work.metric,
+        higher_is_better=work.higher_is_better,
         candidates=tuple(
             Candidate(
                 name=name,
