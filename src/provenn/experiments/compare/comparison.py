@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypedDict, Unpack, cast
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from provenn.core.device import choose_device
 from provenn.core.digest import digest
 from provenn.core.errors import UserError
 from provenn.core.files import alone_in, check_writable
-from provenn.core.names import meant
+from provenn.core.names import check_options, meant
 from provenn.evidence import Run, Study
 from provenn.evidence.interval import paired_difference, student
 from provenn.evidence.record import LEDGER, Ledger, read_or_set_aside
@@ -30,17 +30,27 @@ from provenn.tasks.hosts import Factory, Host
 from provenn.training import Recipe
 
 
+class CompareOptions(TypedDict, total=False):
+    """Of what kind of work a comparison is, where it runs, and where it keeps what is finished.
+
+    `task` is the kind of work, where several read the data; by default the first of them. `device` is auto, the
+    default, cpu, cuda, mps or a torch device. `out` is the folder of the finished trainings, by default runs/compare.
+    """
+
+    task: str | None
+    device: str
+    out: str | Path
+
+
 def compare(
     slot: str,
     candidates: Sequence[str] | None = None,
     *,
     data: str | Path,
-    task: str | None = None,
     budget: str = "small",
     seeds: int | str | Sequence[int] = DEFAULT_SEEDS,
-    device: str = "auto",
-    out: str | Path = "runs/compare",
     log: Callable[[str], None] = lambda message: None,
+    **options: Unpack[CompareOptions],
 ) -> SlotComparison:
     """Train each candidate of a slot in the same host, with the same recipe, data, seeds and tuning of the rate.
 
@@ -53,23 +63,22 @@ def compare(
             stand for their first one, and baselines; by default all that fit the slot. They are measured against the
             host's first baseline (`none`, of language models `softmax`), or without it against the first named.
         data: an embedded data set's name, or a path.
-        task: kind of work, where several read the data; by default the first of them.
         budget: smoke, small or paper.
         seeds: how many, or which.
-        device: auto, cpu, cuda, mps or a torch device.
-        out: folder of the finished trainings.
         log: is given messages for the user.
+        options: see `CompareOptions`.
 
     Raises:
         UserError: an unknown slot, candidate, budget, device or data set, or a candidate that does not fit the host.
     """
+    check_options("compare", options, CompareOptions)
     slot_called(slot)
-    host = host_for(slot, data, task)
+    host = host_for(slot, data, options.get("task"))
     if budget not in BUDGETS:
         raise UserError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
     chosen_seeds = choose_seeds(seeds)
     chosen = _choose(slot, host, candidates, log)
-    device = choose_device(device)
+    device = choose_device(options.get("device", "auto"))
     work = get_task(host.task)
     loaded = work.load(data, **host.sizes)
     recipe = Recipe(**host.recipe[budget])
@@ -78,7 +87,7 @@ def compare(
             host.build(factory, loaded.options)
         except (TypeError, ValueError) as error:
             raise UserError(f"{name} does not fit {host.about}: {error}") from None
-    folder = Path(out)
+    folder = Path(options.get("out", "runs/compare"))
     topic = f"compare-{slot}"
     check_writable(folder / topic)
     with alone_in(folder / topic):
