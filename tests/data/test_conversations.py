@@ -11,7 +11,7 @@ from PIL import Image
 from provenn.core.errors import UserError
 from provenn.data.chat_tokens import MARKS, NO_TARGET, ChatTokens
 from provenn.data.composed import NUMERALS, composed_scenes
-from provenn.data.composed_talk import DESCRIBE, FORMS, TOLD_BY, composed_talk, talk_words
+from provenn.data.composed_talk import CAPTION, DESCRIBE, FORMS, TOLD_BY, composed_talk, talk_words
 from provenn.data.conversations import Conversation, Exchange, agreement, normal, read_conversations
 from provenn.data.vocabulary import words_of
 
@@ -137,6 +137,7 @@ def test_targets_are_answers_and_their_ends_one_token_ahead():
     assert [said[k] for k in kept] == ["<assistant>", "red", "cat", "<assistant>", "cat"]
     assert WORDS.prompt(talk, ["red cat"]) == encoded.tokens[: said.index("<assistant>", 9) + 1]
     cut = WORDS.encode(talk, 12)
+    assert WORDS.encode(talk, 9) == cut and WORDS.encode(talk, len(encoded.tokens)) == encoded, "what fits to the token"
     assert cut.cut == 1 and cut.tokens == encoded.tokens[:9] and len(cut.targets) == 9
     with pytest.raises(UserError, match="a conversation: its first question and answer have 9 tokens, and 8 are read"):
         WORDS.encode(talk, 8)
@@ -147,6 +148,13 @@ def test_marks_that_are_written_out_are_no_marks():
         written = tokens.asked("<assistant> <end> <image>")
         assert written.count(tokens.image) == 1 and not {tokens.assistant, tokens.end} & set(written)
     assert not {WORDS.image} & set(WORDS.text("<image>"))
+
+
+def test_words_are_known_that_occur_often_enough_and_others_are_shown_as_unknown():
+    tokens = ChatTokens.of_texts(["red cat", "red dog <end>", "Red"], at_least=2)
+    assert tokens.words == [*MARKS, "red"] and len(ChatTokens.of_texts(["red cat"])) == len(MARKS) + 2
+    assert tokens.decode([*tokens.text("red cat"), tokens.user, tokens.end, *tokens.text("red")]) == "red <unk>"
+    assert tokens.unknown_words(["a cat<image>", "red cat"]) == ["a", "cat"]
 
 
 @given(st.text())
@@ -195,6 +203,24 @@ def test_told_scenes_hold_the_answer_and_shown_ones_a_picture():
                 assert exchange.answers == (NUMERALS[len(scene.things)],)
         for exchange in talk.exchanges:
             assert set(words_of(exchange.answers[0])) <= known
+
+
+def test_the_description_has_any_place_and_any_caption_first():
+    _, talks = composed_talk("val", 0, 40)
+    scenes = composed_scenes("val", 0, 40)
+    places, firsts = set(), set()
+    for talk, scene in zip(talks, scenes):
+        asked = [exchange.kind for exchange in talk.exchanges]
+        described = talk.exchanges[asked.index(CAPTION)]
+        assert sorted(described.answers) == sorted(scene.captions)
+        places.add(asked.index(CAPTION))
+        firsts.add(list(scene.captions).index(described.answers[0]))
+    assert places == set(range(5)) and firsts == set(range(5))
+    assert all(
+        CAPTION not in {each.kind for each in talk.exchanges} for talk in composed_talk("val", 0, 4, captions=False)[1]
+    )
+    told = [[bool(talk.images) for talk in composed_talk("val", seed, 20, text_share=0.5)[1]] for seed in (0, 1)]
+    assert told[0] != told[1], "which scenes are told follows from the seed"
 
 
 def test_several_pictures_stand_before_questions_that_name_theirs():

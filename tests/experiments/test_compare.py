@@ -273,7 +273,10 @@ def test_a_front_by_hand():
     "arguments, message",
     [
         ({"slot": "channel-gates"}, "no slot is called 'channel-gates'; there are: token-mixer"),
-        ({"slot": "cross-mixer"}, "no host has the slot 'cross-mixer' to compare in; these have: channel-gate"),
+        (
+            {"task": "translation"},
+            "translation has no host for channel-gate; there are: image-classification, re-ident",
+        ),
         (
             {"candidates": ["ecca", "none"]},
             r"no channel-gate is called 'ecca', did you mean 'eca'\?; there are: none, se",
@@ -294,6 +297,13 @@ def test_bad_questions_are_answered_in_one_line(arguments: dict[str, Any], messa
             **{"slot": "channel-gate", "candidates": ["none", "se"], "data": "digits", "out": tmp_path, **arguments}
         )
     assert "\n" not in str(error.value)
+
+
+def test_a_slot_that_no_task_has_a_host_for_is_said(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("provenn.experiments.compare.hosts.task_names", lambda: ["image-classification"])
+    message = "no host has the slot 'cross-mixer' to compare in; these have: channel-gate, residual, backbone"
+    with pytest.raises(UserError, match=message):
+        hosts_of("cross-mixer")
 
 
 def test_a_record_that_cannot_be_read_is_moved_aside_and_said(tmp_path: Path):

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +20,16 @@ from provenn.nn.vision_language import small_vision_language_model
 from provenn.tasks import get_task
 from provenn.tasks.base import IGNORED
 from provenn.tasks.demos import Trial
-from provenn.tasks.multimodal_chat import Talks, counted_nats, evaluated, fitted, join_chats, likelihoods, write
+from provenn.tasks.multimodal_chat import (
+    Talks,
+    _contexts,
+    counted_nats,
+    evaluated,
+    fitted,
+    join_chats,
+    likelihoods,
+    write,
+)
 from provenn.tasks.visual_question_answering import answer, answers, by_words, floors
 from provenn.training import Recipe, fit
 
@@ -58,10 +68,17 @@ def test_a_batch_has_pictures_in_their_order_and_targets_of_answers_alone():
     batch = join_chats(TOKENS.pad)([talks(*MIXED)[k] for k in range(3)])
     assert batch.images.shape == (3, 3, 16, 16) and batch.tokens.shape == batch.targets.shape == batch.mask.shape
     assert (batch.tokens == TOKENS.image).sum(1).tolist() == [1, 0, 2]
+    assert batch.mask.sum(1).tolist() == [len(encoded.tokens) for encoded in talks(*MIXED).encoded]
     assert torch.equal(batch.images[1], talks().image(2)) and torch.equal(batch.images[2], talks().image(1))
     said = [TOKENS.decode(row[row != IGNORED][:-1].tolist()) for row in batch.targets]
     assert said == ["dark", "red", "light"] and (batch.tokens[~batch.mask] == TOKENS.pad).all()
     assert join_chats(0)([talks(*MIXED)[1]]).images is None, "text alone"
+
+
+def test_the_picture_of_an_exchange_that_is_left_out_is_not_seen():
+    talk = asks(("what ?", "dark"), ("<image> is it red ?", "light red"), images=(0,))
+    whole = Talks([replace(talk, images=(0, 1))], {**META, "longest": 12}, talks().pictures)
+    assert whole.cut == 1 and len(whole[0][0]) == 1 and torch.equal(whole[0][0][0], talks().image(0))
 
 
 def test_the_loss_is_of_answers_alone_and_the_mean_over_all_of_them():
@@ -169,6 +186,14 @@ def test_counts_of_tokens_are_beaten_by_knowing_and_beat_guessing():
     assert math.exp(nats / tokens) < 1.1 and tokens == 80
 
 
+def test_what_was_never_answered_has_one_count_under_all_contexts():
+    taught, other = talks(*[asks(("is it red ?", "dark"))] * 40), talks(asks(("is it red ?", "red")))
+    nats, tokens = counted_nats(replace(data_of(taught), test=other))
+    # Of 80 tokens of answers 40 are dark, and each of five contexts was followed by dark alone, 40 times.
+    red, end = 1 / (80 + len(TOKENS)) / 41**5, 41 / (80 + len(TOKENS))
+    assert nats == pytest.approx(-math.log(red) - math.log(end), rel=1e-6) and tokens == 2
+
+
 def test_words_of_the_question_tell_what_they_decide():
     tell = by_words([("<image> is it red ?", "yes"), ("is it blue ?", "no"), ("what is it ?", "cat")] * 3)
     assert [tell(q) for q in ("is it red ?", "is it blue ?", "what ?")] == ["yes", "no", "cat"]
@@ -205,11 +230,58 @@ def test_a_file_is_split_by_pictures(root, tokenizer):
     CHAT.check_meta(data.meta, "here")
 
 
+def test_what_is_held_out_of_a_folder_is_its_test(root):
+    lines = (root / "data.jsonl").read_text().splitlines()
+    for split, some in (("train", lines[:12]), ("val", lines[12:18]), ("test", lines[18:])):
+        (root / f"{split}.jsonl").write_text("\n".join(some))
+    data = VQA.load(root, size=16)
+    assert [len(part) for part in (data.train, data.val, data.test)] == [12, 6, 2]
+    held_out = VQA.held_out(root, data.meta)
+    assert held_out.dataset.conversations == data.test.conversations and held_out.about.startswith("test split of")
+
+
+@pytest.mark.parametrize("place", ["clip", "clip/tokenizer.json"])
+def test_the_tokenizer_of_a_folder_is_the_vocabulary(root, place):
+    tokenizers = pytest.importorskip("tokenizers")
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=280, special_tokens=["<|im_start|>", "<|im_end|>", "<image>"], show_progress=False,
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+    )  # fmt: skip
+    inner.train_from_iterator(["What is it? dark light"] * 9, trainer)
+    (root / "clip").mkdir()
+    inner.save(str(root / "clip" / "tokenizer.json"))
+    data = VQA.load(root / "data.jsonl", size=16, tokenizer=place)  # which lies beside the questions
+    assert data.options["vocab_size"] == inner.get_vocab_size() and data.options["image_token"] == 2
+    model = small_vision_language_model(**data.options, dim=16, layers=1, heads=2)
+    batch = next(iter(DataLoader(data.train, batch_size=4, collate_fn=data.collate)))
+    VQA.loss(model, batch).backward()
+    whole = inner.encode("<|im_start|>user\n<image> What is it?<|im_end|>\n<|im_start|>assistant\n").ids
+    talk = next(t for t in data.train.conversations if t.exchanges[0].asked.endswith("What is it?"))
+    assert data.train.chat_tokens.prompt(talk) == whole
+    meta = json.loads(json.dumps(data.meta))  # as weights keep it
+    VQA.check_meta(meta, "here")
+    with pytest.raises(UserError, match=r"meta.tokenizer"):
+        VQA.check_meta({**meta, "tokenizer": 3}, "here")
+    held_out = VQA.held_out(root / "data.jsonl", meta)
+    assert held_out.dataset.encoded[0].tokens[-1] == 1, "the end of ChatML"
+    said = VQA.predict(model.eval(), meta, [str(root / "1.png"), "What is it?"], None, choices="dark, light")
+    assert said.startswith(("What is it? dark", "What is it? light"))
+    forms = {contexts[-1][1:3] for contexts, _ in _contexts(data.train, 4)}
+    asked = ["What is it?", "Is it dark?"]
+    # After a blank behind the placeholder come the first words.
+    assert forms == {tuple(data.train.chat_tokens.asked(f" {question}")[:2]) for question in asked}
+
+
 @pytest.mark.parametrize("fit_", ["stretch", "pad", "keep"])
 def test_images_are_fitted_as_said(fit_):
     image = torch.full((3, 10, 40), 255, dtype=torch.uint8)
     seen = fitted(image, {**META, "fit": fit_})
     assert seen.shape == {"stretch": (3, 16, 16), "pad": (3, 16, 16), "keep": (3, 4, 16)}[fit_]
+    small = torch.full((3, 4, 8), 255, dtype=torch.uint8)
+    assert fitted(small, {**META, "fit": fit_}).shape == ((3, 4, 8) if fit_ == "keep" else (3, 16, 16))
     if fit_ == "pad":
         assert (seen[:, 6:10] == 255).all() and (seen[:, :6] == 128).all() and (seen[:, 10:] == 128).all()
     batch = join_chats(0)([([seen.float(), torch.zeros(3, 16, 5)], torch.tensor([1]), torch.tensor([-100]))])
@@ -220,7 +292,10 @@ def test_images_are_fitted_as_said(fit_):
     ("options", "message"),
     [
         ({"fit": "crop"}, "fit must be one of stretch, pad, keep, got 'crop'"),
-        ({"tokenizer": "bpe"}, "tokenizer must be one of words, bytes, got 'bpe'"),
+        (
+            {"tokenizer": "bpe"},
+            "tokenizer must be words, bytes, a tokenizer.json or a folder that holds one, got 'bpe'",
+        ),
         ({"longest": 4}, "longest must be at least 8, got 4"),
         ({"size": 32}, "composed scenes have 64×64 pixels: leave size out, got 32"),
         ({"pictures": 9}, "pictures must be from 1 to 4, got 9"),
@@ -270,6 +345,24 @@ def test_questions_are_answered_in_words_or_among_choices(root, capsys):
     assert "does not know the words which, zebra: it reads <unk>" in capsys.readouterr().err
     drawn = [CHAT.predict(model, META, [file, "what ?"], None, temperature=3.0, seed=seed) for seed in (1, 1, 2, 3)]
     assert drawn[0] == drawn[1] and len(set(drawn)) > 1
+
+
+@pytest.mark.parametrize(("task", "together"), [(CHAT, True), (VQA, False)])
+def test_a_conversation_goes_on_and_questions_stand_alone(root, monkeypatch, task, together):
+    asked = []
+
+    def noted(model, tokens, prompts, images, count, **draw):
+        asked.append(prompts[0])
+        return ["red"]
+
+    monkeypatch.setattr("provenn.tasks.multimodal_chat.write", noted)
+    task.predict(chat(), META, [str(root / "1.png"), "what is it ?", "is it red ?"], None)
+    first, second = "<image> what is it ?", "is it red ?"
+    if together:
+        whole = asks((first, "red"), (second, ""))
+        assert asked == [TOKENS.prompt(asks((first, ""))), TOKENS.prompt(whole, ["red"])]
+    else:
+        assert asked == [TOKENS.prompt(asks((each, ""))) for each in (first, f"<image> {second}")]
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from provenn.cli.app import (
     of_the_paper,
     resumable,
     slugs,
+    tasks,
 )
 from provenn.cli.data import DataPaths
 from provenn.cli.hardware import DEFAULT, RunOptions, with_run
@@ -560,6 +561,12 @@ def compare(
         typer.Option(help="The slot to fill, such as channel-gate.", autocompletion=of_the_paper("mechanisms", "slot")),
     ],
     data: Annotated[str, typer.Option(help="Name of an embedded data set, or a path.")],
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="Kind of work, where several read the data. Default: the first of them.", autocompletion=tasks
+        ),
+    ] = None,
     candidates: Annotated[
         str | None, typer.Option("--with", metavar="A,B,…", help="Mechanisms to compare. Default: all of the slot.")
     ] = None,
@@ -581,7 +588,7 @@ def compare(
 
     names = [name.strip() for name in candidates.split(",") if name.strip()] if candidates is not None else None
     with resumable(lambda: out.is_dir() and any(out.iterdir()), resume=False), progress.shown():
-        result = measure(slot, names, data=data, budget=budget, seeds=seeds, device=device, out=out, log=log)
+        result = measure(slot, names, data=data, task=task, budget=budget, seeds=seeds, device=device, out=out, log=log)
     files = [str(file) for file in result.save(out)]
     if json:
         console.machine({"tables": [view.model_dump(mode="json") for view in result.tables], "files": files})

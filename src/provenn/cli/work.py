@@ -91,6 +91,22 @@ def train(
             "weight_decay=0.05, decay_vectors=false, mixup=0.8, rand_augment=9 or layer_decay=0.65. Repeatable.",
         ),
     ] = None,
+    freeze: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Parameters that do not learn: the name of a part, such as model.vision, or a pattern, such as "
+            "'*.norm*'. Repeatable. Default: all learn.",
+        ),
+    ] = None,
+    checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--checkpointing",
+            help="Compute the activations of towers and decoders again for the gradient: less memory, a third more "
+            "time, the same values.",
+        ),
+    ] = False,
     overrides: Annotated[
         list[str] | None,
         typer.Option(
@@ -158,6 +174,8 @@ def train(
             task=task,
             weights=weights,
             two_steps=two_steps,
+            freeze=freeze or [],
+            checkpointing=checkpointing,
             out=folder,
             seed=seed,
             device=device,

@@ -29,6 +29,24 @@ class Encoded(NamedTuple):
     images: int
 
 
+class Turns(NamedTuple):
+    """The tokens around what is said.
+
+    Args:
+        start: before all.
+        system: before and after what is said before all, where something is.
+        user: before a question.
+        answer: between a question and its answer.
+        following: between the end of an answer and the next question.
+    """
+
+    start: tuple[int, ...]
+    system: tuple[tuple[int, ...], tuple[int, ...]]
+    user: tuple[int, ...]
+    answer: tuple[int, ...]
+    following: tuple[int, ...] = ()
+
+
 class ChatTokens:
     """Text to tokens and back, for conversations.
 
@@ -54,6 +72,7 @@ class ChatTokens:
         self.pad, self.start, self.end, _, self.unknown, self.image, self.user, self.assistant = (
             numbers[mark] for mark in MARKS
         )
+        self.turns = Turns((self.start,), ((), ()), (self.user,), (self.assistant,))
         self._marks = {numbers[mark] for mark in MARKS}
 
     def __len__(self) -> int:
@@ -103,12 +122,20 @@ class ChatTokens:
             conversation: with one exchange more than there are answers.
             answers: what was answered so far.
         """
-        tokens = [self.start, *self.asked(conversation.system)]
-        for exchange, answer in zip(conversation.exchanges, [*answers, None]):
-            tokens += [self.user, *self.asked(exchange.asked), self.assistant]
+        tokens = self._opening(conversation.system)
+        for number, (exchange, answer) in enumerate(zip(conversation.exchanges, [*answers, None])):
+            tokens += self._question(exchange.asked, number)
             if answer is not None:
                 tokens += [*self.text(answer), self.end]
         return tokens
+
+    def _opening(self, system: str) -> list[int]:
+        before, after = self.turns.system if system else ((), ())
+        return [*self.turns.start, *before, *self.asked(system), *after]
+
+    def _question(self, asked: str, number: int) -> list[int]:
+        following = self.turns.following if number else ()
+        return [*following, *self.turns.user, *self.asked(asked), *self.turns.answer]
 
     def encode(self, conversation: Conversation, longest: int) -> Encoded:
         """A conversation with its first answers; exchanges that reach beyond `longest` tokens are left out.
@@ -116,10 +143,10 @@ class ChatTokens:
         Raises:
             UserError: the first exchange alone is longer.
         """
-        tokens = [self.start, *self.asked(conversation.system)]
+        tokens = self._opening(conversation.system)
         targets, cut = [NO_TARGET] * len(tokens), 0
         for number, exchange in enumerate(conversation.exchanges):
-            asked = [self.user, *self.asked(exchange.asked), self.assistant]
+            asked = self._question(exchange.asked, number)
             answer = [*self.text(exchange.answers[0]), self.end]
             if len(tokens) + len(asked) + len(answer) > longest:
                 if not number:

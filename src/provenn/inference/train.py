@@ -1,7 +1,7 @@
 """Train a system of a paper on data."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,12 +35,16 @@ class TrainOptions(TypedDict, total=False):
 
     `weights` is a weight file, ours or the authors', or the folder of a run; by default weights are drawn. Of pruned
     ones the zeros stay. With `two_steps` they may lack parts of the network, such as the head for other classes, which
-    learn alone at first: see `provenn.training.new_then_all`. The run's folder is `out`, by default `runs/<slug>`.
-    `device` may be auto, the default.
+    learn alone at first: see `provenn.training.new_then_all`. Parameters whose names meet a pattern of `freeze` do not
+    learn, see `provenn.training.adapters.freeze`. With `checkpointing` towers and decoders compute their activations
+    again for the gradient, which saves memory and changes no value. The run's folder is `out`, by default
+    `runs/<slug>`. `device` may be auto, the default.
     """
 
     weights: str | Path | None
     two_steps: bool
+    freeze: str | Sequence[str]
+    checkpointing: bool
     device: str
     devices: int
     num_nodes: int
@@ -83,7 +87,9 @@ def train(
     from provenn import __version__, tasks, training
     from provenn.core.device import choose_device
     from provenn.core.files import alone_in, save_figure, work_folder, write_atomically
+    from provenn.nn.towers import set_checkpointing
     from provenn.training import weights as files
+    from provenn.training.adapters import freeze
     from provenn.training.checkpoints import CHECKPOINT, begun
     from provenn.training.recipes import recipe_of
     from provenn.training.stages import STEPS
@@ -95,6 +101,8 @@ def train(
     given: dict[str, Any] = {**options}
     weights = given.pop("weights", None)
     two_steps = given.pop("two_steps", False)
+    frozen, checkpointing = given.pop("freeze", ()), given.pop("checkpointing", False)
+    frozen = (frozen,) if isinstance(frozen, str) else tuple(frozen)
     start = None if weights is None else _start(card, weights, preset)
     if two_steps:
         _check_two_steps(start)
@@ -108,6 +116,8 @@ def train(
     if chosen.stages is not None:
         if two_steps:
             raise UserError(f"{chosen.name} has stages of its own: leave --two-steps out")
+        if frozen:
+            raise UserError(f"{chosen.name} has stages of its own, which say what learns: leave --freeze out")
         written = sorted(place for place in folder.glob("*") if place.is_dir())
     is_begun = any(begun(place) for place in written)
     if saving.resume and not is_begun:
@@ -160,8 +170,10 @@ def train(
     if "epochs" not in recipe_overrides:
         steps = recipe_overrides.get("max_steps") or (FEWEST_STEPS if users_own and final.max_steps is None else 0)
         final = _long_enough(final, steps, examples)
-    system = {"preset": chosen.name, "task": task, "weights": None if weights is None else str(weights)}
+    system: dict[str, Any] = {"preset": chosen.name, "task": task, "weights": None if weights is None else str(weights)}
     system |= {"two_steps": ""} if two_steps else {}
+    system |= {"freeze": frozen} if frozen else {}
+    system |= {"checkpointing": ""} if checkpointing else {}
     trained_on = {
         "data": str(named),
         "fingerprint": loaded.fingerprint,
@@ -178,6 +190,10 @@ def train(
 
     def build() -> "nn.Module":
         network = Paper(card).build(chosen.name, **built_with)
+        if checkpointing:
+            set_checkpointing(network)
+        if frozen:
+            freeze(network, *frozen)
         return network if start is None or two_steps else start.begin(network)
 
     with work_folder(folder), _taken_by(chosen.name, str(named)):
@@ -386,6 +402,8 @@ def _taken_by(preset: str, data: str) -> Iterator[None]:
     except UserError:
         raise
     except ValueError as error:
+        if "parameter group" in str(error):  # torch's word for an optimizer of other parameters than the checkpoint's
+            raise UserError("this training was started with another --freeze: resume with the same") from None
         raise UserError(f"{preset} does not take {data}: {error}") from error
 
 
@@ -399,6 +417,7 @@ OPTIONS = {
     "lr": "lr",
 }
 OPTIONS |= {"batch_size": "batch-size", "seed": "seed", "two_steps": "two-steps"}
+OPTIONS |= {"freeze": "freeze", "checkpointing": "checkpointing"}
 
 
 def _command(slug: str, data: str | Path, options: dict[str, Any], overrides: dict[str, Any]) -> str:
@@ -411,7 +430,9 @@ def _command(slug: str, data: str | Path, options: dict[str, Any], overrides: di
 
     words = ["provenn", "train", slug, "--data", str(data)]
     for name, option in OPTIONS.items():
-        words += [] if options.get(name) is None else [f"--{option}", *([str(options[name])] * (options[name] != ""))]
+        value = options.get(name)
+        for each in value if isinstance(value, tuple) else () if value is None else (value,):
+            words += [f"--{option}", *([str(each)] * (each != ""))]
     for name in sorted(options.keys() - OPTIONS.keys()):
         words += ["--recipe", f"{name}={spelled(options[name])}"]
     for name, value in sorted(overrides.items()):

@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 
 from provenn.core import progress
 from provenn.core.errors import UserError
+from provenn.data.chat_pieces import read_pieces, tokens_of
 from provenn.data.chat_tokens import ChatTokens, Encoded
 from provenn.data.composed import SIDE
 from provenn.data.composed_talk import composed_talk, talk_words
@@ -58,6 +59,12 @@ TOKENIZERS = ("words", "bytes")
 Images = Float[Tensor, "images 3 height width"] | tuple[Float[Tensor, "3 _ _"], ...] | None
 
 
+class PieceChats(Chats):
+    """With the text of a tokenizer.json, where its pieces are the vocabulary."""
+
+    tokenizer: str | None = None
+
+
 class Chat(NamedTuple):
     """A batch of conversations.
 
@@ -90,7 +97,7 @@ class Talks(Dataset):
         pictures: UInt8[Tensor, "pictures 3 height width"] | None = None,
     ):
         self.conversations, self.meta, self.pictures = list(conversations), meta, pictures
-        self.chat_tokens = ChatTokens(meta["words"])
+        self.chat_tokens = tokens_of(meta)
         self.encoded: list[Encoded] = [self.chat_tokens.encode(each, meta["longest"]) for each in self.conversations]
         self.kept: dict[Path, Tensor] = {}
         self.room = MEMORY
@@ -177,7 +184,7 @@ class MultimodalChat(Task):
     metric = "perplexity"
     higher_is_better = False
     takes_words = True
-    meta_schema = Chats
+    meta_schema = PieceChats
     embedded = {  # noqa: RUF012
         "composed": "5,400 scenes of 64×64 pixels of coloured digits and shapes on photographs and textures, with "
         "questions, captions and answers that are true by construction; no glyph, photograph or pair of words is in "
@@ -210,7 +217,8 @@ class MultimodalChat(Task):
             layout: of a file, see `provenn.data.conversations.LAYOUTS`. Default: what each entry looks like.
             size: side of the square at which images are seen, in pixels. Default: 224, of the scenes 64.
             fit: how an image becomes a square: stretch, pad or keep, which leaves its shape.
-            tokenizer: words of the training, or bytes.
+            tokenizer: words of the training, bytes, or a tokenizer.json or a folder of Hugging Face that holds one,
+                also beside the conversations.
             longest: tokens of a conversation at most, an image counted once. Exchanges beyond are left out.
             answer: tokens of an answer that are written at most.
             at_least: how often a word must occur in the training to be known.
@@ -220,8 +228,11 @@ class MultimodalChat(Task):
             examples: of the scenes, how many are trained on. Default: 4,000.
         """
         named = self._named(source)
-        _check_options(fit=fit, tokenizer=tokenizer, longest=longest, answer=answer, at_least=at_least, size=size)
+        _check_options(fit=fit, longest=longest, answer=answer, at_least=at_least, size=size)
         reading = {"fit": fit, "longest": longest, "answer": answer}
+        if tokenizer not in TOKENIZERS:
+            beside = None if isinstance(named, str) else named if named.is_dir() else named.parent
+            reading["tokenizer"] = read_pieces(tokenizer, beside).tokenizer
         if isinstance(named, str):
             if size not in (None, SIDE):
                 raise UserError(f"composed scenes have {SIDE}×{SIDE} pixels: leave size out, got {size}")
@@ -278,12 +289,12 @@ class MultimodalChat(Task):
         tokenizer: str,
         at_least: int,
     ) -> TaskData:
-        tokens = ChatTokens.of_texts(_texts(parts["train"]), at_least) if tokenizer == "words" else ChatTokens()
-        meta = {"words": tokens.words, "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), **reading}
+        words = ChatTokens.of_texts(_texts(parts["train"]), at_least).words if tokenizer == "words" else []
+        meta = {"words": words, "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), **reading}
         sets = {split: Talks(talks, meta) for split, talks in parts.items()}
         return self._data(str(path), sets, meta, {"image_size": meta["size"]},
             f"{len(sets['train']):,} conversations to train on, {len(sets['val']):,} to validate, "
-            f"{len(sets['test']):,} to test; {len(tokens):,} tokens are known.")  # fmt: skip
+            f"{len(sets['test']):,} to test; {len(sets['train'].chat_tokens):,} tokens are known.")  # fmt: skip
 
     def _data(
         self, name: str, sets: dict[str, Talks], meta: dict[str, Any], known: dict[str, Any], about: str
@@ -310,8 +321,9 @@ class MultimodalChat(Task):
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """−mean log p of the tokens of answers and their ends, over all of the batch."""
-        logits = logits_of(model, batch)
-        return F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORED)
+        chat = Chat(*batch)
+        logits = logits_of(model, chat)
+        return F.cross_entropy(logits.flatten(0, 1).float(), chat.targets.flatten(), ignore_index=IGNORED)
 
     def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 64) -> Scores:
         """Of each conversation `nats` and `tokens` of its answers, and how many of its `answers` are `exact`.
@@ -445,7 +457,7 @@ class MultimodalChat(Task):
         seed: int,
     ) -> list[tuple[Any, ...]]:
         """Question, answer, and its probability where there are choices, of each turn."""
-        tokens, rows = ChatTokens(meta["words"]), list[tuple[Any, ...]]()
+        tokens, rows = tokens_of(meta), list[tuple[Any, ...]]()
         say_unknown(tokens, [*questions, *choices])
         exchanges = [Exchange(question, ("",)) for question in questions]
         exchanges[0] = exchanges[0]._replace(asked=f"{PLACEHOLDER} " * len(images) + exchanges[0].asked)
@@ -661,10 +673,11 @@ def counted_nats(data: TaskData, order: int = ORDER) -> tuple[float, int]:
 def _contexts(dataset: Any, order: int) -> Iterator[tuple[list[tuple[int, ...]], int]]:
     """For each token of an answer what stands before it, from nothing to the most, and the token."""
     tokens: ChatTokens = dataset.chat_tokens
+    user = tokens.turns.user
     for encoded in dataset.encoded:
         form: tuple[int, ...] = ()
-        for place, (token, target) in enumerate(zip(encoded.tokens, encoded.targets)):
-            if token == tokens.user:
+        for place, target in enumerate(encoded.targets):
+            if tuple(encoded.tokens[max(0, place + 1 - len(user)) : place + 1]) == user:
                 words = [t for t in encoded.tokens[place + 1 : place + 12] if t != tokens.image]
                 form = tuple(words[:2])
             if target != IGNORED:
@@ -680,10 +693,9 @@ def _drawn(
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), list(talks)
 
 
-def _check_options(fit: str, tokenizer: str, longest: int, answer: int, at_least: int, size: int | None) -> None:
-    for name, value, known in (("fit", fit, FITS), ("tokenizer", tokenizer, TOKENIZERS)):
-        if value not in known:
-            raise UserError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+def _check_options(fit: str, longest: int, answer: int, at_least: int, size: int | None) -> None:
+    if fit not in FITS:
+        raise UserError(f"fit must be one of {', '.join(FITS)}, got {fit!r}")
     for name, number, least in (
         ("longest", longest, 8),
         ("answer", answer, 1),

@@ -182,6 +182,31 @@ def test_digits_straddle_where_they_are_said_to():
     assert share[~across].mean() > share[across].mean() + 0.15 and len(edge) == len(across) and SEAM_DIGIT < SIDE
 
 
+def test_digits_and_grounds_are_of_their_own_split(monkeypatch):
+    levels, labels = {"train": 100.0, "val": 200.0, "test": 300.0}, torch.arange(50) % 10
+    digits = {split: (torch.full((50, 1, 8, 8), level), labels) for split, level in levels.items()}
+    monkeypatch.setattr(studies, "_digits", lambda seed: digits)
+    for draw in (seam_digits, pairs, singles):
+        data = draw.__wrapped__(0, True)
+        for split, level in levels.items():
+            assert ((getattr(data, split).tensors[0].amax((1, 2, 3)) - level).abs() < 20).all(), (draw, split)
+    grounds = []
+    monkeypatch.setattr(
+        studies, "wide_patches", lambda split, *_: (grounds.append(split) or torch.zeros(4, 1, 48, 48), None)
+    )
+    small_digits.__wrapped__(0, True)
+    assert grounds == list(levels)
+
+
+def test_a_digit_across_a_corner_has_6_pixels_at_least_on_either_side_of_each_seam(monkeypatch):
+    corners = []
+    monkeypatch.setattr(studies, "_paste", lambda canvas, digits, at: corners.append(at))
+    across = seam_digits.__wrapped__(0, True).meta["straddles"]
+    of_test = corners[-1]
+    assert of_test[across].min() >= SIDE - 14 and of_test[across].max() <= SIDE - 6
+    assert (of_test[~across] % SIDE <= SIDE - SEAM_DIGIT).all()
+
+
 def test_pairs_are_two_digits_in_two_crops_half_of_them_alike():
     data, one = pairs(0, True), singles(0, True)
     assert 0.3 < data.train.tensors[1].float().mean() < 0.7
@@ -190,9 +215,37 @@ def test_pairs_are_two_digits_in_two_crops_half_of_them_alike():
         assert ((blocks > 0.5).sum(1) == filled).float().mean() > 0.95
 
 
+def test_digits_of_a_pair_are_of_one_class_where_it_is_said(monkeypatch):
+    labels = torch.arange(60) % 6
+    digits = (100.0 * (labels + 1))[:, None, None, None].expand(-1, 1, 8, 8), labels
+    monkeypatch.setattr(studies, "_digits", lambda seed: dict.fromkeys(("train", "val", "test"), digits))
+    images, same = pairs.__wrapped__(0, True).train.tensors
+    crops_of = images[:, 0].unflatten(1, (2, SIDE)).unflatten(3, (2, SIDE)).amax((2, 4)).flatten(1)
+    two = crops_of.topk(2, dim=1).values
+    assert torch.equal((two[:, 0] - two[:, 1]).abs() < 50, same.bool()) and (two > 50).all()
+
+
+def test_views_of_a_region_have_its_label(monkeypatch):
+    def marked(name, count, generator):
+        """Four regions of a photograph, each with a bright pixel at the place of its number."""
+        first = 4 * list(studies.SOURCES).index(name)
+        images = torch.zeros(4 * count, 1, studies.VIEW, studies.VIEW)
+        numbers = first + torch.arange(4).repeat_interleave(count)
+        images[torch.arange(4 * count), 0, 0, numbers] = 9.0
+        return images
+
+    monkeypatch.setattr(studies, "VIEWS", {"train": 3, "val": 2, "test": 2})
+    monkeypatch.setattr(studies, "_views_of", marked)
+    for images, labels in (
+        part.tensors for part in (views.__wrapped__(0, False).train, views.__wrapped__(0, False).test)
+    ):
+        assert torch.equal(images.flatten(1).argmax(1), labels)
+
+
 def test_questions_are_words_before_the_answer():
     data = questions(0, True)
     images, labels = data.train.tensors
+    assert images[:, :3].mean((0, 2, 3)).abs().max() < 1e-3, "the mean that is taken off is the training's"
     asked = images[:, 3].flatten(1)[:, :48]
     lengths = (asked >= 0).sum(1)
     assert (lengths >= 4).all() and (asked.gather(1, lengths[:, None] - 1) >= 0).all()

@@ -1,9 +1,12 @@
 """What the learners and the router of Wings promise, alone and inside a decoder."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.nn import functional as F
 
+from provenn.core.cost import growth, peak_activation_bytes
 from provenn.core.errors import UserError
 from provenn.core.finite import is_finite
 from provenn.nn.decoder import Decoder, RotaryPositions
@@ -149,6 +152,48 @@ def test_fused_weights_equal_those_of_attention_that_exists(activation):
         expected = block.router(model.decoder.attention_weights(reading, layer))
         assert torch.allclose(kept[layer][mask], expected[mask], atol=1e-10)
         assert torch.allclose(expected.sum(dim=-1), torch.ones(2, 10, dtype=torch.float64))
+
+
+def test_gradients_of_fused_weights_are_those_of_attention_that_exists():
+    model = make(kv_heads=2)
+    tokens, mask = tokens_of("abc****def", "gh****ij..")
+    with torch.no_grad():
+        reading = model.read(tokens, images(2), mask=mask, layers=True)
+    block, x = wings_blocks(model)[1], reading.layers[1]
+    parts = [*block.attention.query.parameters(), *block.attention.key.parameters(), *block.router.parameters()]
+    fused = block._attention(block.norm1(x), reading.context, True, None)[1]
+    explicit = block.router(model.decoder.attention_weights(reading, 1))
+    aims = torch.randn(fused.shape, dtype=torch.float64) * mask[..., None]
+    ours, defined_ = (torch.autograd.grad((weights * aims).sum(), parts) for weights in (fused, explicit))
+    for part, expected in zip(ours, defined_):
+        assert expected.any() and torch.allclose(part, expected, atol=1e-10)
+
+
+def test_the_bytes_of_fused_weights_grow_as_the_text():
+    torch.manual_seed(0)
+    decoder = attach(Decoder(16, 32, 1, 2), rank=2, max_len=1024)
+    block, sizes = wings_blocks(decoder)[0], (256, 512, 1024)
+
+    def step(size: int, fused: bool) -> Callable[[], None]:
+        with torch.no_grad():
+            seen = (torch.arange(size) < size // 2)[None]
+            reading = decoder.read(torch.randn(1, size, 32), images=seen, layers=True)
+
+        def call() -> None:
+            x = block.norm1(reading.layers[0])
+            weights = (
+                block._attention(x, reading.context, True, None)[1]
+                if fused
+                else block.router(decoder.attention_weights(reading, 0))
+            )
+            weights[..., 0].square().sum().backward()
+
+        return call
+
+    fused, explicit = (
+        growth(sizes, [peak_activation_bytes(step(size, way)) for size in sizes]) for way in (True, False)
+    )
+    assert fused.exponent == pytest.approx(1, abs=0.02) and explicit.exponent > 1.8
 
 
 def test_the_router_is_a_softmax_of_silu_of_sums_over_heads():

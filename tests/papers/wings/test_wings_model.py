@@ -1,13 +1,14 @@
 """The system of Wings: presets, official weights, curves of attention, inspection, what its experiments stand on."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from provenn.core.errors import UserError
-from provenn.papers.wings import Wings, wings_llama3_1_8b, wings_qwen1_5_1_8b, wings_qwen1_5_7b, wings_small
+from provenn.papers.wings import Wings, studies, wings_llama3_1_8b, wings_qwen1_5_1_8b, wings_qwen1_5_7b, wings_small
 from provenn.papers.wings.adapter import learner_parameters, wings_blocks
 from provenn.papers.wings.inspection import inspect
 from provenn.papers.wings.laws import Laws, attention_laws, shift_of
@@ -231,6 +232,30 @@ def test_the_last_turn_is_scored_and_each_mix_by_itself():
     assert found == {"balanced accuracy": 0.75, "V": 0.5, "T": 1.0}
     data = TaskData("turns", part, part, part, "")
     assert 0 <= accuracy("TV", Chat(Variant("plain")).eval(), data) <= 1
+
+
+def test_an_answer_is_right_where_all_of_it_is(monkeypatch):
+    part = rows("T", 12, "test", 0)
+    last = part.tensors[3]
+    long = (last != IGNORED).sum(1) > 1
+    assert long.any()
+
+    def told(model, tokens, patches, *, wrong):
+        aims = last.clamp_min(0)
+        first = torch.zeros_like(last, dtype=torch.bool)
+        first[torch.arange(len(last)), (last != IGNORED).int().argmax(1)] = True
+        return torch.nn.functional.one_hot(torch.where(first & wrong, (aims + 1) % len(CHARACTERS), aims)).float()
+
+    for wrong, share in ((False, 1.0), (True, 0.0)):
+        monkeypatch.setattr(studies, "answer_logits", partial(told, wrong=wrong))
+        assert TASK.summary(TASK.scores(torch.nn.Linear(1, 1), part))["T"] == share
+
+
+def test_no_picture_of_the_test_is_tuned_on():
+    seen = [
+        {patches.numpy().tobytes() for patches in rows("V", 200, split, 0).tensors[2]} for split in ("train", "test")
+    ]
+    assert len(seen[1]) > 100 and not seen[0] & seen[1]
 
 
 def test_rivals_start_as_the_decoder_and_have_as_many_parameters_as_wings():

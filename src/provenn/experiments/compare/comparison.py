@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypedDict, Unpack, cast
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from provenn.core.device import choose_device
 from provenn.core.digest import digest
 from provenn.core.errors import UserError
 from provenn.core.files import alone_in, check_writable
-from provenn.core.names import meant
+from provenn.core.names import check_options, meant
 from provenn.evidence import Run, Study
 from provenn.evidence.interval import paired_difference, student
 from provenn.evidence.record import LEDGER, Ledger, read_or_set_aside
@@ -30,6 +30,18 @@ from provenn.tasks.hosts import Factory, Host
 from provenn.training import Recipe
 
 
+class CompareOptions(TypedDict, total=False):
+    """Of what kind of work a comparison is, where it runs, and where it keeps what is finished.
+
+    `task` is the kind of work, where several read the data; by default the first of them. `device` is auto, the
+    default, cpu, cuda, mps or a torch device. `out` is the folder of the finished trainings, by default runs/compare.
+    """
+
+    task: str | None
+    device: str
+    out: str | Path
+
+
 def compare(
     slot: str,
     candidates: Sequence[str] | None = None,
@@ -37,9 +49,8 @@ def compare(
     data: str | Path,
     budget: str = "small",
     seeds: int | str | Sequence[int] = DEFAULT_SEEDS,
-    device: str = "auto",
-    out: str | Path = "runs/compare",
     log: Callable[[str], None] = lambda message: None,
+    **options: Unpack[CompareOptions],
 ) -> SlotComparison:
     """Train each candidate of a slot in the same host, with the same recipe, data, seeds and tuning of the rate.
 
@@ -54,29 +65,29 @@ def compare(
         data: an embedded data set's name, or a path.
         budget: smoke, small or paper.
         seeds: how many, or which.
-        device: auto, cpu, cuda, mps or a torch device.
-        out: folder of the finished trainings.
         log: is given messages for the user.
+        options: see `CompareOptions`.
 
     Raises:
         UserError: an unknown slot, candidate, budget, device or data set, or a candidate that does not fit the host.
     """
+    check_options("compare", options, CompareOptions)
     slot_called(slot)
-    host = host_for(slot, data)
+    host = host_for(slot, data, options.get("task"))
     if budget not in BUDGETS:
         raise UserError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
     chosen_seeds = choose_seeds(seeds)
     chosen = _choose(slot, host, candidates, log)
-    device = choose_device(device)
-    task = get_task(host.task)
-    loaded = task.load(data, **host.sizes)
+    device = choose_device(options.get("device", "auto"))
+    work = get_task(host.task)
+    loaded = work.load(data, **host.sizes)
     recipe = Recipe(**host.recipe[budget])
     for name, (factory, _) in chosen.items():
         try:
             host.build(factory, loaded.options)
         except (TypeError, ValueError) as error:
             raise UserError(f"{name} does not fit {host.about}: {error}") from None
-    folder = Path(out)
+    folder = Path(options.get("out", "runs/compare"))
     topic = f"compare-{slot}"
     check_writable(folder / topic)
     with alone_in(folder / topic):
@@ -87,7 +98,7 @@ def compare(
         run = Run(topic, folder, budget=size, seeds=chosen_seeds, device=device, ledger=ledger, reuse=True)
         study = Study(
             f"{slot} on {data}",
-            task,
+            work,
             data=lambda seed, smoke: loaded,
             variants={name: (name, factory) for name, (factory, _) in chosen.items()},
             build=partial(_build_model, host),
@@ -105,7 +116,7 @@ def compare(
         with progress.bar(f"compare {slot}", len(chosen)) as advance:
             for name, (factory, _) in chosen.items():
                 trials = run_to_end(study.trials(run, name))
-                qualities[name] = [trial[task.metric] for trial in trials]
+                qualities[name] = [trial[work.metric] for trial in trials]
                 _log_diverged(trials, name, run, log)
                 build = partial(host.build, factory, loaded.options)
                 build_reference = (
@@ -115,7 +126,7 @@ def compare(
                     _cost,
                     build,
                     build_reference,
-                    task=task,
+                    task=work,
                     batch=partial(host.example or _one_example, loaded),
                     device=device,
                     rounds=3 if run.smoke else 15,
@@ -151,8 +162,8 @@ def compare(
         slot=slot,
         host=host.about,
         data=loaded.name,
-        metric=task.metric,
-        higher_is_better=task.higher_is_better,
+        metric=work.metric,
+        higher_is_better=work.higher_is_better,
         candidates=tuple(
             Candidate(
                 name=name,

@@ -22,13 +22,24 @@ def hosts_of(slot: str) -> list[Host]:
     return hosts
 
 
-def host_for(slot: str, data: str | Path) -> Host:
+def host_for(slot: str, data: str | Path, task: str | None = None) -> Host:
     """The host of a slot that fits the data: by the embedded name, by the layout of a folder, or by its files' names.
 
+    Args:
+        slot: to be filled.
+        data: an embedded data set's name, or a path.
+        task: kind of work of the host, where several read the data.
+
     Raises:
-        UserError: a slot without a host, an empty folder, or data that is neither embedded nor a path.
+        UserError: a slot without a host, of this task or at all, an empty folder, or data that is neither embedded nor
+            a path.
     """
     hosts = hosts_of(slot)
+    if task is not None:
+        there = ", ".join(host.task for host in hosts)
+        hosts = [host for host in hosts if host.task == get_task(task).name]
+        if not hosts:
+            raise UserError(f"{task} has no host for {slot}; there are: {there}")
     for host in hosts:
         # A slot with one host has nothing to choose: its task itself says what is wrong with the data.
         if data in get_task(host.task).embedded or len(hosts) == 1:

@@ -11,6 +11,7 @@ from provenn.core.cost import count_parameters, flops
 from provenn.evidence import Measurement, Run, Study, Table, Timing, measures
 from provenn.nn.decoder import Decoder
 from provenn.nn.towers import VisionConfig
+from provenn.papers.falcon.bench import BENCHMARKS as BENCHMARKS
 from provenn.papers.falcon.crops import places_of
 from provenn.papers.falcon.model import LLAMA_3_1_8B, SIGLIP_LARGE, RegisterViT, falcon_encoder
 from provenn.papers.falcon.rivals import AllTokens
