@@ -264,8 +264,8 @@ def test_what_can_be_set_of_a_preset_that_is_a_partial_is_what_the_whole_takes()
 def test_train_takes_every_option_of_hardware_and_saving_and_no_other(tmp_path):
     """So that none is lost on the way; the folder is called `out`; what begins and saves a model is train's own."""
     taken = {field.name for options in (Hardware, Saving) for field in fields(options)} - {"folder", "save"}
-    assert set(TrainOptions.__annotations__) == taken | {"out", "weights", "two_steps"}
-    said = r"no option 'devces', did you mean 'devices'\?; it has: weights, two_steps, device, "
+    assert set(TrainOptions.__annotations__) == taken | {"out", "weights", "two_steps", "freeze", "checkpointing"}
+    said = r"no option 'devces', did you mean 'devices'\?; it has: weights, two_steps, freeze, "
     with pytest.raises(UserError, match=said):
         provenn.train("tiny_gate", "digits", out=tmp_path / "run", devces=2)
     with pytest.raises(UserError, match="strategy must be one of auto, ddp, fsdp, got 'dp'"):
