@@ -1023,10 +1023,8 @@ def test_doctor_tells_what_is_there_and_what_is_missing(run, monkeypatch):
         assert words in out
     found = json.loads(run("doctor --load --json")[1])
     assert list(found["data"]) == few and found["data"]["image-classification"]["loads"]
-    assert (
-        found["versions"]["torch"] == torch.__version__
-        and found["extras"]["geo"]["about"] == "missing: rasterio; pip install 'provenn[geo]'"
-    )
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["extras"]["geo"]["about"] == "missing: rasterio; pip install 'provenn[geo]'"
     assert found["extras"]["onnx"] == {"installed": True, "about": "onnx, onnxruntime, onnxscript"}
     assert "cryptography" in found["extras"]["care"]["about"] and not {"dev", "all"} & found["extras"].keys()
     assert found["peers"]["a-peer"] == "missing: pip install a-peer (for tiny_gate)" and found["peers"]["torch"] == ""

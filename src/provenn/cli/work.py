@@ -103,8 +103,8 @@ def train(
         bool,
         typer.Option(
             "--checkpointing",
-            help="Compute the activations of towers and decoders again for the gradient: less memory, a third more "
-            "time, the same values.",
+            help="Compute the activations of towers and decoders again for the gradient: less memory, more time, "
+            "the same values.",
         ),
     ] = False,
     overrides: Annotated[
