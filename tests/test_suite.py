@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -244,3 +245,9 @@ def test_checks_marked_exhaustive_are_no_part_of_an_entry(tree: Path):
 def test_a_corrupt_file_stops_the_run_in_one_line(tree: Path):
     (tree / FILE).write_text("{")
     assert run(tree, "--skip-passed").startswith(f"ERROR: {FILE} cannot be read (")
+
+
+def test_every_file_of_tests_has_a_name_of_its_own():
+    """Tests are in no packages: pytest collects one of two files of the same name."""
+    names = Counter(file.name for file in (ROOT / "tests").rglob("test_*.py") if "fixtures" not in file.parts)
+    assert not {name for name, times in names.items() if times > 1}
