@@ -63,11 +63,14 @@ def gathered(model: nn.Module) -> Iterator[None]:
     if not isinstance(model, FSDPModule):
         yield
         return
-    model.unshard()
+    divided = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in divided:
+        module.unshard()
     try:
         yield
     finally:
-        model.reshard()
+        for module in divided:
+            module.reshard()
 
 
 def random_states(device: torch.device) -> list[dict[str, Tensor]]:
