@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from PIL import Image
 
 import provenn
 from provenn import catalog
+from provenn.core.errors import UserError
 from provenn.core.settings import arguments_of
 from provenn.tasks import get_task
 
@@ -39,3 +41,12 @@ def test_what_a_model_writes_depends_on_no_memory_that_was_never_written(slug, p
 
 def test_there_are_models_that_write():
     assert {"language-modelling", "visual-question-answering"} <= {task for *_, task in WRITERS}
+
+
+def test_an_option_of_the_paper_s_other_work_says_whose_it_is(tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    says = r"nothing. It is taken for re-identification: give .*\(provenn train dcal --preset dcal_"
+    with pytest.raises(UserError, match=says):
+        provenn.predict("dcal", [tmp_path / "a.png"], overrides={"gallery": tmp_path})
+    with pytest.raises(UserError, match=r"can be set: nothing$"):
+        provenn.predict("dcal", [tmp_path / "a.png"], overrides={"galery": tmp_path})

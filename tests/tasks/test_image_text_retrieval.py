@@ -238,6 +238,9 @@ def test_a_text_ranks_pictures_and_a_picture_ranks_texts(root, kind, capsys):
         (["red"], {"gallery": "captions.csv"}, "captions.csv is no folder"),
         (["0.png"], {"texts": "empty.txt"}, "empty.txt holds no texts"),
         (["red"], {"gallery": ".", "count": 0}, "count must be at least 1, got 0"),
+        (["red", "  "], {"gallery": "."}, "a query holds no words"),
+        (["red"], {"gallery": ".", "texts": "empty.txt"}, "a text is searched among pictures: leave --texts out"),
+        (["0.png"], {"gallery": ".", "texts": "empty.txt"}, "a picture is searched among texts: leave --gallery out"),
     ],
 )
 def test_searches_that_lack_something_are_refused(root, monkeypatch, inputs, options, message):

@@ -10,6 +10,7 @@ from provenn.core.files import check_no_input, check_output
 from provenn.core.settings import arguments_of, typed
 
 if TYPE_CHECKING:
+    from provenn.catalog.schema import Card
     from provenn.training.weights import Label
 from provenn.inference.overrides import unasked
 from provenn.inference.paper import Paper, paper
@@ -62,7 +63,7 @@ def predict(
     logging = {} if known.pop("log", None) is None or log is None else {"log": log}
     for name in overrides:
         if name not in known:
-            there = ", ".join(known) or "nothing"
+            there = f"{', '.join(known) or 'nothing'}{_of_another_task(chosen.card, name)}"
             raise UserError(f"a prediction of {label.task} has no {name!r}; what can be set: {there}")
     options = {name: typed(name, value, known[name]) for name, value in overrides.items()}
     path = None if output is None else Path(output)
@@ -73,6 +74,19 @@ def predict(
     shown = "the input" if kind.takes_words else ", ".join(map(str, inputs[:3])) + ", …" * (len(inputs) > 3)
     with _fitting(source), finite_outputs(model, source, shown or "the input"):
         return kind.predict(model, label.meta, given, path, **options, **logging)
+
+
+def _of_another_task(card: "Card", name: str) -> str:
+    """Which other work of a paper takes an option, and how to ask for it; "" where none does."""
+    from provenn.tasks import get_task
+
+    for task in card.tasks:
+        if name in arguments_of(get_task(task).predict, but=("model", "meta", "inputs", "output")):
+            preset = card.preset(task=task).name
+            return (
+                f". It is taken for {task}: give weights trained for that (provenn train {card.slug} --preset {preset})"
+            )
+    return ""
 
 
 def source_of(paper: Paper, label: "Label", weights: str | Path | None) -> str:

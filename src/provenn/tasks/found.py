@@ -1,5 +1,6 @@
 """What a search found, as lines for the terminal, a table, and a sheet: queries and finds are pictures or texts."""
 
+import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,11 +54,14 @@ def search_targets(
 
 
 def in_lines(queries: Sequence[Item], rows: Rows) -> list[str]:
-    """The first queries, each with the five that are most alike."""
+    """The first queries, each with the five that are most alike; files by their paths below what all share."""
     lines = []
-    for query, row in list(zip(queries, rows))[:SHOWN]:
-        shown = (f"{found.name if isinstance(found, Path) else repr(found)} {value:.3f}" for found, value in row[:5])
-        lines.append(f"{query}: " + ", ".join(shown))
+    shown = [row[:5] for row in rows[:SHOWN]]
+    folders = {str(found.parent) for row in shown for found, _ in row if isinstance(found, Path)}
+    above = os.path.commonpath(folders) if folders else ""
+    for query, row in zip(queries, shown):
+        named = (os.path.relpath(found, above) if isinstance(found, Path) else repr(found) for found, _ in row)
+        lines.append(f"{query}: " + ", ".join(f"{name} {value:.3f}" for name, (_, value) in zip(named, row)))
     if len(queries) > SHOWN:
         lines.append(f"and {len(queries) - SHOWN} more; -o FILE.csv writes them all")
     return lines

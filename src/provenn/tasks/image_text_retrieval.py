@@ -373,6 +373,8 @@ class ImageTextRetrieval(Task):
             raise UserError(f"no file at {missing}")
         if pictures and len(pictures) < len(inputs):
             raise UserError("the queries are texts and pictures: ask for one kind at a time")
+        if any(not given.strip() for given in map(str, inputs)):
+            raise UserError("a query holds no words: give a text in quotes, or a picture")
         sheet, table = search_targets(output, [*pictures, *([texts] if texts else [])])
         queries: list[Item] = [*pictures] or [str(given) for given in inputs]
         wanted = self._searched(bool(pictures), gallery, texts)
@@ -396,6 +398,10 @@ class ImageTextRetrieval(Task):
 
     def _searched(self, with_pictures: bool, gallery: Path | None, texts: Path | None) -> list[Item]:
         """What is searched among."""
+        if gallery is not None and texts is not None:
+            if with_pictures:
+                raise UserError("a picture is searched among texts: leave --gallery out")
+            raise UserError("a text is searched among pictures: leave --texts out")
         if with_pictures:
             if texts is None:
                 raise UserError("a picture is searched among texts: give a file of them, one a line, with --texts")
