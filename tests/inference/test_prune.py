@@ -143,6 +143,13 @@ def test_a_file_without_a_label_needs_its_preset_and_must_fit_it(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_paper_stands_for_the_first_of_its_weights(tmp_path):
+    folders = [tmp_path / name for name in ("dimap", "swin_digits")]
+    for folder in folders:
+        provenn.prune(folder.name, folder, method="dimap", ratio=0.5)
+    assert len({(folder / "masks.safetensors").read_bytes() for folder in folders}) == 1
+
+
 def test_methods_are_read_without_torch_and_resolve():
     for card, way in methods().values():
         assert callable(card.resolve(way.masks)) and way.summary
@@ -151,7 +158,8 @@ def test_methods_are_read_without_torch_and_resolve():
 @pytest.mark.parametrize(
     "words, says",
     [
-        (["nothing", "--ratio", "0.3"], "no preset, file or folder is called 'nothing'"),
+        (["nothing", "--ratio", "0.3"], "no paper, preset, file or folder is called 'nothing'"),
+        (["long_context_bench", "--ratio", "0.3"], "no weights come with long_context_bench"),
         (["swin_t", "--ratio", "0.3"], "no weights of swin_t ship: give a file"),
         (["RUN", "--ratio", "1"], "--ratio must be at least 0 and below 1, the share that goes, got '1'"),
         (["RUN", "--ratio", "-0.1"], "at least 0 and below 1"),

@@ -23,8 +23,8 @@ def prune(
     model: Annotated[
         str,
         typer.Argument(
-            help="The model: a preset whose weights ship, a weight file, the folder of a run, or a folder that "
-            "transformers wrote, such as a Swin, ViT or ConvNeXt."
+            help="The model: a paper or a preset whose weights ship, a weight file, the folder of a run, or a folder "
+            "that transformers wrote, such as a Swin, ViT or ConvNeXt."
         ),
     ],
     method: Annotated[

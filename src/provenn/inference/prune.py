@@ -189,10 +189,12 @@ def _read(model: str | Path, preset: str | None, how: dict[str, Any]) -> _Given:
         return _of_file(path, preset, how)
     if preset is not None:
         raise UserError(f"no file or folder at {model}: a preset names what an authors' file holds")
+    if str(model) not in presets and str(model) in catalog.cards():
+        model = catalog.cards()[str(model)].shipped_weights().stem
     if str(model) not in presets:
         near = meant(str(model), presets)
         raise UserError(
-            f"no preset, file or folder is called {str(model)!r}{near}: give a preset whose weights ship "
+            f"no paper, preset, file or folder is called {str(model)!r}{near}: give one whose weights ship "
             f"({', '.join(name for name, (card, p) in list(presets.items()) if p.name in card.shipped)[:200]}, …), a "
             "weight file, or a folder that transformers wrote"
         )
