@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from provenn.papers.wings import wings_small
@@ -15,7 +14,7 @@ RECIPE = Recipe(epochs=2, batch_size=2, optimizer="adamw", lr=1e-2, clip=1.0, we
 
 
 class Noted(MultimodalChat):
-    """Notes the bytes of weights and gradients that a process holds between two steps, and the parts gathered apart."""
+    """Notes the bytes of weights, gradients and moments that a process holds between two steps."""
 
     held: dict[str, int] | None = None
 
@@ -26,7 +25,6 @@ class Noted(MultimodalChat):
             self.held = {
                 "weights": sum(p.to_local().nbytes for p in weights),
                 "gradients": sum(p.to_local().nbytes for p in learned),
-                "apart": sum(isinstance(module, FSDPModule) for module in model.modules()),
             }
         return super().loss(model, batch)
 

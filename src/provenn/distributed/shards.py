@@ -1,12 +1,9 @@
 """What each process holds of a model whose weights are divided, counted before there is a process."""
 
 import math
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import Tensor, nn
-
-from provenn.nn.decoder import Decoder
 
 
 class Held(NamedTuple):
@@ -16,8 +13,7 @@ class Held(NamedTuple):
         weights: its part of them.
         gradients: its part of those of the weights that learn.
         moments: its part of the optimizer's state.
-        gathered: weights that are whole for a while, and their gradients before they are divided: those of two of the
-            `blocks`, one at work and the next one, and all that lie in none.
+        gathered: all weights, and all gradients before they are divided: a model is gathered whole for each step.
     """
 
     weights: int
@@ -29,14 +25,6 @@ class Held(NamedTuple):
     def most(self) -> int:
         """At once, without activations."""
         return sum(self)
-
-
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """Parts whose weights FSDP gathers for their own turn alone: the blocks of its decoders.
-
-    What lies in none of them is gathered for the whole step.
-    """
-    return [block for part in model.modules() if isinstance(part, Decoder) for block in part.blocks]
 
 
 def held_bytes(model: nn.Module, processes: int, *, moments: int = 2) -> Held:
@@ -58,13 +46,8 @@ def held_bytes(model: nn.Module, processes: int, *, moments: int = 2) -> Held:
     every = list(model.parameters())
     learned = [parameter for parameter in every if parameter.requires_grad]
     gradients = sum(_part(parameter, processes) for parameter in learned)
-    apart = [_whole(block.parameters()) for block in blocks(model)]
-    gathered = _whole(every) - sum(apart) + sum(sorted(apart)[-2:])
-    return Held(sum(_part(parameter, processes) for parameter in every), gradients, moments * gradients, gathered)
-
-
-def _whole(parameters: Iterable[Tensor]) -> int:
-    return sum(parameter.nbytes * (2 if parameter.requires_grad else 1) for parameter in parameters)
+    whole = sum(parameter.nbytes for parameter in (*every, *learned))
+    return Held(sum(_part(parameter, processes) for parameter in every), gradients, moments * gradients, whole)
 
 
 def _part(parameter: Tensor, processes: int) -> int:

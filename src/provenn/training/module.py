@@ -62,11 +62,8 @@ def module_class() -> type:
         def configure_model(self) -> None:
             from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-            from provenn.distributed.shards import blocks
-
             if self.sharded() and not isinstance(self.model, FSDPModule):
-                for part in (*blocks(self.model), self.model):
-                    fully_shard(part, mesh=self.device_mesh["data_parallel"])
+                fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
                 if hasattr(self.model, "training_loss"):
                     register_fsdp_forward_method(self.model, "training_loss")
 

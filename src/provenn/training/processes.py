@@ -63,14 +63,11 @@ def gathered(model: nn.Module) -> Iterator[None]:
     if not isinstance(model, FSDPModule):
         yield
         return
-    divided = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for module in divided:
-        module.unshard()
+    model.unshard()
     try:
         yield
     finally:
-        for module in divided:
-            module.reshard()
+        model.reshard()
 
 
 def random_states(device: torch.device) -> list[dict[str, Tensor]]:
