@@ -87,8 +87,9 @@ def _stem(word: str) -> str:
 def meteor(said: str, right: Sequence[str]) -> float:
     """The best of the right texts by METEOR (Banerjee and Lavie, 2005; weights of Lavie and Agarwal, 2007).
 
-    m matched words, first the same and then those of one stem, lie in c runs:
-    F = P R / (α P + (1 − α) R), score = F (1 − γ (c / m)^β), α = .9, β = 3, γ = .5.
+    Words are matched that are the same, and then those of one stem. The m matches lie in c runs.
+
+        F = P R / (α P + (1 − α) R),  score = F (1 − γ (c / m)^β),  α = .9, β = 3, γ = .5
 
     Raises:
         UserError: the stemmer is not installed.
