@@ -1,0 +1,3 @@
+"""What RC-MLLM's abstract says."""
+
+EXPERIMENTS: dict = {}
