@@ -1,7 +1,7 @@
 """Qwen2-VL's vision tower, which RC-Qwen2-VL keeps (Wang et al., 2024, arXiv:2409.12191, section 2.1).
 
-RC-MLLM adds no layer: boxes and texts are bound inside attention. The tower stands here so that the paper's sizes can be
-built and counted. Its parameters have transformers' names.
+RC-MLLM adds no layer: boxes and texts are bound inside attention. The tower stands here so that the paper's sizes can
+be built and counted. Its parameters have transformers' names.
 """
 
 from collections.abc import Sequence

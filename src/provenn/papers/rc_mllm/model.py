@@ -1,6 +1,6 @@
 """RC-Qwen2-VL: Qwen2-VL in the authors' two sizes, and a small model that is tuned from a tiny one."""
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -170,7 +170,7 @@ def rc_mllm_small(
     image_token: int,
     *,
     image_size: int = 64,
-    start: Literal["tiny-vlm", "none"] = "tiny-vlm",
+    start: str = "tiny-vlm",
     frozen_vision: bool = True,
 ) -> ImageChat:
     """A small one of ours, for pictures of 64 pixels.

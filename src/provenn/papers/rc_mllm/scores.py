@@ -9,7 +9,7 @@ with `judge(description, sample)` takes its place, such as one that asks a langu
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from provenn.papers.rc_mllm.protocol import (
     UNANSWERABLE,
@@ -37,6 +37,7 @@ class Judged(NamedTuple):
     consistent: int
 
 
+@runtime_checkable
 class Judge(Protocol):
     """Says what a description tells of a sample's entries."""
 
@@ -163,7 +164,9 @@ def count_citations(answer: str, sample: Sample) -> CitationCounts:
     0.5
     """
     given, wanted = set(citations(answer)), set(citations(sample.answer))
-    return CitationCounts(len(given & wanted), len(given), len(wanted), bool(wanted), bool(wanted) and not given)
+    return CitationCounts(
+        len(given & wanted), len(given), len(wanted), int(bool(wanted)), int(bool(wanted) and not given)
+    )
 
 
 def check_citations(answer: str, sample: Sample) -> CitationCounts:
@@ -180,7 +183,11 @@ def check_citations(answer: str, sample: Sample) -> CitationCounts:
             {number for number, values in enumerate(facts, 1) if value in values}
             for value in {value for values in facts for value in values if _holds(said, value)}
         ]
-        wanted += len(told)
+        needed: set[int] = set()
+        for holders in sorted(told, key=len):
+            if not holders & needed:
+                needed.add(min(holders & set(cited) or holders))
+        wanted += len(needed)
         given += len(set(cited))
         if all(holders & set(cited) for holders in told):
             right += sum(any(number in holders for holders in told) for number in set(cited))
@@ -204,7 +211,7 @@ def refusal_rates(answers: Sequence[str], samples: Sequence[Sample]) -> tuple[fl
     return first, second
 
 
-def order_spread(right: Sequence[Sequence[float]]) -> float:
+def order_spread(right: Sequence[Sequence[float | int]]) -> float:
     """How far accuracies of several orders of the entries lie apart.
 
     Args:

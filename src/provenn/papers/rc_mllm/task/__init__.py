@@ -482,9 +482,11 @@ def score_answers(said: Sequence[str], samples: Sequence[Sample]) -> Scores:
 def summarise(scores: Scores) -> dict[str, float]:
     """Metrics of answers.
 
-    `accuracy` of the questions that have one answer, V2C and C2V; each kind by itself; `citation_precision`, `_recall`, `_f1` and `uncited` of answers that were to cite;
-    `refusal_recall` of unanswerable questions and `false_refusal` of answerable ones; RCIDScore with its parts; and
-    `order_spread`, the largest accuracy of the three orders less the smallest.
+    - `accuracy` of the questions that have an answer, V2C and C2V, and each kind by itself
+    - `citation_precision`, `citation_recall`, `citation_f1` and `uncited`, of answers that were to cite
+    - `refusal_recall` of unanswerable questions and `false_refusal` of answerable ones
+    - RCIDScore with its parts
+    - `order_spread`, the largest accuracy of the three orders less the smallest
     """
     right, asked = scores["right"], scores["asked"] > 0
 
