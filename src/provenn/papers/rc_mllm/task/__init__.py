@@ -297,7 +297,7 @@ class RegionQuestions(VisualQuestionAnswering):
         if answer is not None and answer < 1:
             raise UserError(f"answer must be at least 1 token, got {answer}")
         check_table(output, files)
-        size = size_of(files[0])
+        size = _size(files[0])
         given, notes = _context(Path(context), files[0], library) if context is not None else (None, [])
         if library is not None and context is None:
             raise UserError("a library needs boxes to look up: give them by --context, entries without a text")
@@ -374,7 +374,7 @@ def read_samples(file: Path, boxes: str = "pixels") -> list[Sample]:
                 f"{where}: expected image, entries, question and answer; {', '.join(lacking) or 'entries'} lacks"
             )
         picture = images.find(str(entry["image"]), where)
-        context = _entries_of(entry["entries"], size_of(picture), boxes, where)
+        context = _entries_of(entry["entries"], _size(picture), boxes, where)
         kind = str(entry.get("kind", ""))
         samples.append(Sample(picture, tuple(context.entries), str(entry["question"]), str(entry["answer"]), kind))
     if not samples:
@@ -561,11 +561,17 @@ def _fact_of(sample: Sample, place: int) -> str:
 # Prediction
 
 
+def _size(picture: Path) -> tuple[int, int]:
+    """Width and height."""
+    height, width = size_of(picture)
+    return width, height
+
+
 def _context(file: Path, picture: Path, library: Path | None) -> tuple[tuple[Entry, ...], list[str]]:
     """Entries of a .json, those without a text looked up, and what to say of boxes that are of nothing known."""
     from provenn.core.inputs import read_text
 
-    given, size = parse_json(read_text(file), str(file)), size_of(picture)
+    given, size = parse_json(read_text(file), str(file)), _size(picture)
     given = given.get("entries", given) if isinstance(given, dict) else given
     if not isinstance(given, list) or not given:
         raise UserError(f"{file}: expected a list of entries with category, box and text")
