@@ -41,12 +41,12 @@ TENTHS = 10
 DIGITS, LONGEST = 3, 112
 KINDS = ("plain", "box-look", "box-fact", "V2C", "C2V", "V2C-none", "C2V-none")
 ASKED = ("V2C", "C2V")
-COUNTS = {"train": 1500, "val": 150, "test": 300}  # of each kind
+COUNTS = {"train": 1000, "val": 150, "test": 300}  # of each kind
 ORDERS = 3
 WIDTH, LAYERS, HEADS = 64, 5, 4
 SECTIONS = (2, 3, 3)
 RECIPE = Recipe(
-    epochs=55, batch_size=64, lr=1e-3, weight_decay=0.01, decay_vectors=False, schedule="cosine", warmup_steps=100,
+    epochs=110, batch_size=64, lr=1e-3, weight_decay=0.01, decay_vectors=False, schedule="cosine", warmup_steps=100,
     clip=1.0,
 )  # fmt: skip
 PLAIN_SHARE = 0.25  # of the epochs: on the picture alone, before the tuning
@@ -273,7 +273,8 @@ def _orders(count: int, draw: np.random.Generator) -> list[list[int]]:
 
 def _ordered(scene: Scene, found: tuple[str, str, int], order: Sequence[int]) -> tuple[Scene, str, str, int]:
     question, answer, named = found
-    shown = Scene(*(tuple(field[k] for k in order) for field in scene))
+    parts: list[Any] = [tuple(field[k] for k in order) for field in scene]
+    shown = Scene(*parts)
     place = {old: new for new, old in enumerate(order)}
     if answer.startswith("["):
         answer = f"[{place[int(answer[1]) - 1] + 1}]{answer[3:]}"
@@ -332,7 +333,7 @@ def _data(seed: int, smoke: bool, kinds: tuple[str, ...]) -> TaskData:
         tested = ASKED if split != "train" and "V2C" in kinds else kinds
         parts[split] = [rows(kind, few, split, seed, "", ORDERS if split == "test" else 1) for kind in tested]
     tensors = [tensor for some in parts.values() for part in some for tensor in part.tensors]
-    train, val, test = (ConcatDataset(parts[split]) for split in COUNTS)
+    train, val, test = (ConcatDataset[Any](parts[split]) for split in COUNTS)
     return TaskData("digits and owners", train, val, test, fingerprint(*tensors))
 
 

@@ -306,7 +306,7 @@ class RegionQuestions(VisualQuestionAnswering):
         for question in questions:
             entries, asked = (given, question) if given is not None else read_entries(question, size)
             said = _answer(model, meta, image, entries, asked, size, answer or int(meta["answer"]))
-            rows.append((files[0], asked, said.text, " ".join(entry.category for entry in said.cited)))
+            rows.append((str(files[0]), asked, said.text, " ".join(entry.category for entry in said.cited)))
             lines += [said.text, *_cited(said, size)]
         if output is not None:
             write_table(output, ["picture", "question", "answer", "cites"], rows)
@@ -337,7 +337,7 @@ def _drawn(
         split,
         seed,
         SCENES[split] if count is None else count,
-        names=names or None,  # type: ignore[arg-type]  # a split
+        names=names or None,
         steps=0 if tested and orders is None else steps,
         cite=cite,
         same_category=same_category,
