@@ -86,9 +86,9 @@ class Scenes(Dataset):
         return len(self.sources)
 
     def __getitem__(self, index: int) -> Labelled:
-        source, *rest = self.sources[index]
+        source, boxes, labels, areas, masks = self.sources[index]
         image = read_pixels(source) if isinstance(source, Path) else torch.from_numpy(source).permute(2, 0, 1)
-        return Labelled(image.contiguous(), *rest)
+        return Labelled(image.contiguous(), boxes, labels, areas, masks)
 
 
 class OpenEndedDetection(Task):
@@ -386,7 +386,7 @@ def _groups(areas: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=6)
 def _composed(split: str, seed: int, count: int) -> Scenes:
-    scenes = composed_scenes(split, seed, count, words="train")  # type: ignore[arg-type]  # one of the three
+    scenes = composed_scenes(split, seed, count, words="train")
     return Scenes(
         [
             (
@@ -410,8 +410,8 @@ def _read(file: Path, named: Path, skip_broken: bool) -> Scenes:
 
 def _surer(said: Any, threshold: float) -> Detected:
     kept = torch.nonzero(said.scores.cpu() >= threshold)[:, 0]
-    parts = (part.cpu()[kept] for part in (said.boxes, said.masks, said.scores))
-    return Detected(*parts, [said.names[k] for k in kept.tolist()])
+    boxes, masks, scores = (part.cpu()[kept] for part in (said.boxes, said.masks, said.scores))
+    return Detected(boxes, masks, scores, [said.names[k] for k in kept.tolist()])
 
 
 def _destinations(
@@ -460,7 +460,7 @@ def run_lengths(mask: Bool[np.ndarray, "height width"]) -> dict[str, Any]:
 def as_coco(found: Sequence[tuple[Path, Tensor, Detected]]) -> dict[str, Any]:
     """Images, categories and annotations of what was found, as COCO has them, with `score` besides."""
     names = sorted({name for *_, said in found for name in said.names})
-    images, annotations = [], []
+    images, annotations = list[dict[str, Any]](), list[dict[str, Any]]()
     for number, (file, image, said) in enumerate(found, 1):
         number = int(file.stem) if file.stem.isdecimal() and len(file.stem) < 16 else number
         images.append({"id": number, "file_name": file.name, "height": image.shape[1], "width": image.shape[2]})
