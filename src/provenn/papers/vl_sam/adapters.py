@@ -17,7 +17,7 @@ from provenn.core.special_tokens import ASSISTANT, END, IMAGE, START, UNKNOWN, U
 from provenn.nn.promptable import Decoded, PromptableSegmenter
 from provenn.nn.vision_language import ImageChat
 
-Pixels = UInt8[Tensor, "3 height width"]
+Pixels = UInt8[Tensor, "3 _ _"]  # images of a list have any sizes
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 Frame = tuple[float, float, float, float]
 
