@@ -100,6 +100,8 @@ def with_nan():
         (columns(with_nan()), {}, "1 of 40 points .* first point 7"),
         (columns(POINTS[:10]), {}, "has 10 points: expected at least 16"),
         (columns(POINTS * 1000), {}, "scale=0.001"),
+        (columns(POINTS * 1e37), {"scale": 1}, "numbers are damaged"),
+        (columns(POINTS.astype(float) * 3e307 - 1e308), {"scale": 1}, "numbers are damaged"),
         (columns(), {"colours": True}, "has no colours"),
         (columns(POINTS * 0), {}, "lie in one place"),
         ({"x": POINTS[:, 0]}, {}, "no y, z"),

@@ -13,6 +13,7 @@ from provenn.core.inputs import check_file
 
 SUFFIXES = (".ply", ".las", ".laz", ".pcd")
 FEWEST = 16  # points from which a cloud is one
+FARTHEST = 1e9  # of a coordinate from 0, in any unit: no survey counts further
 WIDEST = 1000.0  # metres of a room or a street; beyond, the numbers are taken for millimetres
 COLOURS = (("red", "green", "blue"), ("r", "g", "b"), ("diffuse_red", "diffuse_green", "diffuse_blue"))
 NORMALS = (("nx", "ny", "nz"), ("normal_x", "normal_y", "normal_z"))
@@ -48,8 +49,8 @@ def read_cloud(file: Path, *, scale: float | int | None = None, colours: bool = 
         colours: whether it must have colours.
 
     Raises:
-        UserError: no such file, another format, fewer than 16 points, coordinates that are no numbers, all points in
-            one place, a cloud of over a kilometre, or no colours where they are asked for.
+        UserError: no such file, another format, fewer than 16 points, coordinates that are no numbers or beyond
+            10⁹, all points in one place, a cloud of over a kilometre, or no colours where they are asked for.
     """
     if scale is not None and not (np.isfinite(scale) and scale > 0):
         raise UserError(f"scale must be a number above 0, got {scale}: give 0.001 for millimetres")
@@ -94,6 +95,8 @@ def cloud_of(
             f"{where}: {wrong.sum():,} of {len(points):,} points have coordinates that are no finite numbers, first "
             f"point {int(wrong.argmax()) + 1}: take them out"
         )
+    if (far := float(np.abs(points).max())) > FARTHEST:
+        raise UserError(f"{where}: a coordinate is {far:.3g}: expected at most {FARTHEST:.0e}; its numbers are damaged")
     points = points * (1.0 if scale is None else scale)
     origin = points.min(axis=0)
     widest = float((points.max(axis=0) - origin).max())
