@@ -1,9 +1,8 @@
 """The prompt of region-level context (arXiv:2508.12263 and the README of hongliang-wei/RC-MLLM), written and read back.
 
-    [1]: The information of the man located at <|box_start|>(755,417),(991,885)<|box_end|> in the image: Lily, …
-    [2]: The information of the dog located at <|box_start|>(214,424),(583,884)<|box_end|> in the image: Bella …
-    Answer the following question based on the information above and the given image, and provide citations …
-    Describe the image.
+    [1]: The information of the dog located at <|box_start|>(214,424),(583,884)<|box_end|> in the image: Bella is two.
+    Answer the following question based on the information above and the given image. (The line is longer: `CITE`.)
+    How old is the dog?
 
 Boxes are whole thousandths of the picture, as Qwen2-VL has them. An answer cites entry k as `[k]`.
 

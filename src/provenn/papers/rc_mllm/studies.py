@@ -5,9 +5,11 @@ drawn: its number, its box in tenths of the picture, digit by digit, and a name 
 
     [1](2547)ab$3;[2](0134)cd;[3](6189)$7;?4n=[1]ab;
 
-A question is from looks to text (?4n, ?4$), from text to looks (?ab), one of these that nothing answers (!), a single
-step (@2547n and @2547#), or about the picture alone (?l and ?r, the digit on the left and on the right). Glyphs and
-names of a split are in no other.
+- from looks to text: ?4n, ?4$; from text to looks: ?ab; and both so that nothing answers them: !
+- single steps: @2547n and @2547#
+- about the picture alone: ?l and ?r, the digit on the left and on the right
+
+Glyphs and names of a split are in no other.
 """
 
 import zlib
