@@ -85,7 +85,9 @@ class Discs:
 @pytest.mark.parametrize(("height", "width"), [(60, 80), (90, 40), (31, 77), (200, 210)])
 def test_a_patch_goes_to_its_place_at_any_size(height, width):
     cell = (4, 6)
-    found = VLSAM(OnePatch(["dog"], [[cell]]), Discs(), crops=False, refine="off").detect(torch.zeros(3, height, width).byte())
+    found = VLSAM(OnePatch(["dog"], [[cell]]), Discs(), crops=False, refine="off").detect(
+        torch.zeros(3, height, width).byte()
+    )
     assert found.names == ["dog"] and found.masks.shape == (1, height, width)
     left, top, right, bottom = found.boxes[0].tolist()
     x, y = (cell[1] + 0.5) / 8 * width, (cell[0] + 0.5) / 6 * height
@@ -160,7 +162,9 @@ def test_attention_of_the_chat_is_causal_and_sums_to_one(system, image):
 
 
 def test_draws_are_seeded(image):
-    answers = [vl_sam_scenes(temperature=1.0, top_p=0.9, seed=seed).detect(image).notes["answers"] for seed in (0, 0, 1, 2)]
+    answers = [
+        vl_sam_scenes(temperature=1.0, top_p=0.9, seed=seed).detect(image).notes["answers"] for seed in (0, 0, 1, 2)
+    ]
     assert answers[0] == answers[1] and len({str(each) for each in answers}) > 1
 
 
