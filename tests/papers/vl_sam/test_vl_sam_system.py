@@ -170,7 +170,7 @@ def test_draws_are_seeded(image):
 
 def test_maps_of_words_alone_and_a_word_that_was_not_said(system, image):
     maps = system.attention_maps(image)
-    assert maps and all(heat.shape == (64, 64) and 0 <= heat.min() and heat.max() <= 1 for heat in maps.values())
+    assert maps and all(heat.shape == (64, 64) and heat.min() >= 0 and heat.max() <= 1 for heat in maps.values())
     with pytest.raises(UserError, match="the answer has no 'zebra'"):
         system.attention_maps(image, ["zebra"])
     with pytest.raises(UserError, match="first_layer=9: the model has 3 layers"):
@@ -214,7 +214,7 @@ def test_attention_of_transformers_models_is_read_with_its_grid(family):
                   "temporal_patch_size": 1, "in_channels": 3, "spatial_merge_size": 2}  # fmt: skip
         rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "type": "default"}
         config = transformers.Qwen2VLConfig(
-            vision_config=vision, text_config={**text, "rope_scaling": rope, "rope_parameters": {**rope, "rope_theta": 1e4}},
+            vision_config=vision, text_config={**text, "rope_parameters": {**rope, "rope_theta": 1e4}},
             image_token_id=50, vision_start_token_id=51, vision_end_token_id=52,
         )  # fmt: skip
         config._attn_implementation = "eager"
