@@ -84,7 +84,8 @@ def test_the_tiny_segmenter_is_small_and_cuts_out_objects_that_it_never_saw():
 
 
 def test_no_model_of_another_name():
-    with pytest.raises(UserError, match="no small trained model is called 'tiny-bert'; there are tiny-clip, tiny-sam, tiny-vlm"):
+    there = "there are tiny-clip, tiny-sam, tiny-vlm"
+    with pytest.raises(UserError, match=f"no small trained model is called 'tiny-bert'; {there}"):
         provenn.nn.pretrained("tiny-bert")
     with pytest.raises(AttributeError, match="has no attribute 'pretrain'"):
         _ = provenn.nn.pretrain

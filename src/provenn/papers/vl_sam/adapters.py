@@ -186,7 +186,9 @@ class HuggingFaceCaptioner:
         if kind != "eager":
             raise UserError(f"the model's attention is {kind!r}, which shows no weights: load it with 'eager'")
         self.model, self.processor, self.answer = model.eval().requires_grad_(False), processor, answer
-        self.image_token: int = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+        self.image_token: int | None = getattr(config, "image_token_id", None) or getattr(
+            config, "image_token_index", None
+        )
         if self.image_token is None:
             raise UserError(f"{type(model).__name__} names no token of images: LLaVA and Qwen2-VL are supported")
         text = getattr(config, "text_config", config)
@@ -326,7 +328,7 @@ class SamSegmenter:
     def decode(self, seen: Any, **prompts: Any) -> Decoded:
         """Masks of prompts about one image."""
         like = self.model.mask_decoder.iou_token.weight
-        moved = {k: v.to(like.device) if isinstance(v, Tensor) else v for k, v in prompts.items()}
+        moved: dict[str, Any] = {k: v.to(like.device) if isinstance(v, Tensor) else v for k, v in prompts.items()}
         return self.model.decode(seen, **moved)
 
 

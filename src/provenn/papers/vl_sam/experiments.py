@@ -164,8 +164,8 @@ def planted_cure(run: Run) -> Measurement:
     rows: list[list[Any]] = []
     gains = []
     for form in ("equation", "figure", "rollout"):
-        cured, bare = (planted_pointing(Flow(form=form, place=place)) for place in ("layer", "none"))  # type: ignore[arg-type]  # of the three
-        layers = planted_pointing(Flow(form=form, length="layers"))  # type: ignore[arg-type]  # likewise
+        cured, bare = (planted_pointing(Flow(form=form, place=place)) for place in ("layer", "none"))
+        layers = planted_pointing(Flow(form=form, length="layers"))
         rows.append([form, cured, bare, layers])
         gains.append(cured - bare)
     columns = ["form", "factor by length", "no factor", "factor by layers"]

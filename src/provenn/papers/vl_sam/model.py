@@ -336,7 +336,8 @@ class VLSAM(nn.Module):
         tall, wide = (-(-part * size // side) for part in scaled_size(height, width, side))
         scale = max(height, width) / size  # pixels of the view that a cell is wide
         heat = torch.cat([sampled(each[None], frame, tall, wide, scale) for _, each, frame in listed])
-        start, found = heat.clone(), [[] for _ in listed]  # type: list
+        start = heat.clone()
+        found: list[list[Mask]] = [[] for _ in listed]
         before: list[list[Tensor]] = [[] for _ in listed]
         active = list(range(len(listed)))
         for number in range(ROUNDS):

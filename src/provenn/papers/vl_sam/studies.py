@@ -27,7 +27,7 @@ LEARNING = Recipe(
     epochs=100, max_steps=3000, batch_size=32, lr=3e-3, weight_decay=0.05, decay_vectors=False, schedule="cosine",
     warmup_steps=100, clip=1.0,
 )  # fmt: skip
-SIZES = {"dim": 96, "layers": 5, "heads": 4}
+SIZES: dict[str, Any] = {"dim": 96, "layers": 5, "heads": 4}
 GRID = 8  # points along a side, of segmenting everything
 FLOWS: dict[str, Flow] = {
     "full": Flow(),

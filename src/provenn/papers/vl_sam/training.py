@@ -59,7 +59,7 @@ def listed(scene: Composed, boxes: bool = False) -> str:
 def listing_data(seed: int, smoke: bool, boxes: bool = False) -> TaskData:
     """Conversations of one question, what objects are there, about scenes with frequent and rare objects."""
     counts = SMOKE if smoke else FULL
-    parts = {split: scenes_of(split, seed, getattr(counts, split)) for split in ("train", "val", "test")}  # type: ignore[arg-type]  # the splits' names
+    parts = {split: scenes_of(split, seed, getattr(counts, split)) for split in ("train", "val", "test")}
     pixels = {
         split: torch.from_numpy(np.stack([s.pixels for s in part])).permute(0, 3, 1, 2) for split, part in parts.items()
     }
@@ -80,7 +80,9 @@ def listing_data(seed: int, smoke: bool, boxes: bool = False) -> TaskData:
     tokens = sets["train"].chat_tokens
     return TaskData(
         "lists of objects",
-        **sets,
+        sets["train"],
+        sets["val"],
+        sets["test"],
         fingerprint=fingerprint(*pixels.values()),
         options={"vocab_size": len(tokens), "image_token": tokens.image, "image_size": SIDE},
         meta=meta,
