@@ -49,8 +49,8 @@ def read_cloud(file: Path, *, scale: float | int | None = None, colours: bool = 
         colours: whether it must have colours.
 
     Raises:
-        UserError: no such file, another format, fewer than 16 points, coordinates that are no numbers or beyond
-            10⁹, all points in one place, a cloud of over a kilometre, or no colours where they are asked for.
+        UserError: no such file, another format, fewer than 16 points, or no colours where they are asked
+            for. Coordinates that are no numbers or beyond 10⁹, all in one place, or over a kilometre apart.
     """
     if scale is not None and not (np.isfinite(scale) and scale > 0):
         raise UserError(f"scale must be a number above 0, got {scale}: give 0.001 for millimetres")
