@@ -12,7 +12,7 @@ from provenn.nn.vision_language import ImageChat
 from provenn.tasks import get_task
 from provenn.tasks.portable import standardise
 
-NAMES = ("tiny-clip", "tiny-vlm")
+NAMES = ("tiny-clip", "tiny-vlm", "tiny-lister")
 
 
 class Embeds(torch.nn.Module):
@@ -84,7 +84,7 @@ def test_the_tiny_segmenter_is_small_and_cuts_out_objects_that_it_never_saw():
 
 
 def test_no_model_of_another_name():
-    there = "there are tiny-clip, tiny-sam, tiny-vlm"
+    there = "there are tiny-clip, tiny-lister, tiny-sam, tiny-vlm"
     with pytest.raises(UserError, match=f"no small trained model is called 'tiny-bert'; {there}"):
         provenn.nn.pretrained("tiny-bert")
     with pytest.raises(AttributeError, match="has no attribute 'pretrain'"):

@@ -13,7 +13,7 @@ from torch import nn
 from provenn.core.errors import UserError
 from provenn.data.coco import read_coco
 from provenn.tasks import get_task
-from provenn.tasks.naming import classes_of
+from provenn.tasks.naming import ClipTexts, classes_of
 from provenn.tasks.open_ended_detection import Detected, Scenes, as_coco, box_iou, mask_iou, match, run_lengths
 
 TASK = get_task("open-ended-detection")
@@ -165,10 +165,12 @@ def test_what_is_found_is_written_as_coco_and_read_back(pictures, tmp_path):
 
 
 def test_masks_are_drawn_at_the_size_of_the_picture_or_larger(pictures, tmp_path):
-    overlay = tmp_path / "over.png"
-    TASK.predict(Corner(), {}, [pictures / "a.png"], None, overlay=overlay)
-    drawn = Image.open(overlay)
+    said = TASK.predict(Corner(), {}, [pictures / "a.png"], tmp_path / "over.json", overlay=True)
+    assert said.endswith(f"wrote {tmp_path / 'over.json'}\nwrote {tmp_path / 'over.png'}")
+    drawn = Image.open(tmp_path / "over.png")
     assert drawn.size == (320, 240)
+    TASK.predict(Corner(), {}, [pictures / "a.png"], tmp_path / "alone.png")
+    assert np.array_equal(drawn, Image.open(tmp_path / "alone.png")) and not (tmp_path / "alone.json").exists()
     assert TASK.predict(Corner(), {}, [pictures / "b.png"], tmp_path / "folder").endswith("folder")
     assert sorted(file.name for file in (tmp_path / "folder").iterdir()) == ["b.png", "found.json"]
     assert TASK.predict(Corner(), {}, [pictures / "a.png"], None, score_threshold=0.8).endswith("a.png: nothing")
@@ -178,9 +180,12 @@ def test_refusals(pictures, tmp_path):
     one = pictures / "a.png"
     with pytest.raises(UserError, match="score_threshold must be from 0 to 1, got 2"):
         TASK.predict(Corner(), {}, [one], None, score_threshold=2)
-    with pytest.raises(UserError, match="overlay is one picture, and there are 2"):
-        TASK.predict(Corner(), {}, [one, pictures / "b.png"], None, overlay=tmp_path / "x.png")
-    with pytest.raises(UserError, match=r"expected \.json or a folder"):
+    for output, options in ((tmp_path / "x.json", {"overlay": True}), (tmp_path / "x.png", {})):
+        with pytest.raises(UserError, match="one picture is drawn, and there are 2 images"):
+            TASK.predict(Corner(), {}, [one, pictures / "b.png"], output, **options)
+    with pytest.raises(UserError, match="overlay draws beside"):
+        TASK.predict(Corner(), {}, [one], None, overlay=True)
+    with pytest.raises(UserError, match=r"expected \.json, a picture or a folder"):
         TASK.predict(Corner(), {}, [one], tmp_path / "x.csv")
     with pytest.raises(UserError, match="Corner trains nothing"):
         TASK.loss(Corner(), [])
@@ -192,3 +197,60 @@ def test_refusals(pictures, tmp_path):
     with pytest.raises(UserError, match="none of the images holds an object"):
         TASK.evaluate(Corner(), empty)
     assert as_coco([]) == {"images": [], "categories": [], "annotations": []}
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A CLIP of random weights, with a tokenizer of letters."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("clip")
+    letters = {text: k for k, text in enumerate(["<s>", "</s>", "<unk>", "<pad>", *"abcdefghijklmnopqrstuvwxyz "])}
+    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(letters, unk_token="<unk>"))
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
+    raw.post_processor = tokenizers.processors.TemplateProcessing(
+        "<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
+        model_max_length=20,
+    ).save_pretrained(folder)  # fmt: skip
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**small, "vocab_size": 31, "max_position_embeddings": 20, "eos_token_id": 1, "bos_token_id": 0}
+    config = transformers.CLIPConfig(text_config=text, vision_config={**small, "image_size": 8, "patch_size": 4})
+    transformers.CLIPModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_clip_matches_names_as_its_own_tower_says(clip):
+    from transformers import AutoTokenizer, CLIPModel
+
+    texts = ["dog", "a very long name that has to be cut", "cat", "dog"]
+    embed = ClipTexts(clip)
+    found = embed(texts)
+    model, tokenizer = CLIPModel.from_pretrained(clip).eval(), AutoTokenizer.from_pretrained(clip)
+    for text, vector in zip(texts, found, strict=True):
+        inputs = tokenizer(f"a {text}", truncation=True, return_tensors="pt")
+        own = model.text_projection(model.text_model(**inputs).pooler_output)[0]
+        torch.testing.assert_close(torch.from_numpy(vector), own / own.norm(), rtol=1e-4, atol=1e-5)
+    likest = classes_of(["dog"], ["cat", "horse", "dogs"], embed=embed, least=-1.0)
+    assert likest[0] == (embed(["dog"]) @ embed(["cat", "horse", "dogs"]).T).argmax()
+
+
+def test_names_by_clip_are_an_option_of_the_data(clip, tmp_path):
+    data = TASK.load("composed", examples=2, names=clip)
+    assert isinstance(data.test.embed, ClipTexts) and data.test.least == -1
+    entry = data.test[0]
+    boxes, masks = torch.from_numpy(entry.boxes).float(), torch.from_numpy(entry.masks)
+    model = Fixed(boxes, masks, torch.ones(len(boxes)), ["xylophone"] * len(boxes))
+    named = TASK.scores(model, TASK.held_out("composed", {}, examples=1, names=clip).dataset)
+    plain = TASK.scores(model, TASK.held_out("composed", {}, examples=1).dataset)
+    assert plain["named"].sum() == 0, "a name like no class in its letters"
+    likest = classes_of(["xylophone"], data.test.classes, embed=data.test.embed, least=-1.0)[0]
+    assert named["named"][0, 0, 0] == (entry.labels == likest).sum()
+    with pytest.raises(UserError, match="there is no such folder"):
+        TASK.load("composed", names=tmp_path / "none")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds no CLIP that can be read"):
+        TASK.load("composed", names=tmp_path)

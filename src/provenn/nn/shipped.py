@@ -19,8 +19,9 @@ def pretrained(name: str) -> nn.Module:
 
     Args:
         name: "tiny-clip", a `provenn.nn.contrastive.ContrastivePair` of scenes of 64×64 pixels; "tiny-vlm", a
-            `provenn.nn.vision_language.ImageChat` that answers questions about them and about words alone; or
-            "tiny-sam", a `provenn.nn.promptable.PromptableSegmenter` of their objects, whatever these are.
+            `provenn.nn.vision_language.ImageChat` that answers questions about them and about words alone;
+            "tiny-lister", one that lists the objects in them; or "tiny-sam", a
+            `provenn.nn.promptable.PromptableSegmenter` of their objects, whatever these are.
 
     Raises:
         UserError: no such model.

@@ -7,7 +7,7 @@ classes of an evaluation come in afterwards, when names are matched with them: s
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -20,14 +20,14 @@ from torch.utils.data import Dataset
 
 from provenn.core import progress
 from provenn.core.errors import UserError
-from provenn.core.files import atomic_write, check_no_input, output_suffix
+from provenn.core.files import atomic_write, check_no_input
 from provenn.data.coco import find_coco, read_coco
 from provenn.data.composed import NOUNS, composed_scenes
 from provenn.data.images import SUFFIXES, images_in, read_pixels
 from provenn.tasks.average_precision import AREAS, MOST, THRESHOLDS
 from provenn.tasks.base import HeldOut, Scores, Task, TaskData, fingerprint
 from provenn.tasks.demos import Trial, save_shown
-from provenn.tasks.naming import classes_of
+from provenn.tasks.naming import LEAST, ClipTexts, Embed, classes_of, trigrams
 from provenn.tasks.object_detection import COLOURS, SHOWN, SHOWN_BOXES, fitting_font, legible_on
 
 if TYPE_CHECKING:
@@ -77,10 +77,14 @@ class Scenes(Dataset):
     Args:
         sources: what is in each image; the image a file or its pixels.
         classes: that labels are numbers of.
+        embed: texts to unit vectors, by which names are matched with classes.
+        least: likeness from which a name is a class.
     """
 
     sources: list[tuple[Path | np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]]
     classes: list[str]
+    embed: Embed = trigrams
+    least: float = LEAST
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -105,7 +109,13 @@ class OpenEndedDetection(Task):
     into_folders = True
 
     def load(  # type: ignore[override]  # names its options
-        self, source: str | Path, *, seed: int = 0, skip_broken: bool = False, examples: int | None = None
+        self,
+        source: str | Path,
+        *,
+        seed: int = 0,
+        skip_broken: bool = False,
+        examples: int | None = None,
+        names: Path | None = None,
     ) -> TaskData:
         """The embedded scenes, or a data set with annotations in COCO's format.
 
@@ -115,6 +125,8 @@ class OpenEndedDetection(Task):
             seed: of the scenes.
             skip_broken: leave images out that are missing or cannot be read, and name them.
             examples: of the scenes, how many the test has. Default: 200.
+            names: a folder with a CLIP of Hugging Face, whose text tower says which class a name is, as LVIS is
+                evaluated: always the likest one. Default: a name that is like a class in its letters is of that class.
         """
         named = self._named(source)
         if examples is not None and examples < 1:
@@ -133,7 +145,13 @@ class OpenEndedDetection(Task):
             parts = {split: _read(file, named, skip_broken) for split, file in find_coco(named).items()}
             whole = next(parts[split] for split in ("test", "val", "train") if split in parts)
             sets = {split: parts.get(split, whole) for split in SPLITS}
-            about = f"{len(sets['test']):,} images with objects of {len(whole.classes)} classes."
+            about = (
+                f"{len(sets['test']):,} images with objects of {len(whole.classes)} classes. Boxes are "
+                "compared; outlines of the annotations are not read."
+            )
+        if names is not None:
+            embed = ClipTexts(names)
+            sets = {split: replace(part, embed=embed, least=-1.0) for split, part in sets.items()}
         content = (part for each in sets.values() for entry in each.sources for part in entry if part is not None)
         marks = (str(part) if isinstance(part, Path) else part for part in content)
         return TaskData(
@@ -155,9 +173,10 @@ class OpenEndedDetection(Task):
         whole: bool = True,
         skip_broken: bool = False,
         examples: int | None = None,
+        names: Path | None = None,
     ) -> HeldOut:
         """As in `Task`; the options are those of `load`."""
-        data = self.load(source, seed=seed, skip_broken=skip_broken, examples=examples)
+        data = self.load(source, seed=seed, skip_broken=skip_broken, examples=examples, names=names)
         return HeldOut(data.test, f"the test split of {data.name}")
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
@@ -187,7 +206,8 @@ class OpenEndedDetection(Task):
             said: Open = model.detect(example.image)  # type: ignore[operator]
             order = np.argsort(-said.scores.cpu().numpy(), kind="stable")[:MOST]
             boxes = said.boxes.cpu().numpy()[order]
-            labels = classes_of([said.names[k] for k in order], scenes.classes)
+            told = [said.names[k] for k in order]
+            labels = classes_of(told, scenes.classes, embed=scenes.embed, least=scenes.least)
             sizes = _groups(example.areas)
             taken = match(box_iou(boxes, example.boxes))
             same = labels[:, None] == example.labels[None]
@@ -239,7 +259,7 @@ class OpenEndedDetection(Task):
         inputs: Sequence[Path],
         output: Path | None,
         *,
-        overlay: Path | None = None,
+        overlay: bool = False,
         score_threshold: float | int = 0.0,
     ) -> str:
         """Name what is in pictures; write names, boxes, masks and scores as COCO does, and draw them.
@@ -247,8 +267,8 @@ class OpenEndedDetection(Task):
         Args:
             model, meta, inputs: as in `Task.predict`; a folder among the inputs stands for the images in it.
             output: a `.json` gets COCO JSON of images, categories and annotations with `score`, masks run by run. A
-                folder gets that and a drawn picture for each input.
-            overlay: a picture, of a single input, gets the masks and names drawn on it.
+                picture, of a single input, gets the masks and names drawn on it. A folder gets both.
+            overlay: beside a `.json`, also draw the single input, in a `.png` of the same name.
             score_threshold: objects of at least this score are shown and written.
         """
         if not 0 <= score_threshold <= 1:
@@ -262,14 +282,15 @@ class OpenEndedDetection(Task):
             shown = [f"{name} {score:.2f}" for name, score in zip(said.names, said.scores.tolist())]
             lines.append(f"{file}: {', '.join(shown) or 'nothing'}")
             found.append((file, image, said))
-            for path in drawings.get(file, []):
-                draw_found(image, said, path)
+            if file in drawings:
+                draw_found(image, said, drawings[file])
         if len(lines) > SHOWN:
             lines[SHOWN:] = [f"and {len(lines) - SHOWN} more{'' if output else '; -o FOLDER writes them all'}"]
         if table is not None:
             with atomic_write(table) as temporary:
                 temporary.write_text(json.dumps(as_coco(found)))
-        lines += [f"wrote {path}" for path in (output, overlay) if path is not None]
+        written = [output, *(drawings.values() if overlay else ())]
+        lines += [f"wrote {path}" for path in written if path is not None]
         return "\n".join(lines)
 
     def portable(self, model: nn.Module, meta: dict[str, Any]) -> Any:
@@ -414,33 +435,30 @@ def _surer(said: Any, threshold: float) -> Detected:
     return Detected(boxes, masks, scores, [said.names[k] for k in kept.tolist()])
 
 
-def _destinations(
-    files: Sequence[Path], output: Path | None, overlay: Path | None
-) -> tuple[Path | None, dict[Path, list[Path]]]:
-    """Where the table goes, and the drawings of each file."""
-    drawings: dict[Path, list[Path]] = {}
-    if overlay is not None:
-        if len(files) != 1:
-            raise UserError(f"overlay is one picture, and there are {len(files)} images: give a folder with -o")
-        if overlay.suffix.lower() not in SUFFIXES:
-            raise UserError(f"cannot write {overlay.name}: expected one of {', '.join(SUFFIXES)}")
-        check_no_input(overlay, files)
-        drawings[files[0]] = [overlay]
+def _destinations(files: Sequence[Path], output: Path | None, overlay: bool) -> tuple[Path | None, dict[Path, Path]]:
+    """Where the table goes, and the drawing of each file."""
+    if overlay and (output is None or output.suffix.lower() != ".json"):
+        raise UserError("overlay draws beside a .json: give -o FILE.json, or a picture or a folder with -o alone")
     if output is None:
-        return None, drawings
-    if output_suffix(output, ".json") == ".json" and not output.is_dir():
-        check_no_input(output, files)
-        return output, drawings
-    if output.suffix and not output.is_dir():
-        raise UserError(f"cannot write {output.name}: expected .json or a folder; a picture goes by --overlay")
-    names = [file.stem for file in files]
-    if len(set(names)) < len(names):
-        raise UserError("two images of the same name would be drawn to one path; rename one or give them apart")
-    for file in files:
-        path = output / f"{file.stem}.png"
+        return None, {}
+    check_no_input(output, files)
+    if output.is_dir() or not output.suffix:
+        names = [file.stem for file in files]
+        if len(set(names)) < len(names):
+            raise UserError("two images of the same name would be drawn to one path; rename one or give them apart")
+        drawings = {file: output / f"{file.stem}.png" for file in files}
+        table: Path | None = output / "found.json"
+    elif output.suffix.lower() == ".json":
+        drawings, table = {file: output.with_suffix(".png") for file in files} if overlay else {}, output
+    elif output.suffix.lower() in SUFFIXES:
+        drawings, table = {file: output for file in files}, None
+    else:
+        raise UserError(f"cannot write {output.name}: expected .json, a picture or a folder")
+    if table != output / "found.json" and drawings and len(files) > 1:
+        raise UserError(f"one picture is drawn, and there are {len(files)} images: give a folder with -o")
+    for path in drawings.values():
         check_no_input(path, files)
-        drawings.setdefault(file, []).append(path)
-    return output / "found.json", drawings
+    return table, drawings
 
 
 def run_lengths(mask: Bool[np.ndarray, "height width"]) -> dict[str, Any]:

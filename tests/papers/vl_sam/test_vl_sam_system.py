@@ -10,9 +10,12 @@ import provenn
 from provenn.core.errors import UserError
 from provenn.data.composed import composed_scenes
 from provenn.nn.promptable import Decoded
+from provenn.nn.shipped import about, pretrained
 from provenn.papers.vl_sam import VLSAM, Flow, HuggingFaceCaptioner, SamSegmenter, Told, views_of, vl_sam_scenes
 from provenn.papers.vl_sam.model import sampled
 from provenn.papers.vl_sam.names import parse_names
+from provenn.papers.vl_sam.training import listing_data
+from provenn.tasks import get_task
 
 
 @pytest.fixture(scope="module")
@@ -269,10 +272,8 @@ def test_predict_and_inspect_write_what_they_say(tmp_path, image):
 
     file = tmp_path / "scene.png"
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(file)
-    text = provenn.predict(
-        "vl_sam", [file], output=tmp_path / "found.json", overrides={"overlay": tmp_path / "over.png", "crops": True}
-    )
-    assert "scene.png:" in text and (tmp_path / "over.png").exists() and (tmp_path / "found.json").exists()
+    text = provenn.predict("vl_sam", [file], output=tmp_path / "found.json", overrides={"overlay": True, "crops": True})
+    assert "scene.png:" in text and (tmp_path / "found.png").exists() and (tmp_path / "found.json").exists()
     inspected = provenn.inspect("vl_sam", file)
     assert any(name.endswith("regularised flow") for name in inspected.layers)
     inspected.save(tmp_path / "maps.png")
@@ -286,3 +287,13 @@ def test_options_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="threshold must lie"):
         VLSAM(OnePatch(["a"], [[(0, 0)]]), Discs(), threshold=0)
     assert isinstance(vl_sam_scenes().segmenter, SamSegmenter)
+
+
+def test_the_tiny_lister_names_what_is_in_scenes_that_it_never_saw():
+    said, model = about("tiny-lister"), pretrained("tiny-lister")
+    data = listing_data(0, smoke=False, rare=True)
+    metrics = get_task("multimodal-chat").evaluate(model, data.test)
+    for name, stated in said["metrics"].items():
+        assert metrics[name] == pytest.approx(stated, abs=0.02), name
+    data.test.pictures = data.test.pictures.roll(1, 0)  # the lists of other scenes
+    assert get_task("multimodal-chat").evaluate(model, data.test)["perplexity"] > 1.5 * metrics["perplexity"]

@@ -37,6 +37,7 @@ from provenn.papers.vl_sam.segmenters import SamSegmenter, Segmenter, open_segme
 
 Refine = Literal["erase", "keep", "keep+erase", "off"]
 Row = Literal["token", "emit"]
+QUESTION = "list the objects ."  # that the small captioner was taught
 ROUNDS = 5  # of refinement at most
 SAME = 0.9  # IoU from which a new mask repeats an old one
 ASK = "If all objects of this image are to be listed, which ten questions should be asked? Write one a line."
@@ -457,7 +458,7 @@ def vl_sam_scenes(
     """VL-SAM from the small models that ship, or from folders of Hugging Face.
 
     Args:
-        vlm: a folder with a LLaVA or a Qwen2-VL. Default: `provenn.nn.pretrained("tiny-vlm")`.
+        vlm: a folder with a LLaVA or a Qwen2-VL. Default: `provenn.nn.pretrained("tiny-lister")`.
         segmenter: a folder with a SAM or a SAM 2. Default: `provenn.nn.pretrained("tiny-sam")`.
         question: what is asked. Default: what the small model was taught, or "List all objects in the image."
         questions: 1, or more, which the model then writes itself, up to 10.
@@ -470,8 +471,8 @@ def vl_sam_scenes(
     captioner: Captioner
     sam: Segmenter
     if vlm is None:
-        captioner = ChatCaptioner(cast(ImageChat, _placed(pretrained("tiny-vlm"))), about("tiny-vlm"))
-        question = question or "describe the picture ."
+        captioner = ChatCaptioner(cast(ImageChat, _placed(pretrained("tiny-lister"))), about("tiny-lister"))
+        question = question or QUESTION
     else:
         captioner = load_captioner(vlm)
         question = question or "List all objects in the image."

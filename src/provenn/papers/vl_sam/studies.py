@@ -15,11 +15,11 @@ from provenn.nn.shipped import about, pretrained
 from provenn.nn.vision_language import ImageChat, small_vision_language_model
 from provenn.papers.vl_sam.captioners import ChatCaptioner, Told
 from provenn.papers.vl_sam.layers import flow_rows
-from provenn.papers.vl_sam.model import VLSAM, Flow, sampled
+from provenn.papers.vl_sam.model import QUESTION, VLSAM, Flow, sampled
 from provenn.papers.vl_sam.names import parse_names
 from provenn.papers.vl_sam.prompts import point_pair
 from provenn.papers.vl_sam.segmenters import SamSegmenter
-from provenn.papers.vl_sam.training import BINS, QUESTION, commonest, listed, listing_data, tested
+from provenn.papers.vl_sam.training import BINS, commonest, listed, listing_data, tested
 from provenn.tasks import TaskData, get_task
 from provenn.tasks.open_ended_detection import Detected, Everywhere, Scenes
 from provenn.training import Hardware, Recipe, fit

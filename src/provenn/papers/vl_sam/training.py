@@ -10,11 +10,11 @@ import torch
 from provenn.data.chat_tokens import MARKS
 from provenn.data.composed import NOUNS, SIDE, Composed, Split, composed_scenes
 from provenn.data.conversations import PLACEHOLDER, Conversation, Exchange
+from provenn.papers.vl_sam.model import QUESTION
 from provenn.tasks import TaskData, fingerprint
 from provenn.tasks.multimodal_chat import Talks, join_chats
 from provenn.tasks.open_ended_detection import Scenes
 
-QUESTION = "list the objects ."
 BINS = 16  # along a side, of the boxes that are written
 WORDS = [*MARKS, *NOUNS, ",", ".", "list", "the", "objects", *(f"p{k}" for k in range(BINS))]
 RARE = ("four", "nine", "ring", "diamond")
@@ -32,9 +32,9 @@ class Counts(NamedTuple):
 FULL, SMOKE = Counts(6000, 100, 150), Counts(24, 4, 3)
 
 
-def scenes_of(split: Split, seed: int, count: int, words: Split = "train") -> list[Composed]:
-    """Scenes of a split; of the training's, few of those that hold a rare object."""
-    if split != "train":
+def scenes_of(split: Split, seed: int, count: int, words: Split = "train", rare: bool = False) -> list[Composed]:
+    """Scenes of a split; of the training's, few of those that hold a rare object, unless all are asked for."""
+    if split != "train" or rare:
         return list(composed_scenes(split, seed, count, words=words))
     drawn = composed_scenes(split, seed, 2 * count, words=words)
     keep = np.random.default_rng(seed).random(len(drawn)) < KEPT
@@ -56,10 +56,16 @@ def listed(scene: Composed, boxes: bool = False) -> str:
 
 
 @lru_cache(maxsize=4)
-def listing_data(seed: int, smoke: bool, boxes: bool = False) -> TaskData:
-    """Conversations of one question, what objects are there, about scenes with frequent and rare objects."""
+def listing_data(seed: int, smoke: bool, boxes: bool = False, rare: bool = False) -> TaskData:
+    """Conversations of one question, what objects are there, about scenes with frequent and rare objects.
+
+    Args:
+        seed, smoke: of the data.
+        boxes: whether answers hold boxes in words.
+        rare: whether rare objects are as frequent in training as others.
+    """
     counts = SMOKE if smoke else FULL
-    parts = {split: scenes_of(split, seed, getattr(counts, split)) for split in ("train", "val", "test")}
+    parts = {split: scenes_of(split, seed, getattr(counts, split), rare=rare) for split in ("train", "val", "test")}
     pixels = {
         split: torch.from_numpy(np.stack([s.pixels for s in part])).permute(0, 3, 1, 2) for split, part in parts.items()
     }
