@@ -1143,3 +1143,21 @@ def test_damaged_evidence_is_named_and_takes_no_other_paper_down(monkeypatch, ca
             "eca_net/evidence.json is damaged" in line and "install its package again" in line for line in lines
         )
     assert main(["show", "rat"]) == 0 and "damaged" not in capsys.readouterr().err
+
+
+def test_an_option_that_several_tasks_declare_is_of_one_kind_and_says_what_it_does_for_each(capsys):
+    from provenn.tasks import face_of, task_names
+
+    kinds: dict[str, dict[str, str]] = {}
+    for task in task_names():
+        for name, option in face_of(task).predict.items():
+            kinds.setdefault(name, {})[task] = option.takes
+    for name, by_task in kinds.items():
+        assert len(set(by_task.values())) == 1, f"--{name}: {by_task}"
+    several = [name for name, by_task in kinds.items() if len(by_task) > 1]
+    assert several, "none is declared twice: nothing is tested"
+    main(["predict", "--help"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for name in several:
+        for task in kinds[name]:
+            assert face_of(task).predict[name].help[:20] in shown

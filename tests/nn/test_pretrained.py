@@ -6,11 +6,13 @@ import torch
 import provenn.nn
 from provenn.core.errors import UserError
 from provenn.nn.contrastive import ContrastivePair
+from provenn.nn.promptable import PromptableSegmenter
 from provenn.nn.shipped import FOLDER, about
 from provenn.nn.vision_language import ImageChat
 from provenn.tasks import get_task
+from provenn.tasks.portable import standardise
 
-NAMES = ("tiny-clip", "tiny-vlm")
+NAMES = ("tiny-clip", "tiny-vlm", "tiny-lister")
 
 
 class Embeds(torch.nn.Module):
@@ -65,8 +67,25 @@ def test_the_tiny_model_of_images_and_text_answers_by_what_it_sees():
     assert metrics["colour"] > 2 * blind["colour"] and metrics["ground"] > 2 * blind["ground"]
 
 
+def test_the_tiny_segmenter_is_small_and_cuts_out_objects_that_it_never_saw():
+    said, model = about("tiny-sam"), provenn.nn.pretrained("tiny-sam")
+    assert isinstance(model, PromptableSegmenter) and not model.training
+    assert sum(file.stat().st_size for file in (FOLDER / "tiny-sam").iterdir()) <= 2e6
+    assert said["command"] == "python scripts/shared_models.py tiny-sam" and said["core_minutes"] < 12
+    dataset = get_task("open-ended-detection").load("composed", examples=40).test
+    found = []
+    for example in (dataset[k] for k in range(40)):
+        image = standardise(example.image.float() / 255, said)[None]
+        boxes = torch.from_numpy(example.boxes).float()
+        masks = model.decode(model.encode(image), boxes=boxes).best().logits[:, 0] > 0
+        truth = torch.from_numpy(example.masks)
+        found.append((masks & truth).sum((1, 2)) / (masks | truth).sum((1, 2)))
+    assert torch.cat(found).mean() == pytest.approx(said["metrics"]["box_iou"], abs=0.02)
+
+
 def test_no_model_of_another_name():
-    with pytest.raises(UserError, match="no small trained model is called 'tiny-bert'; there are tiny-clip, tiny-vlm"):
+    there = "there are tiny-clip, tiny-lister, tiny-sam, tiny-vlm"
+    with pytest.raises(UserError, match=f"no small trained model is called 'tiny-bert'; {there}"):
         provenn.nn.pretrained("tiny-bert")
     with pytest.raises(AttributeError, match="has no attribute 'pretrain'"):
         _ = provenn.nn.pretrain

@@ -18,7 +18,7 @@ from provenn.nn.detection import Detections, RetinaNet
 from provenn.nn.resnet import BasicBlock, ResNet
 from provenn.tasks import get_task
 from provenn.tasks.average_precision import Found, Truth, _annotations, average_precision, curves, match
-from provenn.tasks.object_detection import Pictures, _fitting_font, _legible_on, join
+from provenn.tasks.object_detection import Pictures, fitting_font, join, legible_on
 
 TASK = get_task("object-detection")
 META = {"classes": ["a", "b", "c"], "ids": [4, 7, 9], "size": 48, "mean": [0.5] * 3, "std": [0.25] * 3}
@@ -268,11 +268,11 @@ def test_places_that_cannot_take_a_prediction(folder, output, message):
 
 
 def test_labels_lie_in_the_picture_and_can_be_read():
-    assert _legible_on("#ffffff") == "black" and _legible_on("#000000") == "white"
-    assert _legible_on("#911eb4") == "white" and _legible_on("#ffe119") == "black"
+    assert legible_on("#ffffff") == "black" and legible_on("#000000") == "white"
+    assert legible_on("#911eb4") == "white" and legible_on("#ffe119") == "black"
     texts = ["dining table 100%", "a 1%"]
-    assert _fitting_font(texts, 640, 20).size == 20
-    small = _fitting_font(texts, 60, 20)
+    assert fitting_font(texts, 640, 20).size == 20
+    small = fitting_font(texts, 60, 20)
     assert small.size < 20 and small.getlength(texts[0]) <= 61
 
 

@@ -46,21 +46,20 @@ def given() -> dict[str, Any]:
 
 
 def _declared() -> Iterator[Any]:
-    """Options as the command line's parser takes them; of a name that several tasks declare, the first."""
+    """Options as the command line's parser takes them; what several tasks declare is one option with all helps."""
     from provenn.tasks import face_of, task_names
 
-    declared: dict[str, inspect.Parameter] = {}
+    kinds: dict[str, str] = {}
+    helps: dict[str, list[str]] = {}
     for task in task_names():
         try:
             options = face_of(task).predict
         except UserError:  # of another package; `get_task` and `doctor` report it
             continue
         for name, option in options.items():
-            kind, default = KINDS[option.takes]
-            # mypy: a type that is chosen at run time.
-            shown = Annotated[kind, typer.Option(f"--{name.replace('_', '-')}", help=option.help)]  # type: ignore[valid-type]
-            parameter = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=shown)
-            declared.setdefault(name, parameter)
+            kinds.setdefault(name, option.takes)
+            helps.setdefault(name, []).append(option.help)
+    declared = {name: _parameter(name, kinds[name], " ".join(texts)) for name, texts in helps.items()}
 
     def command(**_: Any) -> None:
         """Stands for a command of these options alone."""
@@ -70,3 +69,10 @@ def _declared() -> Iterator[Any]:
     alone = typer.Typer(add_completion=False)
     alone.command()(command)
     yield from (option for option in typer.main.get_command(alone).params if option.name in declared)
+
+
+def _parameter(name: str, takes: str, text: str) -> inspect.Parameter:
+    kind, default = KINDS[takes]
+    # mypy: a type that is chosen at run time.
+    shown = Annotated[kind, typer.Option(f"--{name.replace('_', '-')}", help=text)]  # type: ignore[valid-type]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=shown)

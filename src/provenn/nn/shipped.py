@@ -10,7 +10,7 @@ from torch import nn
 from provenn.core.errors import UserError
 
 FOLDER = Path(__file__).with_name("shared")
-PAIR, IMAGE_CHAT = "provenn-pair", "provenn-image-chat"  # types of models, in their config.json
+PAIR, IMAGE_CHAT, SEGMENTER = "provenn-pair", "provenn-image-chat", "provenn-segmenter"  # types, in their config.json
 ABOUT = "provenn.json"  # beside the weights: what they take, what they reach, and the command that makes them
 
 
@@ -18,8 +18,10 @@ def pretrained(name: str) -> nn.Module:
     """A small trained model, in eval mode.
 
     Args:
-        name: "tiny-clip", a `provenn.nn.contrastive.ContrastivePair` of scenes of 64×64 pixels; or "tiny-vlm", a
-            `provenn.nn.vision_language.ImageChat` that answers questions about them and about words alone.
+        name: "tiny-clip", a `provenn.nn.contrastive.ContrastivePair` of scenes of 64×64 pixels; "tiny-vlm", a
+            `provenn.nn.vision_language.ImageChat` that answers questions about them and about words alone;
+            "tiny-lister", one that lists the objects in them; or "tiny-sam", a
+            `provenn.nn.promptable.PromptableSegmenter` of their objects, whatever these are.
 
     Raises:
         UserError: no such model.
@@ -29,16 +31,22 @@ def pretrained(name: str) -> nn.Module:
     """
     from provenn.nn.contrastive import ContrastivePair
     from provenn.nn.folders import build_with, read_config, read_tensors
+    from provenn.nn.promptable import PromptableConfig, PromptableSegmenter
     from provenn.nn.towers import TextConfig, VisionConfig
     from provenn.nn.vision_language import small_vision_language_model
 
     about(name)
     folder = FOLDER / name
-    config = read_config(folder, (PAIR, IMAGE_CHAT))
+    config = read_config(folder, (PAIR, IMAGE_CHAT, SEGMENTER))
 
     def build() -> nn.Module:
         if config["model_type"] == PAIR:
             return ContrastivePair(VisionConfig(**config["vision"]), TextConfig(**config["text"]), config["dim"])
+        if config["model_type"] == SEGMENTER:
+            sizes: dict[str, Any] = {
+                name: tuple(v) if isinstance(v, list) else v for name, v in config["model"].items()
+            }
+            return PromptableSegmenter(PromptableConfig(**sizes))
         return small_vision_language_model(**config["model"])
 
     return build_with(build, read_tensors(folder), str(folder), None)

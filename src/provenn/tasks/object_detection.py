@@ -388,7 +388,7 @@ class ObjectDetection(Task):
                 axis.add_patch(Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, **style))
                 text = f"{data.meta['classes'][label]} {score:.0%}"
                 behind = {"facecolor": colour, "pad": 0.5, "linewidth": 0}
-                axis.text(left, top - 2, text, fontsize=6, color=_legible_on(colour), bbox=behind)
+                axis.text(left, top - 2, text, fontsize=6, color=legible_on(colour), bbox=behind)
         for axis in axes:
             axis.set_axis_off()
         return figure
@@ -696,7 +696,7 @@ def _results(file: Path, number: int, found: Found, ids: Sequence[int]) -> list[
     ]
 
 
-def _fitting_font(
+def fitting_font(
     texts: Sequence[str], width: int, size: float | int
 ) -> Any:  # Any: a font of Pillow, imported where used
     """The font in which none of the labels is wider than the picture, down to what can still be read."""
@@ -706,7 +706,7 @@ def _fitting_font(
     return ImageFont.load_default(size=max(6.0, size * min(1.0, width / max(widest + 1, 1.0))))
 
 
-def _legible_on(colour: str) -> str:
+def legible_on(colour: str) -> str:
     """Black or white, whichever stands out more (WCAG 2.1's contrast)."""
     shares = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
     linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
@@ -721,14 +721,14 @@ def _draw(file: Path, found: Found, said: Sequence[str], path: Path) -> None:
     picture = Image.fromarray(read_pixels(file).permute(1, 2, 0).contiguous().numpy())
     draw = ImageDraw.Draw(picture)
     side = max(picture.size)
-    line, font = max(1, round(side / 200)), _fitting_font(said, picture.width, max(9.0, side / 45))
+    line, font = max(1, round(side / 200)), fitting_font(said, picture.width, max(9.0, side / 45))
     for box, label, text in reversed(list(zip(found.boxes.tolist(), found.labels.tolist(), said))):
         colour = COLOURS[label % len(COLOURS)]
         draw.rectangle(box, outline=colour, width=line)
         _, _, right, bottom = draw.textbbox((0, 0), text, font=font)
         x, y = max(0, min(box[0], picture.width - right)), max(0, box[1] - bottom - line)
         draw.rectangle((x, y, x + right, y + bottom + line), fill=colour)
-        draw.text((x, y), text, fill=_legible_on(colour), font=font)
+        draw.text((x, y), text, fill=legible_on(colour), font=font)
     with atomic_write(path) as temporary:
         picture.save(temporary)
 
