@@ -18,10 +18,10 @@ def pretrained(name: str) -> nn.Module:
     """A small trained model, in eval mode.
 
     Args:
-        name: "tiny-clip", a `provenn.nn.contrastive.ContrastivePair` of scenes of 64×64 pixels; "tiny-vlm", a
-            `provenn.nn.vision_language.ImageChat` that answers questions about them and about words alone;
-            "tiny-lister", one that lists the objects in them; or "tiny-sam", a
-            `provenn.nn.promptable.PromptableSegmenter` of their objects, whatever these are.
+        name: "tiny-clip" is a `provenn.nn.contrastive.ContrastivePair` of scenes of 64×64 pixels. "tiny-vlm" is a
+            `provenn.nn.vision_language.ImageChat` that answers questions about them and about words alone, and
+            "tiny-lister" one that lists the objects in them. "tiny-sam" is a
+            `provenn.nn.promptable.PromptableSegmenter` of these objects, whatever they are.
 
     Raises:
         UserError: no such model.
