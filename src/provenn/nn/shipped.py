@@ -18,9 +18,9 @@ def pretrained(name: str) -> nn.Module:
     """A small trained model, in eval mode.
 
     Args:
-        name: "tiny-clip" is a `provenn.nn.contrastive.ContrastivePair` of scenes of 64×64 pixels. "tiny-vlm" is a
-            `provenn.nn.vision_language.ImageChat` that answers questions about them and about words alone, and
-            "tiny-lister" one that lists the objects in them. "tiny-sam" is a
+        name: of the model. For "tiny-clip" a `provenn.nn.contrastive.ContrastivePair` of scenes of 64×64 pixels. For
+            "tiny-vlm" a `provenn.nn.vision_language.ImageChat` that answers questions about them and about words alone.
+            For "tiny-lister" one that lists the objects in them. For "tiny-sam" a
             `provenn.nn.promptable.PromptableSegmenter` of these objects, whatever they are.
 
     Raises:
