@@ -129,7 +129,7 @@ def together(studies: Sequence[Study], *, ratio: bool = False) -> Measure:
             )
             for key in ("recipe", "train", "test"):
                 setting[key][experiment.name] = facts["setting"][key]
-            setting["lrs"] = facts["setting"]["lrs"]  # of all sets, whose own grids may grow beyond
+            setting |= {key: facts["setting"][key] for key in ("lrs",) if key in facts["setting"]}  # the same of all
             for label, lr in facts["setting"]["lr"].items():
                 setting["lr"][f"{label} on {experiment.name}"] = lr
             for metric, tried in facts["setting"].get("tuned", {}).items():  # beside the metric's, the seed
