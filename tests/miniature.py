@@ -75,6 +75,20 @@ def coco(root: Path) -> None:
         file.write_text(json.dumps({"images": images, "categories": categories, "annotations": notes}))
 
 
+def boxed(root: Path, folder: str, file: str) -> None:
+    """Bright squares of two kinds in the pictures of one folder, and COCO JSON of them."""
+    for i in range(3):
+        photo(root / folder / f"{i:012}.jpg", 48, level=60)
+    notes = [
+        {"id": i, "image_id": i, "category_id": 1 + i % 2, "bbox": [4.0 + i, 6.0, 20.0, 20.0], "area": 400.0}
+        for i in range(3)
+    ]
+    categories = [{"id": 1, "name": "aerosol_can"}, {"id": 2, "name": "stroller"}]
+    images = [{"id": i, "file_name": f"{i:012}.jpg", "width": 48, "height": 48} for i in range(3)]
+    (root / file).parent.mkdir(exist_ok=True)
+    (root / file).write_text(json.dumps({"images": images, "categories": categories, "annotations": notes}))
+
+
 def mask(file: Path, numbers: np.ndarray) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(numbers.astype(np.uint8)).save(file)
@@ -735,6 +749,8 @@ WRITERS = {
     "imagenet-1k": imagenet,
     "cnfood-241": cnfood,
     "coco-2017": coco,
+    "lvis-minival": lambda root: boxed(root, "val2017", "annotations/lvis_v1_minival.json"),
+    "coda": lambda root: boxed(root, "images", "annotations.json"),
     "cifar-10": cifar10,
     "cifar-100": lambda root: cifar(root, {"train.bin": 200, "test.bin": 100}, 2, 100, "fine_label_names.txt"),
     "cityscapes": cityscapes,

@@ -424,7 +424,11 @@ def _composed(split: str, seed: int, count: int) -> Scenes:
 
 
 def _read(file: Path, named: Path, skip_broken: bool) -> Scenes:
-    part = read_coco(file, named if named.is_dir() else named.parent, skip_broken=skip_broken)
+    root = named if named.is_dir() else named.parent
+    folders = [
+        part for part in root.iterdir() if part.is_dir() and any(f.suffix.lower() in SUFFIXES for f in part.iterdir())
+    ]
+    part = read_coco(file, folders[0] if len(folders) == 1 else root, skip_broken=skip_broken)
     single = [(image, ~image.crowd) for image in part.images]
     return Scenes([(i.file, i.boxes[one], i.labels[one], i.areas[one], None) for i, one in single], part.classes)
 
