@@ -22,7 +22,7 @@ from provenn.core import progress
 from provenn.core.errors import UserError
 from provenn.core.files import atomic_write, check_no_input
 from provenn.data.coco import find_coco, read_coco
-from provenn.data.composed import NOUNS, composed_scenes
+from provenn.data.composed import NOUNS, Composed, composed_scenes
 from provenn.data.images import SUFFIXES, images_in, read_pixels
 from provenn.tasks.average_precision import AREAS, MOST, THRESHOLDS
 from provenn.tasks.base import HeldOut, Scores, Task, TaskData, fingerprint
@@ -407,7 +407,11 @@ def _groups(areas: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=6)
 def _composed(split: str, seed: int, count: int) -> Scenes:
-    scenes = composed_scenes(split, seed, count, words="train")
+    return as_detection(composed_scenes(split, seed, count, words="train"))
+
+
+def as_detection(scenes: Sequence[Composed]) -> Scenes:
+    """Composed scenes with their boxes, classes and masks."""
     return Scenes(
         [
             (

@@ -1,6 +1,5 @@
 """What the captioners of the experiments learn from: composed scenes, and a list of the objects in them."""
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ from provenn.data.conversations import PLACEHOLDER, Conversation, Exchange
 from provenn.papers.vl_sam.model import QUESTION
 from provenn.tasks import TaskData, fingerprint
 from provenn.tasks.multimodal_chat import Talks, join_chats
-from provenn.tasks.open_ended_detection import Scenes
+from provenn.tasks.open_ended_detection import Scenes, as_detection
 
 BINS = 16  # along a side, of the boxes that are written
 WORDS = [*MARKS, *NOUNS, ",", ".", "list", "the", "objects", *(f"p{k}" for k in range(BINS))]
@@ -105,23 +104,6 @@ def tested(seed: int, smoke: bool, unlike: bool = False) -> tuple[list[Composed]
     """
     scenes = scenes_of("test", seed, (SMOKE if smoke else FULL).test, "test" if unlike else "train")
     return scenes, as_detection(scenes)
-
-
-def as_detection(scenes: Sequence[Composed]) -> Scenes:
-    """Scenes with boxes, classes and masks."""
-    return Scenes(
-        [
-            (
-                s.pixels,
-                np.array([thing.box for thing in s.things], np.float64),
-                np.array([NOUNS.index(thing.pair.noun) for thing in s.things]),
-                s.masks.sum((1, 2)).astype(np.float64),
-                s.masks,
-            )
-            for s in scenes
-        ],
-        list(NOUNS),
-    )
 
 
 def commonest(seed: int, smoke: bool) -> str:
