@@ -126,6 +126,7 @@ OPENS = {
     "tasks/faces.py": "TOML beside the code of a task",
     "tasks/image_generation.py": "what it writes",
     "tasks/object_detection.py": "what it writes",
+    "tasks/open_ended_detection.py": "what it writes",
     "tasks/re_identification.py": "checksums of the images that a folder lists",
     "tasks/semantic_segmentation.py": "what it writes",
     "tasks/stores.py": "NumPy and parquet, behind check_file; what it writes",

@@ -384,7 +384,7 @@ def match(overlap: np.ndarray) -> np.ndarray:
     Returns:
         (thresholds, objects) of 0 and 1.
 
-    >>> match(np.array([[0.6, 0.0], [0.9, 0.55]]))[:3].tolist()
+    >>> match(np.array([[0.62, 0.0], [0.9, 0.52]]))[:3].tolist()
     [[1.0, 1.0], [1.0, 0.0], [1.0, 0.0]]
     """
     taken = np.zeros((len(THRESHOLDS), overlap.shape[1]))
