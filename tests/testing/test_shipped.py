@@ -21,7 +21,7 @@ SHIPPED = [(slug, preset) for slug, card in cards().items() for preset in card.s
 
 
 def test_every_paper_with_a_system_ships_weights():
-    """But where the system itself has no parameters: it joins models, and the small ones that it joins ship elsewhere."""
+    """But where the system itself has none, as one that joins models; the small ones that it joins ship elsewhere."""
     ours = {slug: card for slug, card in cards().items() if card.package.startswith("provenn.")}
     without = {slug for slug, card in ours.items() if card.presets and not card.shipped}
     assert not {slug for slug in without if list(provenn.paper(slug).build().parameters())}
