@@ -210,6 +210,7 @@ def test_a_picture_that_no_record_names_is_named(package: Path):
         (lambda case: case["output"].update(shape=[8, 5]), r"output: its shape is \[8, 4\], the authors' is \[8, 5\]"),
         (lambda case: case.update(preset="tiny_large"), "official.py takes these weights for tiny_small"),
         (lambda case: case.update(tolerance=0.1), "tolerance 0.1: say why"),
+        (lambda case: case.update(gradient={**case["output"], "tolerance": 0.2}), "tolerance 0.2: say why"),
         (lambda case: case.pop("seed"), "KeyError: 'seed'"),
     ],
 )  # fmt: skip
