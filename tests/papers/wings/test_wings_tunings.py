@@ -88,16 +88,27 @@ def found(monkeypatch, tmp_path) -> Run:
 
 
 def test_a_seeds_best_text_is_of_rates_at_which_it_reads_pictures(found):
-    assert run_to_end(experiments.frontier(found, "wings")) == [0.6, 0.5]
+    assert run_to_end(experiments.frontier(found, "wings")) == ([0.6, 0.5], True)
+
+
+def test_a_side_that_reads_no_pictures_at_a_seed_is_not_compared(found, monkeypatch):
+    assert run_to_end(experiments.at_equal_images(found, "lora")).needs is None
+    monkeypatch.setattr(experiments, "ENOUGH", 0.92)  # the first seed reads as much at 5e-3, the second nowhere
+    assert run_to_end(experiments.frontier(found, "wings")) == ([0.3, 0.0], False)
+    measured = run_to_end(experiments.at_equal_images(found, "lora"))
+    assert (
+        measured.needs == "a rate at which each seed of Wings and LoRA reads 80% of the pictures"
+        and measured.seeds == [0, 1]
+    )
 
 
 def test_what_is_forgotten_is_the_least_of_rates_that_read_pictures_in_the_mean(found, monkeypatch):
     measured = run_to_end(experiments.forgotten(found, "plain"))
     assert measured.effect == pytest.approx((0.4 + 0.3) / 2)  # not at 2e-4, which reads 55 %
-    assert "No rate reads" not in (measured.note or "")
+    assert measured.needs is None
     monkeypatch.setattr(experiments, "ENOUGH", 0.99)
     measured = run_to_end(experiments.forgotten(found, "plain"))
-    assert measured.effect == pytest.approx((0.1 + 0.05) / 2) and "No rate reads 99%" in measured.note
+    assert measured.effect == pytest.approx((0.1 + 0.05) / 2) and measured.needs.startswith("a rate at which")
 
 
 def test_a_prefix_is_seen_by_all_and_words_by_those_after_them():

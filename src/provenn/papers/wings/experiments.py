@@ -106,11 +106,14 @@ def above_chance(run: Run, name: str, values: list[float]) -> list[Skill]:
     return [Skill(variant=name, values=values, dummy_baseline=[baseline] * len(values), higher_is_better=True)]
 
 
+READS = f"a rate at which {{}} reads {ENOUGH:.0%} of the pictures"
+
+
 async def forgotten(run: Run, way: str) -> Measurement:
     """Per seed the smallest loss of text accuracy among the rates that read pictures."""
     found = [await outcomes(run, way, rate) for rate in RATES]
     reads = [float(np.mean([each["image"] for each in at])) >= ENOUGH for at in found]
-    counted = [at for at, enough in zip(found, reads) if enough] or found
+    counted = [at for at, enough in zip(found, reads) if enough] or found  # then nothing is measured
     losses = [min(at[i]["text before"] - at[i]["text"] for at in counted) for i in range(len(run.seeds))]
     rows: list[list[Any]] = [
         [
@@ -123,7 +126,7 @@ async def forgotten(run: Run, way: str) -> Measurement:
         for rate, at in zip(RATES, found)
     ]
     columns = ["rate", "text before", "text after", "image", "attention shift"]
-    return Measurement.mean(
+    measured = Measurement.mean(
         losses,
         seeds=run.seeds,
         unit="accuracy",
@@ -131,8 +134,9 @@ async def forgotten(run: Run, way: str) -> Measurement:
         setting={"recipe": str(TUNING), "rates": list(RATES), "enough": ENOUGH},
         tables=[Table(caption=f"{WAYS[way][0]}, mean over seeds", columns=columns, rows=rows)],
         skills=above_chance(run, "before tuning", [each["text before"] for each in found[0]]),
-        note=NOTE if any(reads) else f"No rate reads {ENOUGH:.0%} of the pictures; all count. {NOTE}",
+        note=NOTE,
     )
+    return measured if any(reads) else measured.model_copy(update={"needs": READS.format(WAYS[way][0])})
 
 
 @measures("plain_forgets")
@@ -147,27 +151,30 @@ async def replay_forgets(run: Run) -> Measurement:
     return await forgotten(run, "replay")
 
 
-async def frontier(run: Run, way: str) -> list[float]:
-    """Per seed the best text accuracy among rates that read pictures; 0 where none does."""
+async def frontier(run: Run, way: str) -> tuple[list[float], bool]:
+    """Per seed the best text accuracy among rates that read pictures, 0 where none does; whether each seed has one."""
     found = [await outcomes(run, way, rate) for rate in RATES]
-    return [
-        max((at[i]["text"] for at in found if at[i]["image"] >= ENOUGH), default=0.0) for i in range(len(run.seeds))
-    ]
+    reading = [[at[i]["text"] for at in found if at[i]["image"] >= ENOUGH] for i in range(len(run.seeds))]
+    return [max(texts, default=0.0) for texts in reading], all(reading)
 
 
 async def at_equal_images(run: Run, rival: str) -> Measurement:
-    ours, theirs = await frontier(run, "wings"), await frontier(run, rival)
-    return Measurement.paired(
+    """A side that does not read pictures at some seed has no text accuracy to compare, not one of 0."""
+    sides = ("Wings", WAYS[rival][0])
+    (ours, we_read), (theirs, they_read) = await frontier(run, "wings"), await frontier(run, rival)
+    blind = "each seed of " + " and ".join(side for side, reads in zip(sides, (we_read, they_read)) if not reads)
+    measured = Measurement.paired(
         ours,
         theirs,
         seeds=run.seeds,
         unit="accuracy",
         data=ABOUT,
-        sides=("Wings", WAYS[rival][0]),
+        sides=sides,
         setting={"recipe": str(TUNING), "rates": list(RATES), "enough": ENOUGH},
-        skills=above_chance(run, "Wings", ours) + above_chance(run, WAYS[rival][0], theirs),
+        skills=above_chance(run, "Wings", ours) + above_chance(run, sides[1], theirs),
         note=NOTE,
     )
+    return measured.model_copy(update={"needs": READS.format(blind)}) if not (we_read and they_read) else measured
 
 
 @measures("frontier_lora")
