@@ -1,6 +1,6 @@
 """What VL-SAM's abstract says, as measurements on captioners of composed scenes and a small segmenter."""
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -40,35 +40,78 @@ async def outcomes(run: Run) -> list[dict[str, float]]:
     return await run.trials("captioners and segmenter", partial(outcome, run.smoke, run.device), **setting)
 
 
-async def against(
-    run: Run, ours: str, theirs: str | Sequence[str], sides: tuple[str, str], floor: str, unit: str, **more: Any
-) -> Measurement:
-    """One number of each seed against another, or against the best of several."""
-    found = await outcomes(run)
+def beside(
+    ours: str, theirs: str | Sequence[str], floor: str, unit: str, sides: tuple[str, str]
+) -> Callable[[Run], Awaitable[Measurement]]:
+    """What measures one number of each seed against another, or against the best of several."""
     rivals = [theirs] if isinstance(theirs, str) else list(theirs)
-    values = [each[ours] for each in found]
-    means = {name: float(np.mean([each[name] for each in found])) for name in rivals}
-    best = max(rivals, key=lambda name: means[name])
-    baselines, floors = ([each[name] for each in found] for name in (best, floor))
-    shown = [ours, *rivals, floor]
-    rows: list[list[Any]] = [[name, round(float(np.mean([each[name] for each in found])), 4)] for name in shown]
-    return Measurement.paired(
-        values,
-        baselines,
-        seeds=run.seeds,
-        unit=unit,
-        data=ABOUT,
-        sides=sides,
-        setting={"recipe": str(LEARNING), **SIZES},
-        skills=[
-            Skill(variant=sides[0], values=values, dummy_baseline=floors, higher_is_better=True),
-            Skill(variant=best, values=baselines, dummy_baseline=floors, higher_is_better=True, may_guess="a rival that"
-                  " does no better than chance is what the experiment would show"),
-        ],
-        tables=[Table(caption="Mean over seeds", columns=["what", unit], rows=rows)],
-        note=NOTE,
-        **more,
-    )  # fmt: skip
+
+    async def measured(run: Run) -> Measurement:
+        found = await outcomes(run)
+        of = {name: [each[name] for each in found] for name in (ours, *rivals, floor)}
+        means = {name: float(np.mean(values)) for name, values in of.items()}
+        best = max(rivals, key=lambda name: means[name])
+        shows = "a rival that does no better than chance is what the experiment would show"
+        return Measurement.paired(
+            of[ours],
+            of[best],
+            seeds=run.seeds,
+            unit=unit,
+            data=ABOUT,
+            sides=sides,
+            setting={"recipe": str(LEARNING), **SIZES},
+            skills=[
+                Skill(variant=name, values=of[key], dummy_baseline=of[floor], higher_is_better=True, may_guess=why)
+                for name, key, why in ((sides[0], ours, ""), (best, best, shows))
+            ],
+            tables=[
+                Table(
+                    caption="Mean over seeds",
+                    columns=["what", unit],
+                    rows=[[name, round(mean, 4)] for name, mean in means.items()],
+                )
+            ],
+            note=NOTE,
+        )
+
+    return measured
+
+
+NAMED, AR = ("floor named_AR", "named AR"), ("floor AR", "AR")
+POINTING = ("pointing centre", "pointing accuracy")
+MASKS = ("iou box of the map, filled", "mask IoU")
+EXPERIMENTS = {
+    # of all objects
+    "named_recall": beside("VL-SAM named_AR", "everything named_AR", *NAMED, ("VL-SAM", "segment everything")),
+    "recall_over_everything": beside("VL-SAM AR", "everything AR", *AR, ("VL-SAM", "segment everything")),
+    "over_everything_unlike": beside(
+        "unlike VL-SAM AR", "unlike everything AR", "unlike floor AR", "AR", ("VL-SAM", "segment everything")
+    ),
+    "over_box_writer": beside(
+        "VL-SAM named_AR", "box writer named_AR", *NAMED, ("VL-SAM", "captioner that writes boxes")
+    ),
+    "masks_over_box_writer": beside(
+        "VL-SAM mask_AR", "box writer mask_AR", "floor mask_AR", "mask AR", ("VL-SAM", "filled boxes of the captioner")
+    ),
+    "views_recall": beside("VL-SAM, five views named_AR", "VL-SAM named_AR", *NAMED, ("five views", "one view")),
+    "naive_recall": beside("VL-SAM named_AR", "naive named_AR", *NAMED, ("full map", "naive map")),
+    # of maps
+    "pointing_best": beside(
+        "pointing full",
+        [f"pointing {name}" for name in OTHERS],
+        *POINTING,
+        ("full map", f"best of {', '.join(OTHERS)}"),
+    ),
+    "pointing_unregularised": beside(
+        "pointing full", "pointing not regularised", *POINTING, ("full map", "not regularised")
+    ),
+    "pointing_weights": beside("pointing full", "pointing equal heads", *POINTING, ("full map", "equal heads")),
+    # of prompts
+    "pairs_over_one": beside("iou pair", "iou one point", *MASKS, ("pair", "one point")),
+    "refined_over_pairs": beside("iou refined", "iou pair", *MASKS, ("refined", "pair")),
+    "refined_over_random": beside("iou refined", "iou random point", *MASKS, ("refined", "random point in the map")),
+    "refined_over_box": beside("iou refined", "iou box of the map", *MASKS, ("refined", "box of the map")),
+}
 
 
 @measures("states_unchanged")
@@ -87,43 +130,6 @@ def states_unchanged(run: Run) -> Measurement:
         same and not learns,
         f"{len(before)} tensors compared over {len(data)} pictures; {learns} of their parameters may learn.",
     )
-
-
-@measures("named_recall")
-async def named_recall(run: Run) -> Measurement:
-    """Named AR against the segmenter on a grid of points with the commonest name, as many boxes."""
-    return await against(run, "VL-SAM named_AR", "everything named_AR", ("VL-SAM", "segment everything"),
-                         "floor named_AR", "named AR")  # fmt: skip
-
-
-@measures("recall_over_everything")
-async def recall_over_everything(run: Run) -> Measurement:
-    """AR without names against the segmenter on a grid of points, as many boxes."""
-    return await against(run, "VL-SAM AR", "everything AR", ("VL-SAM", "segment everything"), "floor AR", "AR")
-
-
-@measures("pointing_best")
-async def pointing_best(run: Run) -> Measurement:
-    """Pointing accuracy against the best of three simpler maps."""
-    others = [f"pointing {name}" for name in OTHERS]
-    sides = ("full map", f"best of {', '.join(OTHERS)}")
-    return await against(run, "pointing full", others, sides, "pointing centre", "pointing accuracy")
-
-
-@measures("pointing_unregularised")
-async def pointing_unregularised(run: Run) -> Measurement:
-    """Pointing accuracy with and without the column factor."""
-    sides = ("full map", "not regularised")
-    return await against(
-        run, "pointing full", "pointing not regularised", sides, "pointing centre", "pointing accuracy"
-    )
-
-
-@measures("pointing_weights")
-async def pointing_weights(run: Run) -> Measurement:
-    """Pointing accuracy with and without head weights."""
-    sides = ("full map", "equal heads")
-    return await against(run, "pointing full", "pointing equal heads", sides, "pointing centre", "pointing accuracy")
 
 
 @measures("auroc_best")
@@ -187,55 +193,6 @@ def uniform_collapse(run: Run) -> Measurement:
     return Measurement.holds(falls and rises, f"{count} tokens, {layers} layers; the last token's own place left out.")
 
 
-@measures("pairs_over_one")
-async def pairs_over_one(run: Run) -> Measurement:
-    """Mask IoU with a negative point against the positive one alone."""
-    return await against(
-        run, "iou pair", "iou one point", ("pair", "one point"), "iou box of the map, filled", "mask IoU"
-    )
-
-
-@measures("refined_over_pairs")
-async def refined_over_pairs(run: Run) -> Measurement:
-    """Mask IoU after the mask went back as a prompt, against before."""
-    return await against(run, "iou refined", "iou pair", ("refined", "pair"), "iou box of the map, filled", "mask IoU")
-
-
-@measures("refined_over_random")
-async def refined_over_random(run: Run) -> Measurement:
-    """Mask IoU against a point drawn at random in the map's positive area."""
-    sides = ("refined", "random point in the map")
-    return await against(run, "iou refined", "iou random point", sides, "iou box of the map, filled", "mask IoU")
-
-
-@measures("refined_over_box")
-async def refined_over_box(run: Run) -> Measurement:
-    """Mask IoU against the box around the map's positive area as a prompt."""
-    sides = ("refined", "box of the map")
-    return await against(run, "iou refined", "iou box of the map", sides, "iou box of the map, filled", "mask IoU")
-
-
-@measures("over_box_writer")
-async def over_box_writer(run: Run) -> Measurement:
-    """Named AR against a captioner that writes boxes, of the same data and steps."""
-    sides = ("VL-SAM", "captioner that writes boxes")
-    return await against(run, "VL-SAM named_AR", "box writer named_AR", sides, "floor named_AR", "named AR")
-
-
-@measures("masks_over_box_writer")
-async def masks_over_box_writer(run: Run) -> Measurement:
-    """Mask AR against the filled boxes of a captioner that writes them."""
-    sides = ("VL-SAM", "filled boxes of the captioner")
-    return await against(run, "VL-SAM mask_AR", "box writer mask_AR", sides, "floor mask_AR", "mask AR")
-
-
-@measures("over_everything_unlike")
-async def over_everything_unlike(run: Run) -> Measurement:
-    """AR on pairs of colour and object that no training had, against segmenting everything, as many boxes."""
-    sides = ("VL-SAM", "segment everything")
-    return await against(run, "unlike VL-SAM AR", "unlike everything AR", sides, "unlike floor AR", "AR")
-
-
 @measures("share_of_oracle")
 async def share_of_oracle(run: Run) -> Measurement:
     """AR as a share of what the true boxes give."""
@@ -250,19 +207,4 @@ async def share_of_oracle(run: Run) -> Measurement:
         setting={"recipe": str(LEARNING), **SIZES},
         skills=[Skill(variant="VL-SAM", values=shares, dummy_baseline=floors, higher_is_better=True)],
         note=NOTE,
-    )
-
-
-@measures("views_recall")
-async def views_recall(run: Run) -> Measurement:
-    """Named AR with the four quarters as well, against the whole picture alone."""
-    sides = ("five views", "one view")
-    return await against(run, "VL-SAM, five views named_AR", "VL-SAM named_AR", sides, "floor named_AR", "named AR")
-
-
-@measures("naive_recall")
-async def naive_recall(run: Run) -> Measurement:
-    """Named AR of the full map against the last layer's mean."""
-    return await against(
-        run, "VL-SAM named_AR", "naive named_AR", ("full map", "naive map"), "floor named_AR", "named AR"
     )
