@@ -10,6 +10,7 @@ from torch import nn
 from provenn.core.cost import count_parameters
 from provenn.evidence.study import TUNING_SEED
 from provenn.papers.temporal_residual_diffusion import model as of_model
+from provenn.papers.temporal_residual_diffusion import studies as of_studies
 from provenn.papers.temporal_residual_diffusion.experiments import CLIPS, EXPERIMENTS
 from provenn.papers.temporal_residual_diffusion.model import Reconstructor, ResidualRegression
 from provenn.papers.temporal_residual_diffusion.studies import (
@@ -32,7 +33,7 @@ from provenn.papers.temporal_residual_diffusion.studies import (
 from provenn.papers.temporal_residual_diffusion.task import TASK
 from provenn.papers.temporal_residual_diffusion.task.clips import TEST, TRAIN, VALIDATE, Clips, flight, flights, spreads
 from provenn.papers.temporal_residual_diffusion.task.metrics import above, compared, fitted_thresholds
-from provenn.training import Recipe
+from provenn.training import Fit, Recipe
 
 SHORTEST = Recipe(epochs=1, max_steps=1, batch_size=8, optimizer="adamw", lr=1e-3)
 
@@ -161,6 +162,21 @@ def test_the_low_frequency_module_is_the_trained_one_of_the_same_seed(data):
     for name, is_low in (("full", True), ("untrained", False)):
         state = done[name].model.low.state_dict()
         assert all(torch.equal(state[key], low[key]) for key in low) is is_low
+
+
+@pytest.mark.parametrize("name, epochs", [("e2vid", [6]), ("firenet", [6]), ("full", [4, 2]), ("untrained", [2])])
+def test_networks_alone_train_as_long_as_a_system_and_its_low_frequency_module(data, monkeypatch, name, epochs):
+    asked = []
+
+    def noted(build, task, data, recipe, **more):
+        asked.append(recipe.epochs)
+        return Fit(build(), {})
+
+    monkeypatch.setattr(of_studies, "fit", noted)
+    of_studies._low_state.cache_clear()
+    trained(lambda: built_plain(name, data), TASK, data, replace(SHORTEST, epochs=2), seed=8)
+    of_studies._low_state.cache_clear()
+    assert asked == epochs
 
 
 def built_plain(name, data):

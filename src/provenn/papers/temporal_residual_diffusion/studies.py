@@ -33,6 +33,8 @@ CURVE = 8  # clips of the curve over epochs
 LONG, LONG_CLIPS = 40, 12
 DESIGN = SMALL._replace(width=12)
 LOW_RATE = 1e-3  # of the low-frequency module of all systems, by a pilot on another seed
+LOW_TIMES = 2  # as many epochs of it before a system's own
+ALONE_TIMES = 3  # as many of a network alone: together the two of a system
 ONE_CPU = Hardware()
 
 
@@ -129,9 +131,9 @@ def trained(
     hardware: Hardware = ONE_CPU,
     title: str = "training",
 ) -> Fit:
-    """`fit`; a system's low-frequency module is trained before on the same clips, and frozen.
+    """`fit`; a system's low-frequency module is trained before on the same clips, twice as long, and frozen.
 
-    Where a rate is chosen nothing is tested.
+    An E2VID or a FireNet alone is trained as long as both. Where a rate is chosen nothing is tested.
     """
     made = build()
     plan: Plan = made.plan  # type: ignore[assignment]  # `network` sets it
@@ -139,7 +141,9 @@ def trained(
         with torch.no_grad():
             return _remembered(Fit(made.eval(), task.evaluate(made, data.test)), data)
     state: dict[str, Tensor] = {}
-    if isinstance(made, TemporalResidualDiffusion) and plan.low:
+    if not isinstance(made, TemporalResidualDiffusion):
+        recipe = replace(recipe, epochs=ALONE_TIMES * recipe.epochs)
+    elif plan.low:
         state = low_state(seed, recipe, hardware)
 
     def started() -> nn.Module:
@@ -169,8 +173,8 @@ def few_to_validate(data: TaskData) -> TaskData:
 
 
 def low_state(seed: int, recipe: Recipe, hardware: Hardware) -> dict[str, Tensor]:
-    """Weights of the low-frequency module of a seed, trained as long as the systems are."""
-    return _low_state(seed, replace(recipe, lr=LOW_RATE), hardware)
+    """Weights of the low-frequency module of a seed, trained twice as long as the systems themselves are."""
+    return _low_state(seed, replace(recipe, lr=LOW_RATE, epochs=LOW_TIMES * recipe.epochs), hardware)
 
 
 @lru_cache(maxsize=16)  # the systems of a seed share it
