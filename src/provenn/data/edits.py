@@ -481,7 +481,7 @@ def check_modes(source: Path, reference: Path) -> None:
     modes = [_mode(file) for file in (source, reference)]
     if modes[0] != modes[1]:
         raise UserError(
-            f"{reference} is {modes[1]}, and the source {source} is {modes[0]}: expected one mode: convert the reference"
+            f"{reference} is {modes[1]}, and the source {source} is {modes[0]}: expected one mode, convert it"
         )
 
 

@@ -338,6 +338,13 @@ def _read(root: Path, side: int, seed: int) -> tuple[dict[str, list[Any]], Vocab
     return parts, words, length, max(1, *(len(words_of(one.noun)) for one in parts["train"]))
 
 
+def _edits(dataset: Any) -> Edits:
+    """The edits with their words inside of a data set of this task, or of a part of one."""
+    while not isinstance(dataset, Edits):
+        dataset = getattr(dataset, "edits", None) or dataset.dataset
+    return dataset
+
+
 def _errors(edited: Float[Tensor, "batch 3 height width"], given: Edit) -> dict[str, Tensor]:
     squared = (edited - given.target).square().mean(1, keepdim=True)
     inside, outside = given.mask, ~given.mask
@@ -410,8 +417,7 @@ class Judge:
     @torch.no_grad()
     def instruction(self, edited: Tensor, given: Edit, dataset: Any) -> Float[Tensor, " batch"]:
         """Cosine of the edited picture and the instruction in words alone."""
-        edits = getattr(dataset, "edits", dataset)
-        texts = [edits.vocabulary.decode(row) for row in given.described.tolist()]
+        texts = [_edits(dataset).vocabulary.decode(row) for row in given.described.tolist()]
         vectors = F.normalize(self.pair.encode_text(self.tokens(texts)), dim=1)
         return (self.images(edited) * vectors).sum(1).to(edited.device)
 

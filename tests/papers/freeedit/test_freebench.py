@@ -1,4 +1,4 @@
-"""FreeBench's construction: what is filtered, what is repainted and what is not, and that a task reads what comes out."""
+"""FreeBench's construction: what is filtered, what is repainted, and that a task reads what comes out."""
 
 import numpy as np
 import pytest

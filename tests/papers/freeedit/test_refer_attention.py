@@ -103,7 +103,7 @@ def asked(batch=2):
 
 
 FORMS = [("drra", False, "merged"), ("drra", True, "merged"), ("drra", True, "plain"), ("rasa", False, "plain"),
-         ("ref_only", False, "plain"), ("ref_only", True, "plain")]  # fmt: skip
+         ("ref_only", False, "plain"), ("ref_only", True, "plain"), ("self", False, "plain")]  # fmt: skip
 
 
 @pytest.mark.parametrize("mode, share, form", FORMS)
@@ -215,7 +215,7 @@ def test_a_checkpointed_net_does_not_run_the_extractor_again():
     "change, words",
     [
         (lambda d, e: attach_refer_attention(d, d), "one module"),
-        (lambda d, e: attach_refer_attention(d, e, "drrra"), "mode is one of drra, rasa, ref_only"),
+        (lambda d, e: attach_refer_attention(d, e, "drrra"), "mode is one of drra, rasa, ref_only, self"),
         (lambda d, e: attach_refer_attention(torch.nn.Linear(2, 2), e), "no self-attention"),
         (lambda d, e: attach_refer_attention(d, unet(3, block_out_channels=(8, 24))), "of one layout"),
         (lambda d, e: [attach_refer_attention(d, e) for _ in range(2)], "already"),

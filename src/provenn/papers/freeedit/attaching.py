@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from provenn.core.errors import UserError
 from provenn.nn.attention import split_heads
+from provenn.ops.softmax_attention import softmax_attention
 from provenn.papers.freeedit.layers import drra, merged_drra, rasa, reference_only
 
-Mode = Literal["drra", "rasa", "ref_only"]
-MODES = ("drra", "rasa", "ref_only")
+Mode = Literal["drra", "rasa", "ref_only", "self"]
+MODES = ("drra", "rasa", "ref_only", "self")
 FORMS = ("merged", "plain")
 PLAIN = ("AttnProcessor", "AttnProcessor2_0")  # processors of diffusers that attend as the formula says
 
@@ -49,9 +50,11 @@ class ReferAttention(nn.Module):
     | drra, shared | W_O (SA + λ softmax(Q [K, K_R]ᵀ/√d) [V, V_R]) | none |
     | rasa | W_O softmax(Q [K, K_R]ᵀ/√d) [V, V_R] | none |
     | ref_only | W_O SA + λ W_O' softmax(Q' K_Rᵀ/√d) V_R | Q' as a copy, W_O' = 0; none where shared |
+    | self | W_O SA + λ W_O' softmax(Q' K'ᵀ/√d) V' | as drra: equal in size, blind to the reference (to compare) |
 
-    W_O SA is always what the old processor gives, so that λ = 0 or no reference leaves it to the bit. The bias of W_O is
-    added once. RASA takes its place and shares its weights always; it has no λ, and a λ of 0 means no reference.
+    Where projections are separate, W_O SA is what the old processor gives. With λ = 0 or without a reference all is, to
+    the bit. The bias of W_O is added once. RASA takes the place of SA and shares its weights always. It has no λ; a λ of
+    0 means no reference.
 
     Args:
         attention: the layer.
@@ -127,6 +130,8 @@ class ReferAttention(nn.Module):
         if self.mode == "ref_only":
             return own() + factor * self._out(attention, reference_only(q, k_r, v_r))
         k, v = split_heads(projections.to_k(x), heads), split_heads(projections.to_v(x), heads)
+        if self.mode == "self":
+            return own() + factor * self._out(attention, softmax_attention(q, k, v))
         if self.mode == "rasa":
             joined = attention.to_out[0](_joined(rasa(q, k, v, k_r, v_r)))
             return torch.where(factor != 0, joined, own()) if isinstance(factor, Tensor) else joined
@@ -157,6 +162,25 @@ def self_attentions(unet: nn.Module) -> dict[str, Any]:
     return {name: part for name, part in found.items() if not getattr(part, "is_cross_attention", False)}
 
 
+class _Kept:
+    """Keys and values of a pass of the extractor, by the name of their projection, while that is asked for."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.parts: dict[str, Tensor] = {}
+
+
+class _Keep:
+    """A hook that keeps what a projection gives; an object, so that a copy of the U-Net keeps in a copy of its own."""
+
+    def __init__(self, kept: _Kept, name: str):
+        self.kept, self.name = kept, name
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if self.kept.asked:
+            self.kept.parts[self.name] = output
+
+
 class Attached:
     """Refer-attention in a U-Net.
 
@@ -168,6 +192,14 @@ class Attached:
 
     def __init__(self, unet: nn.Module, extractor: nn.Module, layers: Mapping[str, ReferAttention], state: _State):
         self.unet, self.extractor, self.layers, self.state = unet, extractor, dict(layers), state
+        self.kept = _Kept()
+        sites = self_attentions(extractor)
+        # Put in once: a hook that comes and goes with each pass could not be compiled.
+        self.hooks = [
+            getattr(sites[name], part).register_forward_hook(_Keep(self.kept, f"{name}.{part}"))
+            for name in layers
+            for part in ("to_k", "to_v")
+        ]
 
     def parameters(self) -> list[nn.Parameter]:
         """The new parameters alone, which are to train; none where projections are shared."""
@@ -197,26 +229,13 @@ class Attached:
             timestep: t, inferred to be 0.
             more: of the extractor's own call, such as `added_cond_kwargs` of Stable Diffusion XL.
         """
-        kept: dict[str, dict[str, Tensor]] = {name: {} for name in self.layers}
-        sites, hooks = self_attentions(self.extractor), []
-
-        def keep(name: str, part: str) -> Any:
-            def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-                kept[name][part] = output
-
-            return hook
-
+        steps = torch.full((latents.shape[0],), timestep, device=latents.device)
+        self.kept.asked = True
         try:
-            for name in self.layers:
-                hooks += [
-                    getattr(sites[name], part).register_forward_hook(keep(name, part)) for part in ("to_k", "to_v")
-                ]
-            steps = torch.full((len(latents),), timestep, device=latents.device)
             self.extractor(latents, steps, encoder_hidden_states=text, **more)
         finally:
-            for hook in hooks:
-                hook.remove()
-        return {name: Features(parts["to_k"], parts["to_v"]) for name, parts in kept.items()}
+            kept, self.kept.parts, self.kept.asked = self.kept.parts, {}, False
+        return {name: Features(kept[f"{name}.to_k"], kept[f"{name}.to_v"]) for name in self.layers}
 
     @contextmanager
     def using(self, features: References | None, scale: float | int | Tensor = 1.0) -> Iterator[None]:
@@ -238,7 +257,9 @@ class Attached:
         for name, attention in self_attentions(self.unet).items():
             if name in self.layers and attention.processor is self.layers[name]:
                 attention.set_processor(self.layers[name].host)
-        self.layers = {}
+        for hook in self.hooks:
+            hook.remove()
+        self.layers, self.hooks = {}, []
 
 
 def attach_refer_attention(
@@ -254,7 +275,8 @@ def attach_refer_attention(
     Args:
         unet: the denoiser, such as that of Stable Diffusion 1.5, 2.1 or XL.
         extractor: another U-Net with self-attentions of the same names and widths. It is not changed; freeze it.
-        mode: "drra"; "rasa", which replaces self-attention; or "ref_only", whose branch sees the reference alone.
+        mode: "drra"; "rasa", which replaces self-attention; "ref_only", whose branch sees the reference alone; or
+            "self", whose branch sees the denoiser alone.
         share: whether the branch has the projections of the self-attention (the formula) or its own, which begin as
             copies with a zero output (the figure; our default).
         form: of shared DRRA, "merged" in two attentions or "plain" in three. They differ by rounding alone.

@@ -1,7 +1,7 @@
 """FreeBench's construction on any segmentation data: two repaintings make a triplet and its instruction (inferred).
 
-The paper repaints a source picture twice, so that an object is the same in the edited picture and in the reference. Which
-region is repainted when was not documented; this is our reading of it.
+The paper repaints a source picture twice, so that an object is the same in the edited picture and in the reference.
+Which region is repainted when was not documented; this is our reading of it.
 
 | | repainted | gives |
 | --- | --- | --- |
@@ -9,8 +9,8 @@ region is repainted when was not documented; this is our reading of it.
 | 2 | the object and a rim, as ground or as another class | the other side of the pair |
 
 The pair's other picture is the photograph itself, bit for bit outside the rim. So addition goes from the repainted
-picture to the photograph, replacement likewise, and removal the other way round, without a reference. Masks are stored to
-judge by; no model is given them.
+picture to the photograph, replacement likewise, and removal the other way round, without a reference. Masks are stored
+to judge by; no model is given them.
 
     python -m provenn.papers.freeedit.freebench PICTURES_AND_MASKS TRIPLETS
 """

@@ -121,7 +121,7 @@ class QFormer(nn.Module):
         self, image: Float[Tensor, "batch tokens image_dim"], noun: Int[Tensor, "batch words"]
     ) -> Float[Tensor, "batch queries text_dim"]:
         count = self.queries.shape[0]
-        asked = self.queries.expand(len(noun), -1, -1)
+        asked = self.queries.expand(noun.shape[0], -1, -1)
         x = self.norm(torch.cat([asked, self.embedding(noun)], dim=1))
         mask = torch.cat([torch.ones_like(noun[:, :1], dtype=torch.bool).expand(-1, count), noun != self.pad], dim=1)
         for block in self.blocks:
@@ -209,14 +209,14 @@ class InstructionEncoder(nn.Module):
         table = self.text.embeddings.token_embedding
         here = tokens == self.placeholder
         words = table(tokens.masked_fill(here, self.pad))
-        filled = table(tokens.new_full((1, 1), self.pad)).expand(len(tokens), self.length, -1)
+        filled = table(tokens.new_full((1, 1), self.pad)).expand(tokens.shape[0], self.length, -1)
         if images is None:
             x = torch.cat([words, filled], dim=1)[:, : self.length]
             told = torch.arange(self.length, device=x.device)[None] < tokens.shape[1]
             cut = tokens.shape[1] > self.length
             last = torch.full_like(tokens[:, 0], tokens.shape[1])
         else:
-            given = noun if noun is not None else tokens.new_full((len(tokens), 1), self.pad)
+            given = noun if noun is not None else tokens.new_full((tokens.shape[0], 1), self.pad)
             o = self.qformer(self.features(images), given)
             place = torch.where(here.any(1), here.int().argmax(1), tokens.shape[1])
             x = splice(words, o.to(words.dtype), place, self.length)
@@ -226,7 +226,7 @@ class InstructionEncoder(nn.Module):
         x = torch.where(told[..., None], x, filled)
         if not cut:
             return x
-        end = table(tokens.new_full((1, 1), self.end)).expand(len(tokens), 1, -1)
+        end = table(tokens.new_full((1, 1), self.end)).expand(tokens.shape[0], 1, -1)
         # Where words were cut that are no padding, the end of the text would be lost with them.
         ends = (tokens == self.end).int().argmax(1) + (last - tokens.shape[1])
         lost = (tokens == self.end).any(1) & (ends >= self.length)

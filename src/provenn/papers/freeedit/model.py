@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from provenn.core import progress
@@ -181,7 +181,7 @@ class FreeEdit(nn.Module):
         features = None
         if reference is not None and self.refer is not None and self.phase == "details":
             features = self.refer.extract(
-                self.latents(reference, self.design.scaling), self.nothing(len(tokens)), self.design.reference_step
+                self.latents(reference, self.design.scaling), self.nothing(tokens.shape[0]), self.design.reference_step
             )
         return Reference(text, features, present)
 
@@ -195,7 +195,7 @@ class FreeEdit(nn.Module):
     def predict_noise(
         self,
         noisy: Tensor,
-        t: Int[Tensor, " batch"],
+        t: Shaped[Tensor, " batch"],
         source: Tensor,
         told: Reference,
         scale: float | int | Tensor | None,
@@ -218,7 +218,7 @@ class FreeEdit(nn.Module):
     def forward(
         self,
         noisy: Tensor,
-        t: Int[Tensor, " batch"],
+        t: Shaped[Tensor, " batch"],
         source: Images,
         tokens: Int[Tensor, "batch words"],
         reference: Images | None = None,
@@ -226,6 +226,8 @@ class FreeEdit(nn.Module):
         scale: float | int | Tensor | None = None,
     ) -> Tensor:
         """What the denoiser says of z_t, from all that a user gives; the arguments are those of `read` and its step."""
+        if noisy.shape[0] == 0:  # which diffusers' U-Net does not take
+            return noisy.clone()
         told = self.read(tokens, reference, noun)
         return self.predict_noise(noisy, t, self.latents(source, self.design.source_scaling), told, scale)
 
@@ -377,7 +379,7 @@ def freeedit_small(
     length: int = 24,
     queries: int = 4,
     depth: int = 2,
-    mode: Literal["drra", "rasa", "ref_only", "none"] = "drra",
+    mode: Literal["drra", "rasa", "ref_only", "self", "none"] = "drra",
     share: bool = False,
     freeze: bool = False,
 ) -> FreeEdit:
@@ -404,10 +406,13 @@ def freeedit_small(
     text = TextTower(TextConfig("clip", text_dim, text_depth, heads, vocab=vocab_size, max_length=length,
                                 end_of_text=2, pad=0))  # fmt: skip
     told, pair = about("tiny-clip"), cast(ContrastivePair, pretrained("tiny-clip"))
-    qformer = QFormer(vocab_size, pair.vision_model.config.dim, text_dim, queries=queries, dim=text_dim, depth=depth,
+    # Weights that ship are read even where a model is laid out on the meta device.
+    on_meta = torch.get_default_device().type == "meta"
+    tower = VisionTower(pair.vision_model.config) if on_meta else pair.vision_model
+    qformer = QFormer(vocab_size, tower.config.dim, text_dim, queries=queries, dim=text_dim, depth=depth,
                       heads=heads)  # fmt: skip
     instruction = InstructionEncoder(
-        text, cast(VisionTower, pair.vision_model), qformer, placeholder=image_token, end=2, pad=0, length=length,
+        text, tower, qformer, placeholder=image_token, end=2, pad=0, length=length,
         mean=told["mean"], std=told["std"], size=told["size"],
     )  # fmt: skip
     design = Design(predicts="sample", schedule="scaled_linear", scaling=1.0, source_scaling=1.0, steps=10,
@@ -426,7 +431,7 @@ def freeedit_sd15(
     vocab_size: int = 49408,
     image_token: int = -200,
     *,
-    mode: Literal["drra", "rasa", "ref_only", "none"] = "drra",
+    mode: Literal["drra", "rasa", "ref_only", "self", "none"] = "drra",
     share: bool = False,
     queries: int = 16,
     every: int = 1,

@@ -1,7 +1,7 @@
 """FreeEdit's phased training: instructions, then details, then quality; and the joint one that it is compared with."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -37,19 +37,19 @@ def phases(model: nn.Module, task: Task, data: TaskData, recipe: Recipe, *, join
         model, task, data, recipe: as of `provenn.training.fit_stages`.
         joint: details from the first step on, in place of instruction and then details.
     """
-    tuned = _cleanest(data)
-    plan: list[tuple[str, float, TaskData, str, Learns, bool]] = [
-        ("prior", SHARES["prior"], data, "prior", _of_prior, False)
+    tuned = cleanest(data)
+    plan: list[tuple[str, float, TaskData, str, bool]] = [
+        ("prior", SHARES["prior"], data, "prior", False)
     ]
     if joint:
         share = SHARES["instruction"] + SHARES["details"]
-        plan.append(("joint", share, data, "details", _of_details, True))
+        plan.append(("joint", share, data, "details", True))
     else:
-        plan.append(("instruction", SHARES["instruction"], data, "instruction", _of_instruction, True))
-        plan.append(("details", SHARES["details"], data, "details", _of_details, False))
-    plan.append(("quality", SHARES["quality"], tuned, "details", _of_details, False))
+        plan.append(("instruction", SHARES["instruction"], data, "instruction", True))
+        plan.append(("details", SHARES["details"], data, "details", False))
+    plan.append(("quality", SHARES["quality"], tuned, "details", False))
     stages = []
-    for name, share, part, phase, learns, begins in plan:
+    for name, share, part, phase, begins in plan:
         steps = None if recipe.max_steps is None else max(1, round(share * recipe.max_steps))
         epochs = max(1, round(share * recipe.epochs))
         if name == "quality":  # a tenth of the examples: as many steps as its share has
@@ -57,11 +57,20 @@ def phases(model: nn.Module, task: Task, data: TaskData, recipe: Recipe, *, join
         rate = QUALITY_RATE * recipe.lr if name == "quality" else recipe.lr
         warm = 0 if name == "quality" else recipe.warmup_steps
         of_stage = replace(recipe, epochs=epochs, max_steps=steps, lr=rate, warmup_steps=warm)
-        stages.append(Stage(name, task, part, of_stage, partial(_open, phase=phase, learns=learns, begins=begins)))
+        stages.append(Stage(name, task, part, of_stage, opened(phase, begins=begins)))
     return stages
 
 
-joint = partial(phases, joint=True)
+def opened(phase: str, *, begins: bool = False) -> Callable[[Any], AbstractContextManager[nn.Module]]:
+    """For `Stage.learning`: what learns in a phase, and what is begun before it.
+
+    Args:
+        phase: "prior", "instruction" or "details".
+        begins: whether the denoiser begins as the extractor. Without it the branches begin anew where they have not
+            learned yet.
+    """
+    learns = {"prior": _of_prior, "instruction": _of_instruction, "details": _of_details}[phase]
+    return partial(_open, phase=phase, learns=learns, begins=begins)
 
 
 def _of_prior(model: FreeEdit) -> Iterator[nn.Parameter]:
@@ -95,7 +104,7 @@ def _open(model: FreeEdit, *, phase: str, learns: Learns, begins: bool) -> Itera
         yield model
 
 
-def _cleanest(data: TaskData) -> TaskData:
+def cleanest(data: TaskData) -> TaskData:
     """The share of the training of the highest quality, by its own word."""
     quality = np.array([float(data.train[k].quality) for k in range(len(data.train))])  # type: ignore[arg-type]
     count = max(1, round(CLEANEST * len(quality)))
