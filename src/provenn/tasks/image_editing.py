@@ -235,10 +235,13 @@ class ImageEditing(Task):
         return {"words": vocabulary().words, "size": SIDE, "length": LENGTH, "nouns": NOUN}
 
     def example(self, file: Path, meta: dict[str, Any], text: str = "") -> dict[str, Any]:
-        """What an editor is given of one file: the source, or side by side source and reference, and an instruction."""
-        pixels = read_pixels(file)
-        source, reference = halves(pixels)
+        """What an editor is given of one file, and an instruction: a source, or side by side source and reference.
+
+        Without words the object is to be replaced, in a picture that brings no reference by itself.
+        """
+        source, reference = halves(read_pixels(file))
         instruction = text or "replace the object with S*"
+        reference = source if reference is None and not text else reference
         check_placeholder(instruction, reference is not None)
         return _request(meta, source, instruction, reference, "")
 

@@ -329,6 +329,8 @@ class FreeEdit(nn.Module):
         count, (s_t, s_i) = steps or self.design.steps, guidance or self.design.guidance
         if not 1 <= count <= STEPS:
             raise UserError(f"steps must lie between 1 and {STEPS}, got {count}")
+        if not (tokens == self.placeholder).any():
+            reference = None
         scheduler = self.scheduler(sampler)
         scheduler.set_timesteps(count, device=source.device)
         seen = self.latents(source, self.design.source_scaling)
