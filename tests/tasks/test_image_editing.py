@@ -124,7 +124,13 @@ def listed(tmp_path):
     return write
 
 
-ONE = {"source": "a.png", "target": "b.png", "reference": "r.png", "instruction": "replace the cat with S*", "noun": "dog"}
+ONE = {
+    "source": "a.png",
+    "target": "b.png",
+    "reference": "r.png",
+    "instruction": "replace the cat with S*",
+    "noun": "dog",
+}
 
 
 def test_a_list_is_read_and_split(listed):
@@ -159,7 +165,7 @@ def test_a_line_of_another_form_is_refused_in_one(listed, change, words):
 
 def test_a_reference_of_another_mode_is_refused(listed):
     root = listed({**ONE, "reference": "grey.png"})
-    with pytest.raises(UserError, match="grey.png is grey, and the source .*a.png is in colour") as error:
+    with pytest.raises(UserError, match=r"grey.png is grey, and the source .*a.png is in colour") as error:
         TASK.load(root, size=16)
     assert "\n" not in str(error.value)
 

@@ -124,7 +124,7 @@ class ImageEditing(Task):
             if examples is not None and not 1 <= examples <= 50_000:
                 raise UserError(f"examples must lie between 1 and 50,000, got {examples}")
             words, side, length, nouns = vocabulary(), SIDE, LENGTH, NOUN
-            parts = {
+            parts: dict[str, list[Any]] = {
                 split: list(composed_edits(split, seed, examples if split == "train" else None)) for split in SPLITS
             }
             told = (

@@ -40,7 +40,11 @@ def test_parts_of_the_published_layout():
         parts = parts_of(freeedit_sd15())
     assert parts["denoiser"] == 859_532_484 and parts["detail extractor"] == 859_520_964
     assert parts["refer-attention"] == 49_574_080
-    assert [round(parts[name] / 1e6, 1) for name in ("image encoder", "text transformer", "VAE")] == [303.2, 123.1, 83.7]
+    assert [round(parts[name] / 1e6, 1) for name in ("image encoder", "text transformer", "VAE")] == [
+        303.2,
+        123.1,
+        83.7,
+    ]
     with torch.device("meta"):
         assert parts_of(freeedit_sd15(share=True))["refer-attention"] == 0
 

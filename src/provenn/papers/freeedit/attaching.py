@@ -53,8 +53,8 @@ class ReferAttention(nn.Module):
     | self | W_O SA + λ W_O' softmax(Q' K'ᵀ/√d) V' | as drra: equal in size, blind to the reference (to compare) |
 
     Where projections are separate, W_O SA is what the old processor gives. With λ = 0 or without a reference all is, to
-    the bit. The bias of W_O is added once. RASA takes the place of SA and shares its weights always. It has no λ; a λ of
-    0 means no reference.
+    the bit. The bias of W_O is added once. RASA takes the place of SA and shares its weights always. It has no λ; 0
+    means no reference.
 
     Args:
         attention: the layer.
@@ -63,6 +63,8 @@ class ReferAttention(nn.Module):
         site: name of the layer, which the features are found by.
         mode, share, form: as of `attach_refer_attention`.
     """
+
+    to_out: nn.Module
 
     def __init__(
         self, attention: Any, host: Any, state: _State, *, site: str, mode: str, share: bool, form: str = "merged"
@@ -87,7 +89,8 @@ class ReferAttention(nn.Module):
         """Begin anew: the branch's projections are those of the layer as it is now, and its output is zero."""
         if self.share:
             return
-        for name, part in self.named_children():
+        parts: list[tuple[str, Any]] = list(self.named_children())
+        for name, part in parts:
             if name == "to_out":
                 part.weight.zero_()
                 part.bias.zero_()
@@ -125,7 +128,7 @@ class ReferAttention(nn.Module):
         heads = attention.heads
         k_r, v_r = split_heads(k_r, heads), split_heads(v_r, heads)
         factor = scale.view(-1, 1, 1).to(x.dtype) if isinstance(scale, Tensor) else scale
-        projections = attention if self.share else self
+        projections: Any = attention if self.share else self
         q = split_heads(projections.to_q(x), heads)
         if self.mode == "ref_only":
             return own() + factor * self._out(attention, reference_only(q, k_r, v_r))

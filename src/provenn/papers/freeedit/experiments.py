@@ -9,16 +9,17 @@ import torch
 from provenn.core.cost import flops
 from provenn.evidence import Benchmark, Measurement, Run, Table, Timing, measures
 from provenn.evidence.measurement import Skill
+from provenn.ops.softmax_attention import softmax_attention
 from provenn.papers.freeedit.attaching import attach_refer_attention, self_attentions
 from provenn.papers.freeedit.layers import drra, merged_drra, rasa
 from provenn.papers.freeedit.model import SD15, freeedit_sd15, freeedit_small, parts_of
 from provenn.papers.freeedit.studies import LEARNING, SIZES, outcome
-from provenn.ops.softmax_attention import softmax_attention
 
 ABOUT = "edits of 16×16 pixels: digits of 3×3 coloured tiles on photographs are added, replaced and removed"
 NOTE = (
-    "Errors are those of the predicted clean image at high noise, t from 70 to 96 % of the schedule, inside the object, "
-    "where both sides see the same noise. Prior and stage 1 are shared by the variants of a seed. One rate for all."
+    "Errors are those of the predicted clean image at high noise, t from 70 to 96 % of the schedule, inside the "
+    "object, where both sides see the same noise. Prior and stage 1 are shared by the variants "
+    "of a seed. One rate for all."
 )
 UNIT = "squared error inside the object"
 SITES = ((5, 4096, 320), (5, 1024, 640), (5, 256, 1280), (1, 64, 1280))  # layers, tokens and width at 512²
@@ -270,8 +271,8 @@ def own_attention_unmoved(run: Run) -> Measurement:
         joined.append(float((both - own).abs().max()))
     return Measurement.holds(
         max(rests) < 1e-12 and min(joined) > 0.1,
-        f"Three references in float64: the rest differs from self-attention by at most {max(rests):.0e}; RASA by at least "
-        f"{min(joined):.2f}.",
+        f"Three references in float64: the rest differs from self-attention by at most {max(rests):.0e}; RASA by at "
+        f"least {min(joined):.2f}.",
     )
 
 
@@ -297,7 +298,9 @@ def merged_flops(run: Run) -> Measurement:
     return Measurement.exact(
         added["merged"] / added["plain"],
         unit="share of the FLOPs that the plain form adds",
-        tables=[Table(caption="16 layers at 512², products of attention", columns=["form", "GFLOP", "added"], rows=rows)],
+        tables=[
+            Table(caption="16 layers at 512², products of attention", columns=["form", "GFLOP", "added"], rows=rows)
+        ],
     )
 
 

@@ -72,7 +72,7 @@ def edits_of(seed: int, smoke: bool, form: str = "reference") -> TaskData:
     """Pairs of a seed: 6,000 to learn from, and 400 held out, of glyphs, photographs and hues that no training has."""
     words = vocabulary()
     counts = {"train": 32, "val": 4, "test": 8} if smoke else {"train": 6000, "val": 200, "test": 400}
-    written = {split: composed_edits(split, seed, count) for split, count in counts.items()}  # type: ignore[arg-type]
+    written = {split: composed_edits(split, seed, count) for split, count in counts.items()}
     sets = {split: Told(Edits(part, words), form) for split, part in written.items()}
     content = [x for part in written.values() for one in part for x in (one.source, one.target, one.described)]
     return TaskData(
@@ -103,8 +103,9 @@ class Bench:
             recipe = replace(LEARNING, max_steps=2 if self.smoke else steps)
             if tuned:
                 recipe = replace(recipe, lr=QUALITY_RATE * recipe.lr, warmup_steps=0)
-            stages.append(Stage(f"{name} {number}", get_task("image-editing"), cleanest(data) if tuned else data, recipe,
-                                opened("details" if tuned else name, begins=begins)))  # fmt: skip
+            part, learning = (cleanest(data), "details") if tuned else (data, name)
+            task = get_task("image-editing")
+            stages.append(Stage(f"{name} {number}", task, part, recipe, opened(learning, begins=begins)))
         run_stages(model, stages, seed=self.seed, hardware=Hardware(device=self.device))
         return model.eval().cpu()
 
@@ -137,7 +138,8 @@ def clean_errors(model: FreeEdit, data: Dataset, *, scale: float | None = None) 
     for batch in DataLoader(data, batch_size=100):
         clean, source = 2 * batch.target - 1, 2 * batch.source - 1
         told = model.read(batch.tokens, batch.reference, batch.noun)
-        inside, outside = [], []
+        inside: list[Tensor] = []
+        outside: list[Tensor] = []
         for _ in range(LEVELS):
             t = torch.randint(low, high, (len(clean),), generator=draw)
             noisy = model.scheduler().add_noise(clean, torch.randn(clean.shape, generator=draw), t)
@@ -170,9 +172,7 @@ def overlap(model: FreeEdit, given: Dataset, pairs: Dataset, drawn: int = DRAWN)
     numbers = range(min(drawn, count_examples(pairs)))
     batch, truth = (Edit(*(torch.stack(parts) for parts in zip(*(of[k] for k in numbers)))) for of in (given, pairs))
     edited = model.edit(batch.source, batch.tokens, batch.reference, batch.noun, seeds=numbers)
-    due, changed = (
-        (picture - truth.source).abs().amax(1).flatten(1) > CHANGED for picture in (truth.target, edited)
-    )
+    due, changed = ((picture - truth.source).abs().amax(1).flatten(1) > CHANGED for picture in (truth.target, edited))
     union = (changed | due).sum(1).clamp(min=1)
     outside = ~truth.mask[:, 0].flatten(1)
     squared = (edited - truth.target).square().mean(1).flatten(1)
@@ -243,7 +243,9 @@ def outcome(smoke: bool, device: str, seed: int) -> dict[str, float]:
         for kind in KINDS:
             found[f"{name}, {kind}"] = of_kind(errors, test["reference"], (kind,))
     for name, model, form in (("DRRA", kept["DRRA"], "reference"), ("masked", masked, "masked")):
-        found |= {f"{name}, sampled {what}": value for what, value in overlap(model, test[form], test["reference"]).items()}
+        found |= {
+            f"{name}, sampled {what}": value for what, value in overlap(model, test[form], test["reference"]).items()
+        }
     return found
 
 

@@ -38,9 +38,7 @@ def phases(model: nn.Module, task: Task, data: TaskData, recipe: Recipe, *, join
         joint: details from the first step on, in place of instruction and then details.
     """
     tuned = cleanest(data)
-    plan: list[tuple[str, float, TaskData, str, bool]] = [
-        ("prior", SHARES["prior"], data, "prior", False)
-    ]
+    plan: list[tuple[str, float, TaskData, str, bool]] = [("prior", SHARES["prior"], data, "prior", False)]
     if joint:
         share = SHARES["instruction"] + SHARES["details"]
         plan.append(("joint", share, data, "details", True))
