@@ -14,7 +14,7 @@ from provenn.papers.freeedit.model import FreeEdit, freeedit_small
 from provenn.papers.freeedit.training import QUALITY_RATE, cleanest, opened
 from provenn.tasks import TaskData, get_task
 from provenn.tasks.base import count_examples, fingerprint
-from provenn.training import Hardware, Recipe, Stage, run_stages
+from provenn.training import Batches, Hardware, Recipe, Stage, run_stages
 
 STEPS = 450  # of each stage; joint training has those of two
 TUNING = 45  # steps of quality tuning
@@ -95,8 +95,8 @@ class Bench:
 
     def trained(self, model: FreeEdit, data: TaskData, plan: Sequence[tuple[str, int]]) -> FreeEdit:
         """A copy of a model after stages, each a phase and its steps; "begin" before one takes the prior over."""
-        model = deepcopy(model)
-        stages = []
+        model, stages = deepcopy(model), list[Stage]()
+        data = replace(data, val=Batches.of([]), test=Batches.of([]))  # judged here, by errors at high noise
         for number, (phase, steps) in enumerate(plan):
             begins, name = phase.startswith("begin "), phase.removeprefix("begin ")
             tuned = name == "quality"
