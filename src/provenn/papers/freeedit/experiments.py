@@ -116,10 +116,13 @@ async def overlap_of_masked(run: Run) -> Measurement:
 async def outside_of_masked(run: Run) -> Measurement:
     """Error outside of sampled pictures, as a multiple of that of an editor that is given the region."""
     found = await outcomes(run)
+    inside, floors = ([each[name] for each in found] for name in ("DRRA", "source returned"))
     values, baselines = ([each[f"{name}, sampled outside"] for each in found] for name in ("DRRA", "masked"))
     return Measurement.ratio(
         values, baselines, seeds=run.seeds, unit="squared error outside", data=ABOUT,
         sides=("no mask", "given the mask"), setting={"recipe": str(LEARNING), **SIZES}, tables=gaps(found), note=NOTE,
+        # Who changes nothing has no error outside: that it edits shows inside.
+        skills=[Skill(variant="no mask", values=inside, dummy_baseline=floors, higher_is_better=False)],
     )  # fmt: skip
 
 
