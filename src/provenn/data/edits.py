@@ -354,13 +354,10 @@ class Listed(NamedTuple):
 def read_edits(root: Path) -> dict[str, list[Listed]]:
     """The edits of a folder by split: `edits.jsonl`, an object a line.
 
-    | key | holds |
-    | --- | --- |
-    | source, target | files beside the list, before and after |
-    | instruction | words, with S* where there is a reference |
-    | reference, noun | its file, and what it shows in a word or two |
-    | mask | a file whose pixels above the middle are to change; without one, all that differ by more than 8 of 255 |
-    | described, kind, quality, split | the same in words alone; one of `KINDS`; 0 to 1; train, val or test |
+    `source` and `target` are files beside the list, before and after. `instruction` has words, with S* where there is a
+    reference. `reference` is its file, and `noun` what it shows in a word or two. `mask` is a file whose bright pixels
+    are to change; without one, all that differ by more than 8 of 255. `described` is the instruction in words alone.
+    `kind` is one of `KINDS`, `quality` a number from 0 to 1, and `split` train, val or test.
 
     Args:
         root: the folder, or the list itself.

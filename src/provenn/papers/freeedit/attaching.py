@@ -44,13 +44,12 @@ class _State:
 class ReferAttention(nn.Module):
     """A self-attention of diffusers with a reference beside it, as a processor.
 
-    | mode | result | new weights |
-    | --- | --- | --- |
-    | drra, separate | W_O SA + λ W_O' softmax(Q' [K', K_R]ᵀ/√d) [V', V_R] | Q', K', V' as copies, W_O' = 0: 4C² + C |
-    | drra, shared | W_O (SA + λ softmax(Q [K, K_R]ᵀ/√d) [V, V_R]) | none |
-    | rasa | W_O softmax(Q [K, K_R]ᵀ/√d) [V, V_R] | none |
-    | ref_only | W_O SA + λ W_O' softmax(Q' K_Rᵀ/√d) V_R | Q' as a copy, W_O' = 0; none where shared |
-    | self | W_O SA + λ W_O' softmax(Q' K'ᵀ/√d) V' | as drra: equal in size, blind to the reference (to compare) |
+    - drra, separate: W_O SA + λ W_O' softmax(Q' [K', K_R]ᵀ/√d) [V', V_R]. Q', K' and V' begin as copies and W_O' as
+      zero: 4C² + C new parameters.
+    - drra, shared: W_O (SA + λ softmax(Q [K, K_R]ᵀ/√d) [V, V_R]). No new parameters.
+    - rasa: W_O softmax(Q [K, K_R]ᵀ/√d) [V, V_R]. No new parameters.
+    - ref_only: W_O SA + λ W_O' softmax(Q' K_Rᵀ/√d) V_R.
+    - self: W_O SA + λ W_O' softmax(Q' K'ᵀ/√d) V', as large as drra and blind to the reference (to compare).
 
     Where projections are separate, W_O SA is what the old processor gives. With λ = 0 or without a reference all is, to
     the bit. The bias of W_O is added once. RASA takes the place of SA and shares its weights always. It has no λ; 0

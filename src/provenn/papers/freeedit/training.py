@@ -23,12 +23,10 @@ Learns = Callable[[FreeEdit], Iterable[nn.Parameter]]
 def phases(model: nn.Module, task: Task, data: TaskData, recipe: Recipe, *, joint: bool = False) -> list[Stage]:
     """The stages of a training from nothing; the recipe's steps and epochs are shared out by `SHARES`.
 
-    | stage | loss | what learns |
-    | --- | --- | --- |
-    | prior | of the extractor, as a model of pictures | extractor and text transformer |
-    | instruction | without refer-attention | denoiser, which begins as the extractor, and Q-Former |
-    | details | with DRRA, λ = 1, whose branches begin as copies | denoiser, Q-Former and branches |
-    | quality | the same, on the cleanest tenth | the same |
+    - prior: extractor and text transformer learn, as a model of pictures.
+    - instruction: the denoiser, which begins as the extractor, and the Q-Former learn, without refer-attention.
+    - details: denoiser, Q-Former and branches learn, with λ = 1. The branches begin as copies.
+    - quality: the same learn on the cleanest tenth.
 
     The paper starts from Stable Diffusion, which has its prior. Of a `design` that freezes, the denoiser stays as stage
     1 left it from details on.
