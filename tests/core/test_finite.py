@@ -32,6 +32,7 @@ INPUTS = {  # of each kind of work: what is given, and where the answer goes
     "audio-classification": ("sound.wav", "answer.csv"),
     "graph-regression": ("graph.jsonl", "answer.csv"),
     "image-generation": ("3", "answer.png"),
+    "image-editing": ("image.png", "answer.png"),
     "image-classification": ("image.png", "answer.csv"),
     "object-detection": ("image.png", "answer.json"),
     "semantic-segmentation": ("image.png", "answer.png"),
@@ -53,11 +54,13 @@ INPUTS = {  # of each kind of work: what is given, and where the answer goes
     "visual-question-answering": ("image.png", "answer.csv"),
 }
 QUESTION = "what colour is the disc ?"
+ASKED = "remove the seven"
 MORE = {  # of `predict` alone
     "re-identification": " --gallery people",
     "image-text-retrieval": " --texts words",
     "multimodal-chat": f" '{QUESTION}'",
     "visual-question-answering": f" '{QUESTION}'",
+    "image-editing": f" '{ASKED}'",
 }
 WORDS = {"image-text-retrieval": " 'a red disc'"}  # of `inspect` alone
 TRIED = {  # in the browser, where that is something else
@@ -67,6 +70,7 @@ TRIED = {  # in the browser, where that is something else
 }
 TYPED = {  # there, beside a file or in place of one
     "image-generation": {"classes": ["3"], "seed": 0},
+    "image-editing": {"question": ASKED, "seed": 0},
     "multimodal-chat": {"question": QUESTION},
     "visual-question-answering": {"question": QUESTION},
 }

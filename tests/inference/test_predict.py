@@ -17,7 +17,7 @@ WRITERS = [
     if preset.name in card.shipped
     and (kind := get_task(preset.task or card.task)).takes_words
     and kind.needs_inputs
-    and kind.name != "image-text-retrieval"  # it searches pictures
+    and kind.name not in ("image-text-retrieval", "image-editing")  # they search and edit pictures
 ]
 
 

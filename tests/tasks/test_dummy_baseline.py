@@ -160,6 +160,24 @@ def generation():
     return data, [Independent(torch.stack([image for image, _ in data.train]))], None
 
 
+class Untouched(nn.Module):
+    """Returns the source, whatever the instruction says."""
+
+    def __init__(self):
+        super().__init__()
+        self.nothing = nn.Parameter(torch.zeros(1))
+
+    def edit(self, source, *asked, **options):
+        return source + 0 * self.nothing
+
+    def training_loss(self, batch):
+        return self.nothing.square().sum()
+
+
+def edits():
+    return get_task("image-editing").load("tiles", examples=200), [Untouched()], None
+
+
 def forecasting():
     data = get_task("series-forecasting").load("airline", context=12, horizon=3)
     mean = torch.stack([future for _, future in data.train]).mean((0, 1))
@@ -604,6 +622,7 @@ CASES = {
     "graph-regression": graphs,
     "image-classification": lambda: classification("image-classification", "digits", 10),
     "image-generation": generation,
+    "image-editing": edits,
     "object-detection": objects,
     "semantic-segmentation": mosaics,
     "series-classification": lambda: classification("series-classification", "arrow-head", 3),

@@ -58,7 +58,10 @@ MOVED = {  # what later Pythons call a thing, and what 3.11 called it
     "typing._proto_hook": "typing.Protocol.__init_subclass__.<locals>._proto_hook",
 }
 # Whose versions say what their code is.
-LIBRARIES = {"torch", "numpy", "scipy", "sklearn", "skimage", "transformers", "lightning", "kornia", "onnxruntime"}
+LIBRARIES = {
+    *("torch", "numpy", "scipy", "sklearn", "skimage", "transformers", "diffusers", "lightning", "kornia"),
+    "onnxruntime",
+}
 
 
 class Unfollowable(UserError):

@@ -1,0 +1,389 @@
+"""What FreeEdit's abstract says, as measurements on composed edits of 16×16 pixels, and what its parts cost."""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from provenn.core.cost import flops
+from provenn.evidence import Benchmark, Measurement, Run, Table, Timing, measures
+from provenn.evidence.measurement import Skill
+from provenn.ops.softmax_attention import softmax_attention
+from provenn.papers.freeedit.attaching import attach_refer_attention, self_attentions
+from provenn.papers.freeedit.layers import drra, merged_drra, rasa
+from provenn.papers.freeedit.model import SD15, freeedit_sd15, freeedit_small, parts_of
+from provenn.papers.freeedit.studies import LEARNING, SIZES, outcome
+
+ABOUT = "edits of 16×16 pixels: digits of 3×3 coloured tiles on photographs are added, replaced and removed"
+NOTE = (
+    "Errors are those of the predicted clean image at high noise, t from 70 to 96 % of the schedule, inside the "
+    "object, where both sides see the same noise. Prior and stage 1 are shared by the variants "
+    "of a seed. One rate for all."
+)
+UNIT = "squared error inside the object"
+SITES = ((5, 4096, 320), (5, 1024, 640), (5, 256, 1280), (1, 64, 1280))  # layers, tokens and width at 512²
+HEADS, SAMPLED = 8, 50  # heads of a layer, steps of sampling
+
+
+async def outcomes(run: Run) -> list[dict[str, float]]:
+    """All numbers of each seed, which all experiments of kind quality share."""
+    setting = {"recipe": str(LEARNING), **SIZES}
+    return await run.trials("editors", partial(outcome, run.smoke, run.device), **setting)
+
+
+def gaps(found: list[dict[str, float]]) -> list[Table]:
+    """The usage diagnostic, printed with every result: what switching the branch off costs each variant."""
+    rows: list[list[Any]] = []
+    for name in ("DRRA", "DRRA shared", "RASA", "DRRA, frozen editor", "blind branch"):
+        on, off = (float(np.mean([each[key] for each in found])) for key in (name, f"{name}, λ = 0"))
+        rows.append([name, round(on, 5), round(off, 5), round(off - on, 5)])
+    return [Table(caption="Is the branch used? Error with it and with λ = 0, mean over seeds",
+                  columns=["variant", "λ = 1", "λ = 0", "gap"], rows=rows)]  # fmt: skip
+
+
+async def against(
+    run: Run, ours: str, theirs: list[str], sides: tuple[str, str], floor: str, *, ratio: bool = False, unit: str = UNIT
+) -> Measurement:
+    """One number of each seed against that of the best of several others."""
+    found = await outcomes(run)
+    best = min(theirs, key=lambda name: float(np.mean([each[name] for each in found])))
+    values, baselines, floors = ([each[name] for each in found] for name in (ours, best, floor))
+    form = Measurement.ratio if ratio else Measurement.paired
+    return form(
+        values,
+        baselines,
+        seeds=run.seeds,
+        unit=unit,
+        data=ABOUT,
+        sides=sides,
+        setting={"recipe": str(LEARNING), **SIZES},
+        skills=[
+            Skill(variant=side, values=of, dummy_baseline=floors, higher_is_better=False)
+            for side, of in zip(sides, (values, baselines))
+        ],
+        tables=gaps(found),
+        note=f"{NOTE} The baseline is {best}.",
+    )
+
+
+@measures("over_description")
+async def over_description(run: Run) -> Measurement:
+    """A reference against a description with hues, pattern and class."""
+    return await against(run, "DRRA", ["description"], ("reference", "description"), "source returned")
+
+
+@measures("over_class_word")
+async def over_class_word(run: Run) -> Measurement:
+    """A reference against the class alone."""
+    return await against(run, "DRRA", ["class word"], ("reference", "class word"), "source returned")
+
+
+@measures("over_queries")
+async def over_queries(run: Run) -> Measurement:
+    """The whole system against query tokens alone, of as many steps."""
+    return await against(run, "DRRA", ["query tokens"], ("DRRA", "query tokens"), "mean object")
+
+
+@measures("over_wrong_reference")
+async def over_wrong_reference(run: Run) -> Measurement:
+    """The right reference against another pair's."""
+    return await against(run, "DRRA", ["wrong reference"], ("its reference", "another's"), "source returned")
+
+
+@measures("near_pasted")
+async def near_pasted(run: Run) -> Measurement:
+    """Error as a multiple of that of the reference's box, pasted into the box of the true mask."""
+    return await against(run, "DRRA", ["pasted"], ("DRRA", "pasted along the mask"), "mean object", ratio=True)
+
+
+@measures("overlap_of_masked")
+async def overlap_of_masked(run: Run) -> Measurement:
+    """IoU of changed pixels, as a share of that of an editor that is given the region."""
+    found = await outcomes(run)
+    values, baselines = ([each[f"{name}, sampled IoU"] for each in found] for name in ("DRRA", "masked"))
+    sides = ("no mask", "given the mask")
+    none = [0.0] * len(found)
+    return Measurement.ratio(
+        values, baselines, seeds=run.seeds, unit="IoU of changed pixels", data=ABOUT, sides=sides,
+        setting={"recipe": str(LEARNING), **SIZES}, tables=gaps(found), note=NOTE,
+        skills=[Skill(variant=side, values=of, dummy_baseline=none, higher_is_better=True)
+                for side, of in zip(sides, (values, baselines))],
+    )  # fmt: skip
+
+
+@measures("outside_of_masked")
+async def outside_of_masked(run: Run) -> Measurement:
+    """Error outside of sampled pictures, as a multiple of that of an editor that is given the region."""
+    found = await outcomes(run)
+    inside, floors = ([each[name] for each in found] for name in ("DRRA", "source returned"))
+    values, baselines = ([each[f"{name}, sampled outside"] for each in found] for name in ("DRRA", "masked"))
+    return Measurement.ratio(
+        values, baselines, seeds=run.seeds, unit="squared error outside", data=ABOUT,
+        sides=("no mask", "given the mask"), setting={"recipe": str(LEARNING), **SIZES}, tables=gaps(found), note=NOTE,
+        # Who changes nothing has no error outside: that it edits shows inside.
+        skills=[Skill(variant="no mask", values=inside, dummy_baseline=floors, higher_is_better=False)],
+    )  # fmt: skip
+
+
+@measures("drra_over_blind")
+async def drra_over_blind(run: Run) -> Measurement:
+    """DRRA against a branch of equal size that sees no reference."""
+    return await against(run, "DRRA", ["blind branch"], ("DRRA", "blind branch"), "mean object")
+
+
+@measures("reference_gap")
+async def reference_gap(run: Run) -> Measurement:
+    """DRRA with λ = 1 against the same weights with λ = 0."""
+    return await against(run, "DRRA", ["DRRA, λ = 0"], ("λ = 1", "λ = 0"), "source returned")
+
+
+@measures("rasa_over_queries")
+async def rasa_over_queries(run: Run) -> Measurement:
+    """RASA against query tokens alone."""
+    return await against(run, "RASA", ["query tokens"], ("RASA", "query tokens"), "mean object")
+
+
+@measures("shared_over_queries")
+async def shared_over_queries(run: Run) -> Measurement:
+    """DRRA with shared projections, which has no further parameters, against query tokens alone."""
+    return await against(run, "DRRA shared", ["query tokens"], ("DRRA shared", "query tokens"), "mean object")
+
+
+@measures("drra_over_rasa")
+async def drra_over_rasa(run: Run) -> Measurement:
+    """DRRA against RASA."""
+    return await against(run, "DRRA", ["RASA"], ("DRRA", "RASA"), "mean object")
+
+
+@measures("removal_after_training")
+async def removal_after_training(run: Run) -> Measurement:
+    """Error of removals with λ = 0 after stage 2, as a multiple of stage 1's."""
+    return await against(run, "DRRA, λ = 0, remove", ["stage 1, remove"], ("after stage 2", "stage 1"),
+                         "source returned, remove", ratio=True)  # fmt: skip
+
+
+@measures("removal_frozen")
+async def removal_frozen(run: Run) -> Measurement:
+    """The same where stage 2 leaves the editor as it is."""
+    return await against(run, "DRRA, frozen editor, λ = 0, remove", ["stage 1, remove"], ("frozen", "stage 1"),
+                         "source returned, remove", ratio=True)  # fmt: skip
+
+
+@measures("removal_against_rasa")
+async def removal_against_rasa(run: Run) -> Measurement:
+    """Removals of DRRA with λ = 0 against those of RASA, which has no switch."""
+    return await against(run, "DRRA, λ = 0, remove", ["RASA, remove"], ("DRRA, λ = 0", "RASA"),
+                         "source returned, remove")  # fmt: skip
+
+
+@measures("phased_over_joint")
+async def phased_over_joint(run: Run) -> Measurement:
+    """Phases against details from the first step on, of equal steps, both with quality tuning."""
+    return await against(run, "quality tuned", ["joint"], ("phased", "joint"), "mean object")
+
+
+@measures("tuning_helps")
+async def tuning_helps(run: Run) -> Measurement:
+    """With quality tuning on the cleanest tenth against without."""
+    return await against(run, "quality tuned", ["DRRA"], ("tuned", "not tuned"), "mean object")
+
+
+async def over_others(run: Run, kind: str) -> Measurement:
+    """DRRA against the better of an editor of descriptions and one of query tokens, on one kind of edit."""
+    rivals = [f"description, {kind}", f"query tokens, {kind}"]
+    sides = ("FreeEdit", "better of description and query tokens")
+    return await against(run, f"quality tuned, {kind}", rivals, sides, f"source returned, {kind}")
+
+
+@measures("superior_add")
+async def superior_add(run: Run) -> Measurement:
+    """Additions against an editor of descriptions and one of query tokens."""
+    return await over_others(run, "add")
+
+
+@measures("superior_replace")
+async def superior_replace(run: Run) -> Measurement:
+    """Replacements against the same."""
+    return await over_others(run, "replace")
+
+
+@measures("superior_remove")
+async def superior_remove(run: Run) -> Measurement:
+    """Removals against the same."""
+    return await over_others(run, "remove")
+
+
+@measures("parameters")
+def parameters(run: Run) -> Measurement:
+    """Parameters by part at the paper's size, on the meta device."""
+    with torch.device("meta"):
+        system = freeedit_sd15()
+    counted = parts_of(system)
+    expected = {"denoiser": 859_532_484, "detail extractor": 859_520_964, "refer-attention": 49_574_080}
+    blocks = sum(p.numel() for p in system.instruction.qformer.blocks.parameters())
+    rows: list[list[Any]] = [[name, value] for name, value in counted.items()]
+    sites = list(self_attentions(system.denoiser))
+    same = sites == list(self_attentions(system.extractor)) and len(sites) == 16
+    return Measurement.holds(
+        same and all(counted[name] == value for name, value in expected.items()),
+        f"{len(sites)} self-attentions of the same names in denoiser and extractor; layers of the Q-Former: {blocks:,}",
+        tables=[Table(caption="Parameters", columns=["part", "parameters"], rows=rows)],
+    )
+
+
+@measures("insertion_unchanged")
+def insertion_unchanged(run: Run) -> Measurement:
+    """The host's output before and after insertion, with λ = 0, and detached: in four forms, to the bit."""
+    kept = True
+    torch.manual_seed(0)
+    x, t, text = torch.randn(2, 6, 16, 16), torch.tensor([10, 900]), torch.randn(2, 7, 32)
+    picture, empty = torch.randn(2, 3, 16, 16), torch.zeros(2, 1, 32)
+    forms = (("drra", False), ("drra", True), ("rasa", False), ("ref_only", False))
+    with torch.no_grad():
+        for mode, share in forms:
+            system = freeedit_small(mode="none")
+            denoiser: Any = system.denoiser
+            names = list(denoiser.state_dict())
+            before = denoiser(x, t, text).sample
+            attached = attach_refer_attention(denoiser, system.extractor, mode, share=share)
+            features = attached.extract(picture, empty)
+            kept &= denoiser(x, t, text).sample.equal(before)
+            with attached.using(features, 0):
+                kept &= denoiser(x, t, text).sample.equal(before)
+            if mode != "rasa" and not share:  # the zero output adds nothing, whatever λ is
+                with attached.using(features, 1.2):
+                    kept &= denoiser(x, t, text).sample.equal(before)
+            attached.detach()
+            kept &= denoiser(x, t, text).sample.equal(before) and list(denoiser.state_dict()) == names
+    return Measurement.holds(
+        kept, "Separate and shared DRRA, RASA, reference only; no reference, λ = 0, and detached again."
+    )
+
+
+@measures("own_attention_unmoved")
+def own_attention_unmoved(run: Run) -> Measurement:
+    """DRRA less λ times RASA is the host's self-attention, whatever the reference is; RASA has no such part."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 4, 32, 8, generator=draw, dtype=torch.float64) for _ in range(3))
+    own, rests, joined = softmax_attention(q, k, v), [], []
+    for _ in range(3):
+        k_r, v_r = (torch.randn(2, 4, 20, 8, generator=draw, dtype=torch.float64) for _ in range(2))
+        both = rasa(q, k, v, k_r, v_r)
+        rests.append(float((drra(q, k, v, k_r, v_r, 0.7) - 0.7 * both - own).abs().max()))
+        joined.append(float((both - own).abs().max()))
+    return Measurement.holds(
+        max(rests) < 1e-12 and min(joined) > 0.1,
+        f"Three references in float64: the rest differs from self-attention by at most {max(rests):.0e}; RASA by at "
+        f"least {min(joined):.2f}.",
+    )
+
+
+def attention_flops(form: str) -> int:
+    """FLOPs of score and value products of all 16 layers at 512², a batch of one, on the meta device."""
+    total = 0
+    for layers, tokens, width in SITES:
+        parts = [torch.empty(1, HEADS, tokens, width // HEADS, device="meta") for _ in range(5)]
+        forms: dict[str, Any] = {
+            "none": lambda p=parts: softmax_attention(*p[:3]), "RASA": lambda p=parts: rasa(*p),
+            "plain": lambda p=parts: drra(*p), "merged": lambda p=parts: merged_drra(*p),
+        }  # fmt: skip
+        total += layers * flops(forms[form])
+    return total
+
+
+@measures("merged_flops")
+def merged_flops(run: Run) -> Measurement:
+    """What merged DRRA adds to the products of attention, as a share of what the plain form adds."""
+    counted = {form: attention_flops(form) for form in ("none", "RASA", "plain", "merged")}
+    added = {form: value - counted["none"] for form, value in counted.items()}
+    rows: list[list[Any]] = [[form, round(counted[form] / 1e9, 1), round(added[form] / 1e9, 1)] for form in counted]
+    return Measurement.exact(
+        added["merged"] / added["plain"],
+        unit="share of the FLOPs that the plain form adds",
+        tables=[
+            Table(caption="16 layers at 512², products of attention", columns=["form", "GFLOP", "added"], rows=rows)
+        ],
+    )
+
+
+def _unet_flops(channels: int) -> int:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet: Any = UNet2DConditionModel(in_channels=channels, **SD15)
+        x, text = torch.empty(1, channels, 64, 64), torch.empty(1, 77, 768)
+        step = torch.empty(1)
+    with torch.no_grad():
+        return flops(lambda: unet(x, step, text))
+
+
+@measures("cached_flops")
+def cached_flops(run: Run) -> Measurement:
+    """FLOPs of 50 steps with the extractor run once, as a share of those with it run at every step."""
+    denoiser, extractor = _unet_flops(8), _unet_flops(4)
+    branch = attention_flops("plain") - attention_flops("none")
+    once, always = SAMPLED * (denoiser + branch) + extractor, SAMPLED * (denoiser + branch + extractor)
+    rows: list[list[Any]] = [
+        ["denoiser, a step", round(denoiser / 1e9, 1)],
+        ["refer branches, products of a step", round(branch / 1e9, 1)],
+        ["extractor", round(extractor / 1e9, 1)],
+        ["50 steps, extractor once", round(once / 1e9)],
+        ["50 steps, extractor always", round(always / 1e9)],
+    ]
+    return Measurement.exact(
+        once / always,
+        unit="share of the FLOPs without a cache",
+        tables=[Table(caption="512², without guidance", columns=["part", "GFLOP"], rows=rows)],
+    )
+
+
+@measures("cached_bytes")
+def cached_bytes(run: Run) -> Measurement:
+    """Bytes of K_R and V_R of one reference at 512², in half precision."""
+    return Measurement.exact(
+        sum(2 * layers * tokens * width * 2 for layers, tokens, width in SITES) / 1e6, unit="MB a reference"
+    )
+
+
+@measures("cache_changes_nothing")
+def cache_changes_nothing(run: Run) -> Measurement:
+    """A picture whose reference is read once, and at each of four steps: the same to the bit."""
+    torch.manual_seed(0)
+    system: Any = freeedit_small(share=True).eval()
+    source, reference = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)
+    tokens, noun = torch.tensor([[1, 7, 5, 2], [1, 5, 8, 2]]), torch.tensor([[9], [10]])
+    runs = []
+    calls: list[int] = []
+    system.extractor.register_forward_hook(lambda *_: calls.append(1))
+    for cached in (True, False):
+        runs.append(system.edit(source, tokens, reference, noun, seeds=[0, 1], steps=4, cached=cached))
+    return Measurement.holds(
+        runs[0].equal(runs[1]) and len(calls) == 1 + 5, f"The extractor ran once, and {len(calls) - 1} times."
+    )
+
+
+def _pass(form: Any, tokens: int, device: str) -> Any:
+    draw = torch.Generator().manual_seed(0)
+    parts = [torch.randn(1, 8, tokens, 40, generator=draw).to(device) for _ in range(5)]
+
+    def call() -> Any:
+        with torch.no_grad():
+            return form(*parts)
+
+    return call
+
+
+PASS = Timing(
+    "refer-attention of 320 channels",
+    {
+        "none": partial(_pass, lambda q, k, v, *_: softmax_attention(q, k, v)),
+        "RASA": partial(_pass, rasa),
+        "plain": partial(_pass, drra),
+        "merged": partial(_pass, merged_drra),
+    },
+    sizes=(256, 1024, 4096),
+)
+
+BENCHMARKS = [Benchmark(PASS, "merged", "plain", within=0.85)]
+EXPERIMENTS: dict[str, Any] = {"merged_time": PASS.against("merged", "plain")}

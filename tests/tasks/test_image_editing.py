@@ -1,0 +1,223 @@
+"""Image editing: composed edits and those of a list, what is judged, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from provenn.core.errors import UserError
+from provenn.data.edits import (
+    COUNTS,
+    KINDS,
+    Edits,
+    Written,
+    composed_edits,
+    encode,
+    hue_pairs,
+    read_edits,
+    vocabulary,
+)
+from provenn.data.vocabulary import words_of
+from provenn.tasks import get_task
+from provenn.tasks.image_editing import halves
+
+TASK = get_task("image-editing")
+WORDS = vocabulary()
+
+
+class Fixed(nn.Module):
+    """Gives what it is told to make of a batch; notes what it was asked."""
+
+    def __init__(self, make, branch=False):
+        super().__init__()
+        self.make, self.branch, self.asked = make, branch, []
+
+    def edit(self, source, tokens, reference, noun, *, seeds=None, scale=None, guidance=None, steps=None):
+        self.asked.append({"tokens": tokens, "reference": reference, "noun": noun, "scale": scale, "steps": steps})
+        return self.make(source, reference, scale)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return TASK.load("tiles", seed=702, examples=12)
+
+
+def test_splits_share_no_glyph_pair_or_photograph():
+    pairs = [set(hue_pairs(split)) for split in COUNTS]
+    assert not pairs[0] & pairs[1] and not pairs[0] & pairs[2] and not pairs[1] & pairs[2]
+    assert sum(map(len, pairs)) == 66
+    # Every hue is in the training.
+    assert {hue for pair in pairs[0] for hue in pair} == set(range(12))
+
+
+@pytest.mark.parametrize("split", COUNTS)
+def test_what_is_said_of_an_edit_is_so(split):
+    for one in composed_edits(split, 703, 60):
+        differs = (one.source != one.target).any(2)
+        assert not differs[~one.mask].any() and one.mask.any()
+        assert one.kind in KINDS and ("S*" in one.instruction) == (one.reference is not None) == bool(one.noun)
+        assert "S*" not in one.described and len(words_of(one.described)) <= 14
+        if one.noun:
+            assert one.described.endswith(one.noun) or f"{one.noun} on the" in one.described
+        assert all(word in WORDS.numbers for word in words_of(one.described))
+        assert one.quality == 1.0 or split == "train"
+
+
+def test_examples_follow_from_the_seed():
+    first, again, other = (composed_edits.__wrapped__("val", seed, 5) for seed in (1, 1, 2))
+    assert all((a.source == b.source).all() for a, b in zip(first, again))
+    assert any((a.source != b.source).any() for a, b in zip(first, other))
+
+
+def test_tokens_have_a_place_for_the_reference():
+    tokens = encode(WORDS, "replace the seven with S*", 9)
+    assert WORDS.decode(tokens.tolist()) == "replace the seven with <image>" and len(tokens) == 9
+    cut = encode(WORDS, "replace the seven with S*", 5)
+    assert cut[-1] == WORDS.end and len(cut) == 5
+    assert encode(WORDS, "seven", 3, ends=False).tolist() == [WORDS.numbers["seven"], WORDS.pad, WORDS.pad]
+
+
+def test_the_truth_has_no_error_and_the_source_is_the_dummy_baseline(data):
+    truth = {tuple(one.source.flatten()[:40].tolist()): one for one in data.test.edits.written}
+    assert len(truth) > 100
+
+    class Knows(nn.Module):
+        place = 0
+
+        def edit(self, source, *more, seeds=None, **options):
+            edits = [data.test[k] for k in range(self.place, self.place + len(source))]
+            self.place += len(source)
+            return torch.stack([edit.target for edit in edits])
+
+    metrics = TASK.evaluate(Knows(), data.test)
+    assert metrics["error_inside"] == metrics["error_outside"] == 0
+    assert {f"error_{kind}" for kind in KINDS} <= metrics.keys() and "reference_gap" in metrics
+    untouched = TASK.evaluate(Fixed(lambda source, *_: source), data.test)
+    assert untouched["error_inside"] == pytest.approx(TASK.dummy_baseline(data), rel=1e-5)
+    assert untouched["error_outside"] == 0 and untouched["reference_gap"] == 0
+    assert untouched["identity"] < metrics["identity"]
+
+
+def test_the_gap_is_what_the_branch_is_worth(data):
+    model = Fixed(lambda source, reference, scale: source * 0 + (0.2 if scale == 0.0 else 0.4), branch=True)
+    scores = TASK.scores(model, data.test)
+    referenced = ~np.isnan(scores["switched_off"])
+    assert referenced.sum() == sum(one.reference is not None for one in data.test.edits.written)
+    gap = TASK.summary(scores)["reference_gap"]
+    assert gap == pytest.approx((scores["switched_off"] - scores["with_reference"])[referenced].mean())
+
+
+@pytest.fixture
+def listed(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("a", "b", "r"):
+        Image.fromarray(rng.integers(0, 255, (24, 24, 3), dtype=np.uint8)).save(tmp_path / f"{name}.png")
+    Image.fromarray(np.full((24, 24), 99, np.uint8)).save(tmp_path / "grey.png")
+
+    def write(*entries):
+        (tmp_path / "edits.jsonl").write_text("\n".join(json.dumps(entry) for entry in entries))
+        return tmp_path
+
+    return write
+
+
+ONE = {
+    "source": "a.png",
+    "target": "b.png",
+    "reference": "r.png",
+    "instruction": "replace the cat with S*",
+    "noun": "dog",
+}
+
+
+def test_a_list_is_read_and_split(listed):
+    root = listed(*[{**ONE, "quality": k / 9} for k in range(8)], {**ONE, "split": "val"})
+    data = TASK.load(root, size=16)
+    assert [len(part) for part in (data.train, data.val, data.test)] == [7, 1, 1]
+    edit = data.train[0]
+    assert edit.source.shape == (3, 16, 16) and edit.reference.any() and edit.mask.float().mean() > 0.8
+    words = data.meta["words"]
+    assert {"replace", "cat", "dog", "<image>"} <= set(words) and data.options["image_token"] == words.index("<image>")
+    assert len(TASK.held_out(root, data.meta).dataset) == 1
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"instruction": "replace the cat"}, "has no S\\*"),
+        ({"reference": None}, "there is no reference"),
+        ({"instruction": "S* and S*"}, "2 times"),
+        ({"target": "none.png"}, "there is no file"),
+        ({"quality": 2}, "quality must be"),
+        ({"split": "dev"}, "split must be one of"),
+        ({"colour": 1}, "what is 'colour'"),
+        ({"source": 3}, "source must be a text"),
+    ],
+)
+def test_a_line_of_another_form_is_refused_in_one(listed, change, words):
+    with pytest.raises(UserError, match=words) as error:
+        read_edits(listed({**ONE, **change}))
+    assert "\n" not in str(error.value) and "line 1" in str(error.value)
+
+
+def test_a_reference_of_another_mode_is_refused(listed):
+    root = listed({**ONE, "reference": "grey.png"})
+    with pytest.raises(UserError, match=r"grey.png is grey, and the source .*a.png is in colour") as error:
+        TASK.load(root, size=16)
+    assert "\n" not in str(error.value)
+
+
+def predict(root, *inputs, make=lambda source, *_: 1 - source, **options):
+    meta = TASK.default_meta({})
+    return TASK.predict(Fixed(make), meta, [str(part) for part in inputs], root / "out.png", **options)
+
+
+def test_a_picture_is_edited_and_written(listed, tmp_path):
+    root = listed(ONE)
+    told = predict(root, root / "a.png", "replace the seven with S*", reference=root / "r.png", strength=0.5, steps=3)
+    assert "wrote" in told and "was resized" in told
+    assert Image.open(root / "out.png").size == (16, 16)
+    assert "unknown to these weights: cat" in predict(root, root / "a.png", "remove the cat")
+
+
+@pytest.mark.parametrize(
+    "inputs, options, words",
+    [
+        (["a.png", "replace the seven"], {"reference": "r.png"}, "has no S\\*"),
+        (["a.png", "replace the seven with S*"], {}, "there is no reference"),
+        (["a.png", "replace the seven with S*"], {"reference": "grey.png"}, "is grey, and the source"),
+        (["a.png"], {}, "a picture and an instruction"),
+        (["remove the seven", "a.png"], {}, "the picture first"),
+        (["a.png", "remove the seven"], {"strength": 99}, "strength must lie"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused_in_one_line(listed, inputs, options, words):
+    root = listed(ONE)
+    given = [root / part if part.endswith(".png") else part for part in inputs]
+    options = {name: root / value if name == "reference" else value for name, value in options.items()}
+    with pytest.raises(UserError, match=words) as error:
+        predict(root, *given, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_wide_picture_brings_its_reference():
+    pixels = torch.arange(3 * 4 * 8).view(3, 4, 8).byte()
+    source, reference = halves(pixels)
+    assert source.equal(pixels[:, :, :4]) and reference.equal(pixels[:, :, 4:])
+    assert halves(pixels[:, :, :7])[1] is None
+
+
+def test_it_cannot_be_exported():
+    with pytest.raises(UserError, match="many passes"):
+        TASK.portable(nn.Identity(), {})
+
+
+def test_words_of_any_length_fit():
+    picture = np.zeros((8, 8, 3), np.uint8)
+    mask = np.zeros((8, 8), bool)
+    long = Written(picture, picture, None, "remove the seven " * 20, "", "remove", mask, "", 1.0)
+    edit = Edits([long], WORDS)[0]
+    assert len(edit.tokens) == 16 and edit.tokens[-1] == WORDS.end and edit.kind == -1
