@@ -294,7 +294,7 @@ class MagnifiedBlock(nn.Module):
 
     def _chosen(self, dense: "Dense", opened: Tensor, masked: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values and which rows have them open: of all dense tokens, or of those that are open somewhere."""
-        keys, values, index = dense.keys, dense.values, dense.index
+        keys, values, index = dense.keys, dense.values, dense.chosen
         if not masked and index is None:
             index = union(opened)
             at = (index[..., None] * dense.children + torch.arange(dense.children, device=index.device)).flatten(1)
@@ -309,15 +309,15 @@ class Dense(NamedTuple):
     """Keys and values of dense tokens, children of a sparse token one after the other.
 
     Args:
-        keys, values: of the children of all sparse tokens, or of those in `index`.
+        keys, values: of the children of all sparse tokens, or of those in `chosen`.
         children: T.
-        index: numbers of sparse tokens; None where it is all of them.
+        chosen: numbers of sparse tokens; None where it is all of them.
     """
 
     keys: Tensor
     values: Tensor
     children: int
-    index: Int[Tensor, "batch chosen"] | None = None
+    chosen: Int[Tensor, "batch chosen"] | None = None
 
 
 def union(opened: Opened) -> Int[Tensor, "batch chosen"]:
