@@ -94,11 +94,13 @@ class Scene(NamedTuple):
         first: of each row how many tokens stand before its first text token, padding left out. Default: those up to
             the last sparse token.
         alpha: share of the magnified output of a text token; below 1 the rest is the plain output (warm-up).
+        fixed: which sparse tokens are open to every text token in every layer, whatever their attention says.
     """
 
     dense: Float[Tensor, "batch parents children dim"]
     first: Int[Tensor, " batch"] | None = None
     alpha: float | int = 1.0
+    fixed: Bool[Tensor, "batch parents"] | None = None
 
 
 @dataclass
@@ -147,12 +149,14 @@ class MagnifiedState(NamedTuple):
         cache: of the text's keys and values.
         places: of the sparse tokens in the cache; None where there is no scene.
         keys, values: of all dense tokens; None in a layer that only selects.
+        fixed: of `Scene`.
     """
 
     cache: KVCache
     places: Int[Tensor, "batch parents"] | None = None
     keys: Float[Tensor, "batch kv_heads dense head_dim"] | None = None
     values: Float[Tensor, "batch kv_heads dense head_dim"] | None = None
+    fixed: Bool[Tensor, "batch parents"] | None = None
 
 
 class MagnifiedBlock(nn.Module):
@@ -222,11 +226,12 @@ class MagnifiedBlock(nn.Module):
         places = look.places if state is None or state.places is None else state.places
         if places is None:
             return attention.attend(q, k, v, context), state
+        fixed = state.fixed if look.scene is None and state is not None else look.scene and look.scene.fixed
         opened, masked = look.opened.get(self.number - 1), self.form == "masked" or _traced(x)
         dense = self._dense(look, context, state, opened, masked)
         if state is not None:
             known = dense if dense is not None and state.keys is None else None
-            state = state._replace(places=places)
+            state = state._replace(places=places, fixed=fixed)
             if known is not None:
                 state = state._replace(keys=known.keys, values=known.values)
         # No token up to the last sparse one is text; of those, the fused kernel needs no matrix of weights.
@@ -242,7 +247,7 @@ class MagnifiedBlock(nn.Module):
         with torch.no_grad():
             at = places[:, None, None].expand(-1, attention.heads, scores.shape[2], -1)
             weights = (scores.gather(-1, at) - scores.logsumexp(-1, keepdim=True)).exp().sum(1)
-            chosen = self.select(weights) & text[..., None]
+            chosen = (self.select(weights) if fixed is None else fixed[:, None]) & text[..., None]
             unread = chosen.new_zeros(len(chosen), start, places.shape[1])
             look.opened[self.number] = torch.cat([unread, chosen], dim=1)
         if dense is None or opened is None:
@@ -251,7 +256,7 @@ class MagnifiedBlock(nn.Module):
         if not dense_k.shape[2]:
             return attention.attend(q, k, v, context), state  # nothing is open: to the bit what it is without
         dense_k, dense_v = (part.repeat_interleave(groups, dim=1) for part in (dense_k, dense_v))
-        y = _joint(scores, q[:, :, start:], v_all, dense_k, dense_v, allowed, scale)
+        y = self.fuse(scores, q[:, :, start:], v_all, dense_k, dense_v, allowed)
         alpha = 1.0 if look.scene is None else look.scene.alpha
         if alpha != 1:
             plain = scores.softmax(-1).to(v.dtype) @ v_all
@@ -260,6 +265,18 @@ class MagnifiedBlock(nn.Module):
             before = context._replace(inputs=context.inputs[:, :start])
             y = torch.cat([attention.attend(q[:, :, :start], k[:, :, :start], v[:, :, :start], before), y], dim=2)
         return y, state
+
+    def fuse(
+        self,
+        scores: Float[Tensor, "batch heads rows keys"],
+        q: Float[Tensor, "batch heads rows head_dim"],
+        v: Float[Tensor, "batch heads keys head_dim"],
+        dense_k: Float[Tensor, "batch heads dense head_dim"],
+        dense_v: Float[Tensor, "batch heads dense head_dim"],
+        opened: Bool[Tensor, "batch rows dense"],
+    ) -> Float[Tensor, "batch heads rows head_dim"]:
+        """Adaptive self-attention: `joint_attention` of rows whose scores of the text's keys are there."""
+        return _joint(scores, q, v, dense_k, dense_v, opened, self.attention.head_dim**-0.5)
 
     def _dense(
         self, look: Look, context: Context, state: MagnifiedState | None, opened: Tensor | None, masked: bool
@@ -362,6 +379,7 @@ class SceneMagnifier:
         *,
         select: Select | None = None,
         form: Form = "gathered",
+        block: type[MagnifiedBlock] = MagnifiedBlock,
     ) -> "SceneMagnifier":
         """Put a magnifier into a decoder; its own weights stay.
 
@@ -372,6 +390,7 @@ class SceneMagnifier:
             children: T, dense tokens of a sparse one.
             select: another rule in place of `open_regions`.
             form: as of `MagnifiedBlock`.
+            block: another kind of it.
 
         Raises:
             ValueError: no block is left to magnify, a threshold beyond 0 to 255, or another form.
@@ -391,7 +410,7 @@ class SceneMagnifier:
             raise UserError("the decoder has a magnifier already: detach it first")
         chosen = partial(open_regions, threshold=threshold) if select is None else select
         for number in range(start_layer, layers):
-            decoder.blocks[number] = MagnifiedBlock(
+            decoder.blocks[number] = block(
                 decoder.blocks[number], number, magnifies=number > start_layer, select=chosen, form=form
             )
         decoder.sharing = _look

@@ -11,7 +11,7 @@ from provenn.core.errors import UserError
 from provenn.nn.arguments import check_whole
 from provenn.nn.decoder import Decoder, DecoderState, Reading
 from provenn.nn.language import init_narrow
-from provenn.papers.lscenellm.layers import Form, Scene, SceneMagnifier, Select
+from provenn.papers.lscenellm.layers import Form, MagnifiedBlock, Scene, SceneMagnifier, Select
 from provenn.papers.lscenellm.tokens import SceneTokens, build_tokens
 
 COORDINATES = 3
@@ -66,7 +66,7 @@ class LSceneLLM(nn.Module):
         decoder: of the text.
         features: numbers of a point besides its coordinates.
         parents, group, children, neighbourhood, sparse_points: of `build_tokens`.
-        start_layer, threshold, form, select: of `SceneMagnifier.attach`.
+        start_layer, threshold, form, select, block: of `SceneMagnifier.attach`.
         magnify: whether there is a magnifier; without it dense tokens are not read.
         use_xyz: whether a map of Fourier positions is added to sparse and dense features. The authors' code does so
             without a magnifier alone.
@@ -101,6 +101,7 @@ class LSceneLLM(nn.Module):
         prompt_token: int | None = None,
         form: Form = "gathered",
         select: Select | None = None,
+        block: type[MagnifiedBlock] = MagnifiedBlock,
     ):
         check_whole(features=features, parents=parents, group=group, children=children, prompt_tokens=prompt_tokens)
         super().__init__()
@@ -153,6 +154,15 @@ class LSceneLLM(nn.Module):
             dense = dense + self.xyz(places).unflatten(1, dense.shape[1:3])
         return self.projector(sparse), self.projector(dense)
 
+    def fixed(
+        self,
+        tokens: Int[Tensor, "batch tokens"],
+        sparse: Float[Tensor, "batch parents dim"],
+        dense: Float[Tensor, "batch parents children dim"],
+    ) -> tuple[Bool[Tensor, "batch parents"] | None, Float[Tensor, "batch parents children dim"]]:
+        """`Scene.fixed`, and the dense tokens: None here, since the decoder's own attention selects."""
+        return None, dense
+
     def read(
         self,
         tokens: Int[Tensor, "batch tokens"],
@@ -185,6 +195,7 @@ class LSceneLLM(nn.Module):
         if len(given.sparse) != len(tokens):
             raise UserError(f"there are {len(tokens)} texts and {len(given.sparse)} scenes: expected one for each")
         sparse, fine = self.project(given)
+        fixed, fine = self.fixed(tokens, sparse, fine)
         pointed = self._pointed(given, prompts)
         at, pointed_at = self._placeholders(tokens)
         parents, free, shown = sparse.shape[1], 2 * self.prompt_tokens, pointed.shape[1]
@@ -228,7 +239,7 @@ class LSceneLLM(nn.Module):
         }
         if self.magnifier is None:
             return self.decoder.read(x, **reading), places.expand(len(x), -1)
-        return self.magnifier.read(x, Scene(fine, first, alpha), **reading), places.expand(len(x), -1)
+        return self.magnifier.read(x, Scene(fine, first, alpha, fixed), **reading), places.expand(len(x), -1)
 
     def _known(
         self, mask: Tensor | None, x: Tensor, places: Tensor, at: int, own_scene: int, pointed_at: int, own_prompt: int

@@ -80,15 +80,33 @@ def build_tokens(
         )
     centres = _at(few, farthest_points(few, parents))
     sparse = _mean_of(some, nearest_points(few, centres, min(group, few.shape[1])))
+    dense, inner = dense_around(points, features, centres, children=children, neighbourhood=hood)
+    return SceneTokens(sparse, centres, dense, inner, points.amin(dim=1), points.amax(dim=1))
+
+
+def dense_around(
+    points: Float[Tensor, "batch points 3"],
+    features: Float[Tensor, "batch points features"],
+    centres: Float[Tensor, "batch parents 3"],
+    *,
+    children: int = 4,
+    neighbourhood: int = 1500,
+) -> tuple[Float[Tensor, "batch parents children features"], Float[Tensor, "batch parents children 3"]]:
+    """Dense tokens around places of a scene, and where they are; whatever sparse tokens these places have.
+
+    Args:
+        points, features, children, neighbourhood: as in `build_tokens`.
+        centres: the places, such as the middles of objects.
+    """
+    parents = centres.shape[1]
+    hood = min(neighbourhood, points.shape[1])
     around = nearest_points(points, centres, hood)  # nearest first, so that the search for the farthest begins there
     local = _at(points, around.flatten(1)).unflatten(1, around.shape[1:]).flatten(0, 1)
     inner = _at(local, farthest_points(local, children))
     members = nearest_points(local, inner, hood // children).flatten(1)
     members = around.flatten(0, 1).gather(1, members).view(len(points), parents * children, -1)
     dense = _mean_of(features, members).unflatten(1, (parents, children))
-    return SceneTokens(
-        sparse, centres, dense, inner.unflatten(0, (-1, parents)), points.amin(dim=1), points.amax(dim=1)
-    )
+    return dense, inner.unflatten(0, (-1, parents))
 
 
 def _at(x: Float[Tensor, "batch points channels"], index: Int64[Tensor, "batch chosen"]) -> Tensor:
