@@ -1,7 +1,7 @@
 """LSceneLLM's checkpoints: the authors' parameter names to ours."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -32,6 +32,7 @@ _NAMES = (
     (r"^click_prompt_projector\.", "click."),
     (r"^pos_emb3d\.gauss_B$", "positions.gauss"),
 )
+_DENSE = re.compile(r"layers\.(\d+)\.self_attn\.[kv]_proj_hd\.")
 _WRAPPERS = re.compile(r"^module\.|_fsdp_wrapped_module\.|_orig_mod\.")
 _BUFFERS = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 
@@ -53,6 +54,27 @@ def rename(state: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(f"{name} is no parameter of LSceneLLM: expected a state dict of the authors' AdaptiveLLM")
         ours[new] = value
     return ours
+
+
+def unread(names: Iterable[str]) -> list[str]:
+    """Which parameters of a model with a magnifier the authors' code holds, and never reads.
+
+    - W'_K and W'_V of the first layer of the magnifier, which only selects
+    - the map of positions, which is left out where there is a magnifier
+
+    >>> unread(["llm.model.layers.8.self_attn.k_proj_hd.weight", "llm.model.layers.9.self_attn.k_proj_hd.weight"])
+    ['llm.model.layers.8.self_attn.k_proj_hd.weight']
+    """
+    names = list(names)
+    layers = [int(found[1]) for name in names if (found := _DENSE.search(name))]
+    if not layers:
+        return []
+    first = min(layers)
+    return [
+        name
+        for name in names
+        if "xyz_projection." in name or ((found := _DENSE.search(name)) and int(found[1]) == first)
+    ]
 
 
 def convert(
@@ -101,11 +123,8 @@ def convert(
         "scene_token": options.get("scene_token", SCENE),
         "prompt_token": options.get("prompt_token", PROMPT),
     }
+    left = set() if options.get("use_xyz") else set(rename(dict.fromkeys(unread(state), 0)))
     if magnified:
         found["start_layer"] = magnified[0]
-        # With what is there a weight file of our own, which has none in the first layer, would not be one of theirs.
-        for part in ("dense_key", "dense_value"):
-            ours.pop(f"decoder.blocks.{magnified[0]}.{part}.weight", None)
-    if not options.get("use_xyz", not magnified):
-        ours = {name: value for name, value in ours.items() if not name.startswith("xyz.")}
-    return "lscenellm_7b", found, ours
+        left |= {f"decoder.blocks.{magnified[0]}.{part}.weight" for part in ("dense_key", "dense_value")}
+    return "lscenellm_7b", found, {name: value for name, value in ours.items() if name not in left}
