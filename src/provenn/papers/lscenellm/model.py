@@ -158,16 +158,16 @@ class LSceneLLM(nn.Module):
         self,
         tokens: Int[Tensor, "batch tokens"],
         sparse: Float[Tensor, "batch parents dim"],
-        dense: Float[Tensor, "batch parents children dim"],
-    ) -> tuple[Bool[Tensor, "batch parents"] | None, Float[Tensor, "batch parents children dim"]]:
+        dense: Float[Tensor, "batch places children dim"],
+    ) -> tuple[Bool[Tensor, "batch parents"] | None, Float[Tensor, "batch places children dim"]]:
         """`Scene.fixed`, and the dense tokens: None here, since the decoder's own attention selects."""
         return None, dense
 
     def read(
         self,
         tokens: Int[Tensor, "batch tokens"],
-        scenes: Float[Tensor, "batch points channels"] | SceneTokens,
-        dense: Float[Tensor, "batch parents children features"] | None = None,
+        scenes: Float[Tensor, "scenes points channels"] | SceneTokens,
+        dense: Float[Tensor, "scenes parents children features"] | None = None,
         *,
         mask: Bool[Tensor, "batch tokens"] | None = None,
         prompts: Prompts | None = None,
@@ -289,8 +289,8 @@ class LSceneLLM(nn.Module):
     def forward(
         self,
         tokens: Int[Tensor, "batch tokens"],
-        scenes: Float[Tensor, "batch points channels"] | SceneTokens,
-        dense: Float[Tensor, "batch parents children features"] | None = None,
+        scenes: Float[Tensor, "scenes points channels"] | SceneTokens,
+        dense: Float[Tensor, "scenes parents children features"] | None = None,
         *,
         mask: Bool[Tensor, "batch tokens"] | None = None,
         prompts: Prompts | None = None,
@@ -305,7 +305,7 @@ class LSceneLLM(nn.Module):
         self,
         tokens: Int[Tensor, "batch tokens"],
         count: int,
-        scenes: Float[Tensor, "batch points channels"] | SceneTokens,
+        scenes: Float[Tensor, "scenes points channels"] | SceneTokens,
         *,
         mask: Bool[Tensor, "batch tokens"] | None = None,
         prompts: Prompts | None = None,

@@ -141,8 +141,8 @@ class Reader(LSceneLLM):
         self,
         tokens: Int[Tensor, "batch tokens"],
         sparse: Float[Tensor, "batch parents dim"],
-        dense: Float[Tensor, "batch parents children dim"],
-    ) -> tuple[Bool[Tensor, "batch parents"] | None, Float[Tensor, "batch parents children dim"]]:
+        dense: Float[Tensor, "batch places children dim"],
+    ) -> tuple[Bool[Tensor, "batch parents"] | None, Float[Tensor, "batch places children dim"]]:
         """What a rule before the decoder opens, from the question alone."""
         if self.variant.opens not in ("cosine", "scorer"):
             return None, dense
