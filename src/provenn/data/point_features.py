@@ -1,4 +1,4 @@
-"""What a point looks like in a few numbers that nobody learned: shares of colour names, and how high it lies."""
+"""What a point looks like in a few numbers that nobody learned: shares of colour names, at the height where it lies."""
 
 import numpy as np
 from jaxtyping import Float, Float32
@@ -22,13 +22,15 @@ COLOURS: dict[str, tuple[float, float, float]] = {
 }
 SPREAD = 0.15  # of a colour around its typical value
 HEIGHTS = (0.1, 0.5, 1.0, 2.0)  # metres above the lowest point, between bands
-FEATURES = len(COLOURS) + len(HEIGHTS) + 1
+FEATURES = len(COLOURS) * (len(HEIGHTS) + 1)
 
 
 def point_features(
     points: Float[np.ndarray, "points 3"], colours: Float[np.ndarray, "points 3"]
 ) -> Float32[np.ndarray, "points features"]:
-    """Shares of eleven colour names, exp(−|c − c_name|² / 2σ²) over their sum, and which of five heights it has.
+    """Shares of eleven colour names, exp(−|c − c_name|² / 2σ²) over their sum, in that of five heights which it has.
+
+    The mean over a group of points is then a table of heights and colours: what is low and red, or high and grey.
 
     Args:
         points: in metres, up being z.
@@ -36,15 +38,17 @@ def point_features(
 
     >>> colours = np.array([[0.85, 0.1, 0.1], [0.5, 0.5, 0.5]])
     >>> found = point_features(np.array([[0.0, 0.0, 0.0], [1.0, 0.0, 0.7]]), colours)
-    >>> [list(COLOURS)[k] for k in found[:, :11].argmax(1)], found[:, 11:].argmax(1).tolist()
-    (['red', 'grey'], [0, 2])
+    >>> [(int(k) // 11, list(COLOURS)[k % 11]) for k in found.argmax(1)]
+    [(0, 'red'), (2, 'grey')]
     """
-    squares = np.square(colours[:, None] - np.array(list(COLOURS.values()))).sum(-1)
-    logs = (squares.min(1, keepdims=True) - squares) / (2 * SPREAD**2)
-    shares = np.exp(logs)
+    typical = np.array(list(COLOURS.values()), dtype=np.float32)
+    squares = np.square(colours.astype(np.float32)[:, None] - typical).sum(-1)
+    shares = np.exp((squares.min(1, keepdims=True) - squares) / (2 * SPREAD**2))
+    shares /= shares.sum(1, keepdims=True)
     bands = np.searchsorted(HEIGHTS, points[:, 2] - points[:, 2].min(), side="right")
-    heights = np.eye(len(HEIGHTS) + 1)[bands]
-    return np.concatenate([shares / shares.sum(1, keepdims=True), heights], axis=1).astype(np.float32)
+    table = np.zeros((len(points), len(HEIGHTS) + 1, len(COLOURS)), dtype=np.float32)
+    table[np.arange(len(points)), bands] = shares
+    return table.reshape(len(points), -1)
 
 
 def sampled(cloud: Cloud, count: int, seed: int = 0) -> Float32[np.ndarray, "count channels"]:

@@ -22,7 +22,7 @@ BOX, LID, BALL = 0.6, 0.3, 0.15  # half sides and a radius, in metres
 THINGS = ("floor", "walls", "box", "ball", "around")
 # Shares of a room's points; a surveyor would get fewer of the ball.
 SHARES = {"floor": 0.42, "walls": 0.2, "box": 0.14, "lid": 0.05, "ball": 0.04, "around": 0.15}
-SPLITS = {"train": 600, "val": 60, "test": 120}
+SPLITS = {"train": 1200, "val": 60, "test": 120}
 KINDS = ("small", "part", "large", "floor", "caption", "plan")
 NOISE = 0.04  # deviation of a colour
 SCANS = ("motorcycle", "brain")
@@ -89,7 +89,7 @@ def composed_rooms(
     Args:
         split: "train", "val" or "test"; no scene is in two, and no part of a scan.
         seed: of the scenes.
-        count: how many. Default: 600, 60 and 120.
+        count: how many. Default: 1,200, 60 and 120.
         rooms: in a scene, up to 64. Up to eight have floors and balls of different colours.
         points: of a scene.
         scanned: whether points of real scans stand around.

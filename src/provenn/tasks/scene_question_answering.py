@@ -109,10 +109,7 @@ class Scenes(Dataset):
         self.conversations, self.meta, self.scale = list(conversations), meta, scale
         self.chat_tokens = tokens_of(meta)
         self.encoded = [self.chat_tokens.encode(each, meta["longest"]) for each in self.conversations]
-        self.clouds = [
-            torch.from_numpy(np.concatenate([cloud.points, point_features(cloud.points, cloud.colours)], axis=1))
-            for cloud in clouds
-        ]
+        self.clouds = list(clouds)
         self.kept: dict[Path, Tensor] = {}
         self.left = ROOM
 
@@ -123,7 +120,8 @@ class Scenes(Dataset):
         """What a system sees of the scene of a question."""
         source = self.conversations[row].images[0]
         if isinstance(source, int):
-            return self.clouds[source]
+            points, colours = self.clouds[source][:2]
+            return torch.from_numpy(np.concatenate([points, point_features(points, colours)], axis=1))
         if source not in self.kept:
             scene = torch.from_numpy(sampled(read_cloud(source, scale=self.scale, colours=True), self.meta["points"]))
             if scene.nbytes > self.left:
@@ -161,7 +159,7 @@ class SceneQuestionAnswering(Task):
     takes_words = True
     meta_schema = SceneChats
     embedded = {  # noqa: RUF012
-        "rooms": "780 scenes of three rooms each, 1,024 coloured points, with six kinds of questions that are true by "
+        "rooms": "1,380 scenes of three rooms, 1,024 coloured points each, with six kinds of questions, true by "
         "construction: colours of a small ball, a lid, a large box and a floor, a room in words, a plan",
         "scans": "the same with pieces of real scans: a stereo pair of a motorcycle (scikit-image), and "
         "where there is nilearn, the MNI152 brain; parts of the scans are in one split each",
@@ -199,7 +197,7 @@ class SceneQuestionAnswering(Task):
             at_least: how often a word must occur in the training to be known.
             scale: metres of a unit of the user's clouds, such as 0.001 of millimetres. Default: 1.
             val_share: of the scenes, what is cut off for each split that a folder lacks.
-            examples: of composed rooms, how many scenes are trained on. Default: 600.
+            examples: of composed rooms, how many scenes are trained on. Default: 1,200.
         """
         named = self._named(source)
         for name, number, least in (("longest", longest, 8), ("answer", answer, 1), ("at_least", at_least, 1)):
@@ -245,7 +243,9 @@ class SceneQuestionAnswering(Task):
             train,
             sets["val"],
             sets["test"],
-            fingerprint=fingerprint(*marks, *(cloud for some in sets.values() for cloud in some.clouds)),
+            fingerprint=fingerprint(
+                *marks, *(part for some in sets.values() for cloud in some.clouds for part in cloud[:2])
+            ),
             options={"vocab_size": len(train.chat_tokens), "features": FEATURES},
             meta=train.meta,
             collate=join_scenes(train.chat_tokens.pad),
@@ -568,7 +568,7 @@ def colours_of(features: Float[Tensor, "points features"]) -> Float[Tensor, "poi
     """Colours again, from the shares of colour names."""
     from provenn.data.point_features import COLOURS
 
-    return features[:, : len(COLOURS)] @ torch.tensor(list(COLOURS.values()))
+    return features.unflatten(1, (-1, len(COLOURS))).sum(1) @ torch.tensor(list(COLOURS.values()))
 
 
 def from_above(axes: "Axes", points: Float[Tensor, "points 3"], colours: Float[Tensor, "points 3"]) -> None:

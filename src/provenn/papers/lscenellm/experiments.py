@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from provenn.core.cost import count_parameters
+from provenn.data.point_features import FEATURES
 from provenn.evidence import Measurement, Run, Study, Table, Timing, measures
 from provenn.nn.decoder import Decoder
 from provenn.ops.point_sampling import farthest_points
@@ -29,7 +30,7 @@ from provenn.papers.lscenellm.studies import (
 
 RATES = (1e-3, 3e-3, 1e-2)
 SHARED: dict[str, Any] = {
-    "columns": {"parameters": lambda variant: count_parameters(network(variant, 44, 16))},
+    "columns": {"parameters": lambda variant: count_parameters(network(variant, 44, FEATURES))},
     "kind": "reader",
     "recipe": RECIPE,
     "lrs": RATES,

@@ -91,9 +91,9 @@ class Reader(LSceneLLM):
             decoder,
             features,
             parents=parents * (1 + variant.children) if variant.equal else parents,
-            group=24 if variant.equal else 64,
+            group=12 if variant.equal else 32,
             children=counted,
-            neighbourhood=96,
+            neighbourhood=64,
             sparse_points=ROOM["points"] * variant.rooms // (1 if variant.equal else 2),
             start_layer=1,
             threshold=variant.threshold,
@@ -162,7 +162,7 @@ def _highest(weights: Float[Tensor, "batch parents"]) -> Bool[Tensor, "batch par
     return torch.zeros_like(weights, dtype=torch.bool).scatter(-1, weights.topk(count).indices, True)
 
 
-def network(variant: Variant, vocab_size: int, features: int, dim: int = 64, layers: int = 4) -> Reader:
+def network(variant: Variant, vocab_size: int, features: int, dim: int = 64, layers: int = 3) -> Reader:
     """The network of a variant.
 
     Args:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from provenn.data.caption_scores import exact_match
-from provenn.data.rooms import composed_rooms
 from provenn.papers.lscenellm.rivals import ROOM, opened_share
 from provenn.tasks import Task, TaskData, fingerprint, get_task
 from provenn.tasks.base import device_of
@@ -26,17 +25,20 @@ ASKED_AT_ONCE = 64
 
 
 class Labelled(Scenes):
-    """Questions of some kinds about scenes whose points say of which object they are."""
+    """Questions about scenes whose points say of which object they are, by their last number."""
 
-    def keep(self, kinds: Sequence[str], objects: Sequence[Tensor]) -> "Labelled":
-        """The same with these kinds alone, and the objects of each scene's points as their last number."""
+    def scene(self, row: int) -> Tensor:
+        """What a system sees of the scene of a question, and the objects of its points."""
+        # Any: in memory the image of a question is a number.
+        number: Any = self.conversations[row].images[0]
+        return torch.cat([super().scene(row), torch.from_numpy(self.clouds[number].objects)[:, None].float()], dim=1)
+
+    def keep(self, kinds: Sequence[str]) -> "Labelled":
+        """The questions of these kinds alone."""
         other = copy.copy(self)
         kept = [row for row, talk in enumerate(self.conversations) if talk.exchanges[0].kind in kinds]
         other.conversations = [self.conversations[row] for row in kept]
         other.encoded = [self.encoded[row] for row in kept]
-        other.clouds = [
-            torch.cat([cloud, thing[:, None].float()], dim=1) for cloud, thing in zip(self.clouds, objects, strict=True)
-        ]
         return other
 
     def first(self, count: int) -> "Labelled":
@@ -62,12 +64,9 @@ def rooms_data(seed: int, smoke: bool, rooms: int = 3, source: str = "rooms") ->
     load: Any = task.load
     data = load(source, seed=seed, rooms=rooms, points=points, examples=count, answer=3)
     parts: dict[str, Labelled] = {}
-    for split, wanted in (("train", count), ("val", None), ("test", None)):
-        made = composed_rooms(split, seed, wanted, rooms=rooms, points=points, scanned=source == "scans")
+    for split in ("train", "val", "test"):
         part: Any = getattr(data, split)
-        whole = Labelled(part.conversations, part.meta)
-        whole.clouds = part.clouds
-        kept = whole.keep(KINDS, [torch.from_numpy(scene.objects) for scene in made])
+        kept = Labelled(part.conversations, part.meta, part.clouds).keep(KINDS)
         parts[split] = kept.first(16) if smoke and split != "train" else kept
     return replace(
         data,
