@@ -614,6 +614,10 @@ class Mute(nn.Module):
 def rooms():
     """Questions about rooms; answers by the words of a question and their pairs, by scikit-learn's naive Bayes."""
     data = get_task("scene-question-answering").load("rooms", examples=40, points=192)
+    for part in (data.train, data.test):  # long answers come once each, and which of those is the likeliest is a toss
+        kept = [row for row, talk in enumerate(part.conversations) if talk.exchanges[0].kind not in ("caption", "plan")]
+        part.conversations = [part.conversations[row] for row in kept]
+        part.encoded = [part.encoded[row] for row in kept]
     pairs = [[(talk.exchanges[0].asked, talk.exchanges[0].answers[0]) for talk in part.conversations]
              for part in (data.train, data.test)]  # fmt: skip
     terms = CountVectorizer(token_pattern=r"\w+(?:['’]\w+)*|[^\w\s]", ngram_range=(1, 2))
@@ -623,7 +627,7 @@ def rooms():
     right = [[answer] for _, answer in pairs[1]]
     best = max(100 * float(cider(some, right).mean()) for some in (told, [commonest] * len(right)))
     tokens = data.test.chat_tokens
-    return data, [Mute(tokens.text("red")[0], len(tokens))], best
+    return data, [Mute(tokens.text(commonest)[0], len(tokens))], best
 
 
 CASES = {

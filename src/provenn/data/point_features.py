@@ -28,9 +28,10 @@ FEATURES = len(COLOURS) * (len(HEIGHTS) + 1)
 def point_features(
     points: Float[np.ndarray, "points 3"], colours: Float[np.ndarray, "points 3"]
 ) -> Float32[np.ndarray, "points features"]:
-    """Shares of eleven colour names, exp(−|c − c_name|² / 2σ²) over their sum, in that of five heights which it has.
+    """Eleven times the shares of eleven colour names, at that of five heights which a point has; 0 at the others.
 
-    The mean over a group of points is then a table of heights and colours: what is low and red, or high and grey.
+    A share is exp(−|c − c_name|² / 2σ²) over the sum of all names; eleven times it is 1 where all are alike. The mean
+    over a group of points is then a table of heights and colours: what is low and red, or high and grey.
 
     Args:
         points: in metres, up being z.
@@ -44,7 +45,7 @@ def point_features(
     typical = np.array(list(COLOURS.values()), dtype=np.float32)
     squares = np.square(colours.astype(np.float32)[:, None] - typical).sum(-1)
     shares = np.exp((squares.min(1, keepdims=True) - squares) / (2 * SPREAD**2))
-    shares /= shares.sum(1, keepdims=True)
+    shares *= len(COLOURS) / shares.sum(1, keepdims=True)
     bands = np.searchsorted(HEIGHTS, points[:, 2] - points[:, 2].min(), side="right")
     table = np.zeros((len(points), len(HEIGHTS) + 1, len(COLOURS)), dtype=np.float32)
     table[np.arange(len(points)), bands] = shares

@@ -568,7 +568,7 @@ def colours_of(features: Float[Tensor, "points features"]) -> Float[Tensor, "poi
     """Colours again, from the shares of colour names."""
     from provenn.data.point_features import COLOURS
 
-    return features.unflatten(1, (-1, len(COLOURS))).sum(1) @ torch.tensor(list(COLOURS.values()))
+    return features.unflatten(1, (-1, len(COLOURS))).sum(1) @ torch.tensor(list(COLOURS.values())) / len(COLOURS)
 
 
 def from_above(axes: "Axes", points: Float[Tensor, "points 3"], colours: Float[Tensor, "points 3"]) -> None:

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from provenn.data.chat_tokens import MARKS
 from provenn.nn.decoder import Decoder
-from provenn.nn.language import init_narrow
 from provenn.papers.lscenellm.layers import MagnifiedBlock
-from provenn.papers.lscenellm.model import LSceneLLM
+from provenn.papers.lscenellm.model import LSceneLLM, start_narrow
 from provenn.papers.lscenellm.tokens import SceneTokens, dense_around
 
 Reads = Literal["regions", "objects", "queries"]
@@ -170,7 +169,7 @@ def network(variant: Variant, vocab_size: int, features: int, dim: int = 64, lay
         vocab_size, features: of the data.
         dim, layers: of the decoder.
     """
-    return init_narrow(Reader(variant, Decoder(vocab_size, dim, layers, 4), features))
+    return start_narrow(Reader(variant, Decoder(vocab_size, dim, layers, 4), features))
 
 
 def opened_share(model: nn.Module, tokens: Tensor, scenes: Tensor, mask: Tensor) -> float:
