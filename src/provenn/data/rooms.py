@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Int16
 
 from provenn.core.errors import UserError
 from provenn.data.point_features import COLOURS
@@ -22,7 +22,7 @@ BOX, LID, BALL = 0.6, 0.3, 0.15  # half sides and a radius, in metres
 THINGS = ("floor", "walls", "box", "ball", "around")
 # Shares of a room's points; a surveyor would get fewer of the ball.
 SHARES = {"floor": 0.42, "walls": 0.2, "box": 0.14, "lid": 0.05, "ball": 0.04, "around": 0.15}
-SPLITS = {"train": 1200, "val": 60, "test": 120}
+SPLITS = {"train": 3200, "val": 60, "test": 120}
 KINDS = ("small", "part", "large", "floor", "caption", "plan")
 NOISE = 0.04  # deviation of a colour
 SCANS = ("motorcycle", "brain")
@@ -65,7 +65,7 @@ class Rooms(NamedTuple):
 
     points: Float32[np.ndarray, "points 3"]
     colours: Float32[np.ndarray, "points 3"]
-    objects: Int64[np.ndarray, " points"]
+    objects: Int16[np.ndarray, " points"]
     rooms: tuple[Room, ...]
     questions: tuple[Question, ...]
 
@@ -89,7 +89,7 @@ def composed_rooms(
     Args:
         split: "train", "val" or "test"; no scene is in two, and no part of a scan.
         seed: of the scenes.
-        count: how many. Default: 1,200, 60 and 120.
+        count: how many. Default: 3,200, 60 and 120.
         rooms: in a scene, up to 64. Up to eight have floors and balls of different colours.
         points: of a scene.
         scanned: whether points of real scans stand around.
@@ -130,7 +130,13 @@ def _scene(draw: np.random.Generator, count: int, points: int, scans: str) -> Ro
     colours = np.clip(colours + NOISE * draw.standard_normal(colours.shape), 0, 1)
     order = draw.permutation(points)
     questions = tuple(_questions(rooms, int(draw.integers(0, 2**31))))
-    return Rooms(where[order].astype(np.float32), colours[order].astype(np.float32), things[order], rooms, questions)
+    return Rooms(
+        where[order].astype(np.float32),
+        colours[order].astype(np.float32),
+        things[order].astype(np.int16),
+        rooms,
+        questions,
+    )
 
 
 def _room(draw: np.random.Generator, room: Room, points: int, scans: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

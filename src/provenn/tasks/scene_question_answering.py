@@ -159,7 +159,7 @@ class SceneQuestionAnswering(Task):
     takes_words = True
     meta_schema = SceneChats
     embedded = {  # noqa: RUF012
-        "rooms": "1,380 scenes of three rooms, 1,024 coloured points each, with six kinds of questions, true by "
+        "rooms": "3,380 scenes of three rooms, 1,024 coloured points each, with six kinds of questions, true by "
         "construction: colours of a small ball, a lid, a large box and a floor, a room in words, a plan",
         "scans": "the same with pieces of real scans: a stereo pair of a motorcycle (scikit-image), and "
         "where there is nilearn, the MNI152 brain; parts of the scans are in one split each",
@@ -197,7 +197,7 @@ class SceneQuestionAnswering(Task):
             at_least: how often a word must occur in the training to be known.
             scale: metres of a unit of the user's clouds, such as 0.001 of millimetres. Default: 1.
             val_share: of the scenes, what is cut off for each split that a folder lacks.
-            examples: of composed rooms, how many scenes are trained on. Default: 1,200.
+            examples: of composed rooms, how many scenes are trained on. Default: 3,200.
         """
         named = self._named(source)
         for name, number, least in (("longest", longest, 8), ("answer", answer, 1), ("at_least", at_least, 1)):

@@ -5,9 +5,7 @@ token opens the children of those sparse tokens that it attends to most, for the
 kept in a module: what layers tell each other lies in a `Look`, one for each reading.
 """
 
-import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
@@ -18,7 +16,7 @@ from torch import Tensor, nn
 from provenn.core.errors import UserError
 from provenn.nn.arguments import check_whole
 from provenn.nn.attention import KVCache, split_heads
-from provenn.nn.decoder import Context, Decoder, DecoderBlock, Reading
+from provenn.nn.decoder import Context, Decoder, DecoderBlock, Reading, visible_keys
 from provenn.nn.positions import turn
 from provenn.nn.streaming import MixerState
 
@@ -103,38 +101,37 @@ class Scene(NamedTuple):
     fixed: Bool[Tensor, "batch parents"] | None = None
 
 
-@dataclass
-class Look:
+class Look(NamedTuple):
     """What the layers of one reading tell each other.
 
     Args:
+        opened: by the number of a layer, which sparse tokens each token of this reading opened there; layers fill it.
         scene: None in a reading that goes on from a state.
         places: where the sparse tokens stand in the text.
         first: of each row the number of its first text token in this reading.
-        opened: by the number of a layer, which sparse tokens each token of this reading opened there.
     """
 
+    opened: dict[int, Opened]
     scene: Scene | None = None
     places: Int[Tensor, "batch parents"] | None = None
     first: Int[Tensor, " batch"] | None = None
-    opened: dict[int, Opened] = field(default_factory=dict)
 
 
 def _look(context: Context, scene: Scene | None = None) -> Look:
     """What a reading begins with."""
     if scene is None:
-        return Look()
+        return Look({})
     batch, parents = scene.dense.shape[:2]
     if context.images is None or context.seen:
         raise UserError("a scene's sparse tokens must be in the text that is read first: give images, where they stand")
-    if len(context.images) != batch:
-        raise UserError(f"the scenes are {batch} and the texts {len(context.images)}: expected one for each text")
+    if context.images.shape[0] != batch:
+        raise UserError(f"the scenes are {batch} and the texts {context.images.shape[0]}: expected one for each text")
     if not _traced(context.images) and bool((context.images.sum(1) != parents).any()):
         raise UserError(
             f"texts have {context.images.sum(1).tolist()} sparse tokens, and the scene has dense tokens of {parents}"
         )
     places = context.images.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :parents]
-    return Look(scene, places, places[:, -1] + 1 if scene.first is None else scene.first)
+    return Look({}, scene, places, places[:, -1] + 1 if scene.first is None else scene.first)
 
 
 def _traced(x: Tensor) -> bool:
@@ -240,7 +237,7 @@ class MagnifiedBlock(nn.Module):
         groups = attention.heads // attention.kv_heads
         k_all, v_all = (part.repeat_interleave(groups, dim=1) for part in (k, v))
         scale = attention.head_dim**-0.5
-        scores = _scores(q[:, :, start:], k_all, context.visible(start, tokens), scale)
+        scores = _scores(q[:, :, start:], k_all, visible_keys(context, start, tokens), scale)
         numbers = torch.arange(start, tokens, device=x.device)
         first = torch.zeros_like(places[:, 0]) if look.first is None else look.first
         text = numbers >= first[:, None]
@@ -248,7 +245,7 @@ class MagnifiedBlock(nn.Module):
             at = places[:, None, None].expand(-1, attention.heads, scores.shape[2], -1)
             weights = (scores.gather(-1, at) - scores.logsumexp(-1, keepdim=True)).exp().sum(1)
             chosen = (self.select(weights) if fixed is None else fixed[:, None]) & text[..., None]
-            unread = chosen.new_zeros(len(chosen), start, places.shape[1])
+            unread = chosen.new_zeros(chosen.shape[0], start, places.shape[1])
             look.opened[self.number] = torch.cat([unread, chosen], dim=1)
         if dense is None or opened is None:
             return attention.attend(q, k, v, context), state
@@ -299,7 +296,7 @@ class MagnifiedBlock(nn.Module):
             angles[:, 0]
             .gather(1, places[..., None].expand(-1, -1, angles.shape[-1]))
             .repeat_interleave(children, dim=1)[:, None]
-            for angles in (part.expand(len(z), -1, -1, -1) for part in context.angles)
+            for angles in (part.expand(z.shape[0], -1, -1, -1) for part in context.angles)
         )
         heads = self.attention.kv_heads
         return Dense(
@@ -349,7 +346,7 @@ def union(opened: Opened) -> Int[Tensor, "batch chosen"]:
 
 
 def _look_of(context: Context) -> Look:
-    return context.shared if isinstance(context.shared, Look) else Look()
+    return context.shared if isinstance(context.shared, Look) else Look({})
 
 
 class SceneMagnifier:
@@ -437,10 +434,7 @@ class SceneMagnifier:
         """
         if scene is not None and scene.dense.shape[2] != self.children:
             raise UserError(f"the scene has {scene.dense.shape[2]} children a token, and {self.children} were named")
-        # A view of the decoder, with its modules and a scene of this reading alone.
-        view = copy.copy(self.decoder)
-        view.sharing = partial(_look, scene=scene)
-        return view.read(x, **reading)
+        return self.decoder.read(x, sharing=partial(_look, scene=scene), **reading)
 
     @staticmethod
     def opened(reading: Reading) -> dict[int, Bool[Tensor, "batch tokens parents"]]:

@@ -109,7 +109,7 @@ class LSceneLLM(nn.Module):
             raise ValueError(
                 f"features must be at least 1 and prompt_tokens at least 0, got {features} and {prompt_tokens}"
             )
-        self.decoder, self.features, self.prompt_tokens = decoder, features, prompt_tokens
+        self.decoder, self.numbers, self.prompt_tokens = decoder, features, prompt_tokens
         self.scene_token, self.prompt_token = scene_token, prompt_token
         self.sizes = {
             "parents": parents,
@@ -136,9 +136,9 @@ class LSceneLLM(nn.Module):
         Raises:
             UserError: other features, or fewer points than tokens.
         """
-        if scenes.shape[-1] != COORDINATES + self.features:
+        if scenes.shape[-1] != COORDINATES + self.numbers:
             raise UserError(
-                f"a point has {scenes.shape[-1]} numbers: expected 3 coordinates and {self.features} features"
+                f"a point has {scenes.shape[-1]} numbers: expected 3 coordinates and {self.numbers} features"
             )
         try:
             return build_tokens(scenes[..., :COORDINATES], scenes[..., COORDINATES:], **self.sizes)
@@ -192,8 +192,9 @@ class LSceneLLM(nn.Module):
             given = self.tokenise(scenes) if dense is None else _bare(scenes, dense)
         else:
             given = scenes
-        if len(given.sparse) != len(tokens):
-            raise UserError(f"there are {len(tokens)} texts and {len(given.sparse)} scenes: expected one for each")
+        texts, there = tokens.shape[0], given.sparse.shape[0]
+        if texts != there:
+            raise UserError(f"there are {texts} texts and {there} scenes: expected one for each")
         sparse, fine = self.project(given)
         fixed, fine = self.fixed(tokens, sparse, fine)
         pointed = self._pointed(given, prompts)
@@ -221,11 +222,11 @@ class LSceneLLM(nn.Module):
         positions = torch.arange(x.shape[1], device=x.device)
         positions = positions + ahead * ((positions >= before) & (positions < before + shown))
         positions[before + shown :] += free - shown
-        positions = positions.expand(len(x), -1)
+        positions = positions.expand(x.shape[0], -1)
         images = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
         images[:, at : at + parents] = True
         start = before + shown
-        first = torch.full((len(x),), start, device=x.device) if known is None else known[:, :start].sum(1)
+        first = torch.full((x.shape[0],), start, device=x.device) if known is None else known[:, :start].sum(1)
         if known is not None:
             # Padding takes no position: a row gets what it gets alone.
             positions = positions - (~known).cumsum(1)
@@ -238,8 +239,8 @@ class LSceneLLM(nn.Module):
             "layers": layers,
         }
         if self.magnifier is None:
-            return self.decoder.read(x, **reading), places.expand(len(x), -1)
-        return self.magnifier.read(x, Scene(fine, first, alpha, fixed), **reading), places.expand(len(x), -1)
+            return self.decoder.read(x, **reading), places.expand(x.shape[0], -1)
+        return self.magnifier.read(x, Scene(fine, first, alpha, fixed), **reading), places.expand(x.shape[0], -1)
 
     def _known(
         self, mask: Tensor | None, x: Tensor, places: Tensor, at: int, own_scene: int, pointed_at: int, own_prompt: int
@@ -275,7 +276,7 @@ class LSceneLLM(nn.Module):
     def _pointed(self, tokens: SceneTokens, prompts: Prompts | None) -> Float[Tensor, "batch shown dim"]:
         """Tokens of a box and of a click, those that are given."""
         width = self.decoder.norm.weight.shape[0]
-        shown = [tokens.sparse.new_zeros(len(tokens.sparse), 0, width)]
+        shown = [tokens.sparse.new_zeros(tokens.sparse.shape[0], 0, width)]
         if prompts is not None and (prompts.click is not None or prompts.box is not None):
             if self.box is None or self.click is None or self.positions is None:
                 raise UserError("the model reads no clicks and boxes: build it with prompt_tokens=8")

@@ -71,6 +71,7 @@ def build_tokens(
             raise ValueError(f"{name} must be at least 1, got {number}")
     if sparse_points < parents:
         raise ValueError(f"sparse_points must be at least the {parents} parents, got {sparse_points}")
+    points = points.to(torch.promote_types(points.dtype, torch.float32))  # distances are compared
     few, some = points[:, :sparse_points], features[:, :sparse_points]
     hood = min(neighbourhood, points.shape[1])
     if few.shape[1] < parents or hood < children:
@@ -98,15 +99,16 @@ def dense_around(
         points, features, children, neighbourhood: as in `build_tokens`.
         centres: the places, such as the middles of objects.
     """
+    points, centres = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (points, centres))
     parents = centres.shape[1]
     hood = min(neighbourhood, points.shape[1])
     around = nearest_points(points, centres, hood)  # nearest first, so that the search for the farthest begins there
     local = _at(points, around.flatten(1)).unflatten(1, around.shape[1:]).flatten(0, 1)
     inner = _at(local, farthest_points(local, children))
     members = nearest_points(local, inner, hood // children).flatten(1)
-    members = around.flatten(0, 1).gather(1, members).view(len(points), parents * children, -1)
+    members = around.flatten(0, 1).gather(1, members).view(points.shape[0], parents * children, hood // children)
     dense = _mean_of(features, members).unflatten(1, (parents, children))
-    return dense, inner.unflatten(0, (-1, parents))
+    return dense, inner.view(points.shape[0], parents, children, points.shape[2])
 
 
 def _at(x: Float[Tensor, "batch points channels"], index: Int64[Tensor, "batch chosen"]) -> Tensor:
@@ -120,7 +122,7 @@ def _mean_of(
     batch, total = features.shape[:2]
     rows = index + torch.arange(batch, device=index.device)[:, None, None] * total
     mean = F.embedding_bag(rows.flatten(0, 1), features.flatten(0, 1), mode="mean")
-    return mean.unflatten(0, (batch, -1))
+    return mean.view(batch, index.shape[1], features.shape[2])
 
 
 def box_text(
