@@ -41,13 +41,13 @@ PROBES: dict[str, Any] = {**OF_KINDS, "small less large": small_less_large, "ope
 ABOUT = "questions about colours in scenes of three composed rooms, 340 points and 6 sparse tokens a room"
 
 SIZES = Study(
-    "small targets in scenes of 3 and of 12 rooms",
+    "small targets in scenes of 3 and of 8 rooms",
     "scene-question-answering",
     data=rooms_data,
     variants={
         "3": ("3 rooms", Variant(opens="nothing")),
-        "12": ("12 rooms", Variant(opens="nothing", rooms=12)),
-        "12 magnified": ("12 rooms, magnified", Variant(rooms=12)),
+        "8": ("8 rooms", Variant(opens="nothing", rooms=8)),
+        "8 magnified": ("8 rooms, magnified", Variant(rooms=8)),
     },
     probes={"small in own rooms": small_in_own_rooms},
     trained=by_rooms,
@@ -82,16 +82,16 @@ ROOMS = Study(
     **SHARED,
 )
 MANY = Study(
-    "readers of twelve rooms",
+    "readers of eight rooms",
     "scene-question-answering",
-    data=partial(rooms_data, rooms=12),
+    data=partial(rooms_data, rooms=8),
     variants={
-        "magnified": ("LSceneLLM", Variant(rooms=12)),
-        "objects": ("object tokens", Variant(reads="objects", opens="nothing", rooms=12)),
-        "queries": ("learned queries", Variant(reads="queries", opens="nothing", rooms=12)),
+        "magnified": ("LSceneLLM", Variant(rooms=8)),
+        "objects": ("object tokens", Variant(reads="objects", opens="nothing", rooms=8)),
+        "queries": ("learned queries", Variant(reads="queries", opens="nothing", rooms=8)),
     },
     probes=OF_KINDS,
-    about="questions about colours in scenes of twelve composed rooms, 340 points and 6 sparse tokens a room",
+    about="questions about colours in scenes of eight composed rooms, 340 points and 6 sparse tokens a room",
     **SHARED,
 )
 SCANS = Study(
@@ -108,7 +108,7 @@ SCANS = Study(
     **SHARED,
 )
 EXPERIMENTS: dict[str, Any] = {
-    "accuracy_falls": SIZES.against("3", "12", metric="small in own rooms", shown=("12 magnified",)),
+    "accuracy_falls": SIZES.against("3", "8", metric="small in own rooms", shown=("8 magnified",)),
     "part_lost": ROOMS.against("magnified", "objects", metric="part"),
     "whole_kept": ROOMS.against("objects", "magnified", metric="small"),
     "own_over_scorer": ROOMS.against("magnified", ("scorer", "cosine"), metric="small", shown=("all",)),
@@ -120,7 +120,7 @@ EXPERIMENTS: dict[str, Any] = {
     "over_all_open": ROOMS.against("magnified", "all", metric="small"),
     "over_other_fusions": ROOMS.against("magnified", ("mean", "text"), metric="small", shown=("sparse",)),
     "over_others": ROOMS.against("magnified", ("objects", "queries")),
-    "over_others_12": MANY.against("magnified", ("objects", "queries")),
+    "over_others_8": MANY.against("magnified", ("objects", "queries")),
     "over_others_scans": SCANS.against("magnified", ("objects", "queries")),
     "host_objects": ROOMS.against("objects magnified", "objects"),
     "host_queries": ROOMS.against("queries magnified", "queries"),
