@@ -167,7 +167,7 @@ PERCENT = (5, 10, 20, 50)
 
 
 def _attend(form: Form, percent: int, device: str) -> Callable[[], Tensor]:
-    """The last token of a text reads one magnified layer of 1,024 channels, with so many of 128 regions open."""
+    """A layer of 1,024 channels that magnifies reads a scene and a word, with so many of 128 regions open."""
     torch.manual_seed(0)
     decoder = Decoder(vocab=8, dim=1024, layers=2, heads=8, hidden=1024).eval().to(device)
     count = round(SPARSE * percent / 100)
@@ -180,15 +180,18 @@ def _attend(form: Form, percent: int, device: str) -> Callable[[], Tensor]:
     scene = Scene(torch.randn(1, SPARSE, CHILDREN, 1024, device=device))
     images = (torch.arange(SPARSE + 1, device=device) < SPARSE)[None]
 
+    with torch.no_grad():
+        reading = magnifier.read(x, scene, images=images, layers=True)
+
     @torch.no_grad()
     def call() -> Tensor:
-        return magnifier.read(x, scene, images=images).hidden
+        return decoder.blocks[1](reading.layers[1], reading.context)[0]
 
     return call
 
 
 FORMS = Timing(
-    "a word after a scene, a layer of 1,024 channels that selects and one that magnifies",
+    "a scene and a word in a layer of 1,024 channels that magnifies",
     {"gathered": partial(_attend, "gathered"), "masked": partial(_attend, "masked")},
     sizes=PERCENT,
     unit="percent of regions open",
