@@ -355,7 +355,7 @@ class SceneQuestionAnswering(Task):
         output: Path | None,
         *,
         answer: int | None = None,
-        scale: float | int | None = None,
+        scale: str | float | int | None = None,
     ) -> str:
         """What a model answers to questions about one cloud, each by itself.
 
@@ -370,7 +370,8 @@ class SceneQuestionAnswering(Task):
             raise UserError(f"answer must be at least 1 token, got {answer}")
         file, questions = divide(inputs)
         check_table(output, [file])
-        said = self.answered(model, meta, read_cloud(file, scale=scale, colours=True), questions, answer)
+        cloud = read_cloud(file, scale=None if scale is None else metres_of(scale), colours=True)
+        said = self.answered(model, meta, cloud, questions, answer)
         if output is not None:
             rows = [(str(file), asked, told) for asked, told in zip(questions, said)]
             write_table(output, ["scene", "question", "answer"], rows)
@@ -409,6 +410,21 @@ class SceneQuestionAnswering(Task):
     def picture(self, model: nn.Module, data: TaskData) -> "Figure | None":
         """Scenes of the test from above, with a question, what is answered and what is right."""
         return evaluated(model, data.test, {})
+
+
+def metres_of(scale: str | float | int) -> float:
+    """A scale as a number.
+
+    Raises:
+        UserError: it is none.
+
+    >>> metres_of("0.001")
+    0.001
+    """
+    try:
+        return float(scale)
+    except ValueError:
+        raise UserError(f"scale must be metres of a unit, such as 0.001 of millimetres, got {scale!r}") from None
 
 
 def asked_alone(question: str) -> Conversation:
