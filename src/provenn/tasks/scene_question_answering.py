@@ -23,12 +23,15 @@ from torch.utils.data import Dataset
 
 from provenn.core import progress
 from provenn.core.errors import UserError
-from provenn.data.caption_scores import cider, exact_match, meteor, rouge_l
-from provenn.data.chat_pieces import read_pieces, tokens_of
+from provenn.data.caption_scores import cider, meteor, rouge_l
+from provenn.data.caption_scores import exact_match as exact_match
+from provenn.data.chat_pieces import read_pieces
+from provenn.data.chat_pieces import tokens_of as tokens_of
 from provenn.data.chat_tokens import MARKS, ChatTokens
 from provenn.data.clouds import SUFFIXES, Cloud, cloud_of, read_cloud
 from provenn.data.conversations import Conversation, Exchange
-from provenn.data.point_features import FEATURES, point_features, sampled
+from provenn.data.point_features import FEATURES as FEATURES
+from provenn.data.point_features import point_features, sampled
 from provenn.data.rooms import Rooms, composed_rooms, room_words
 from provenn.data.scene_questions import read_scene_questions
 from provenn.data.tables import check_table, read_table, write_table

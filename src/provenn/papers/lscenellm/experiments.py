@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from provenn.core.cost import count_parameters
-from provenn.data.point_features import FEATURES
 from provenn.evidence import Measurement, Run, Study, Table, Timing, measures
 from provenn.nn.decoder import Decoder
 from provenn.ops.point_sampling import farthest_points
@@ -27,6 +26,7 @@ from provenn.papers.lscenellm.studies import (
     small_in_own_rooms,
     small_less_large,
 )
+from provenn.tasks.scene_question_answering import FEATURES
 
 RATES = (1e-3, 3e-3, 1e-2)
 SHARED: dict[str, Any] = {

@@ -7,8 +7,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from provenn.core.errors import UserError
-from provenn.data.chat_pieces import tokens_of
 from provenn.papers.lscenellm.model import LSceneLLM
+from provenn.tasks.scene_question_answering import from_above, tokens_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,8 +51,6 @@ def inspect(model: nn.Module, x: dict[str, Any]) -> dict[str, Tensor]:
 
 def draw(model: nn.Module, x: dict[str, Any], meta: dict[str, Any], axes: "Axes") -> None:
     """The scene from above, and around each region a ring as thick as layers in which the question's end opened it."""
-    from provenn.tasks.scene_question_answering import from_above
-
     found = regions_of(model, x)
     cloud = x["cloud"]
     chosen = torch.linspace(0, len(cloud) - 1, min(len(cloud), 20_000)).long()

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from provenn.data.chat_tokens import MARKS
+from provenn.core.special_tokens import MARKS
 from provenn.nn.decoder import Decoder
 from provenn.papers.lscenellm.layers import MagnifiedBlock
 from provenn.papers.lscenellm.model import LSceneLLM, start_narrow

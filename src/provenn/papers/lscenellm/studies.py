@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from provenn.data.caption_scores import exact_match
 from provenn.papers.lscenellm.rivals import ROOM, opened_share
 from provenn.tasks import Task, TaskData, fingerprint, get_task
 from provenn.tasks.base import device_of
-from provenn.tasks.scene_question_answering import Scenes, answers, join_scenes
+from provenn.tasks.scene_question_answering import Scenes, answers, exact_match, join_scenes
 from provenn.training import Fit, Hardware, Recipe, fit
 
 KINDS = ("small", "part", "large", "floor")  # whose answers are one word
