@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from provenn.core.errors import UserError
 from provenn.papers.lscenellm.model import LSceneLLM
-from provenn.tasks.scene_question_answering import from_above, tokens_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,7 +53,11 @@ def draw(model: nn.Module, x: dict[str, Any], meta: dict[str, Any], axes: "Axes"
     found = regions_of(model, x)
     cloud = x["cloud"]
     chosen = torch.linspace(0, len(cloud) - 1, min(len(cloud), 20_000)).long()
-    from_above(axes, torch.from_numpy(cloud.points)[chosen], torch.from_numpy(cloud.colours)[chosen])
+    points, colours = (torch.from_numpy(part)[chosen] for part in (cloud.points, cloud.colours))
+    order = points[:, 2].argsort()  # higher points over lower ones
+    x_axis, y_axis = points[order, :2].T.numpy()
+    axes.scatter(x_axis, y_axis, s=3, c=colours[order].numpy(), linewidths=0)
+    axes.set_aspect("equal")
     last = torch.stack([opened[-1] for opened in found.opened.values()]).sum(0)
     for (across, along, _), layers in zip(found.centres.tolist(), last.tolist()):
         axes.plot(across, along, marker="o", markersize=14, fillstyle="none", color="#777777", linewidth=0, alpha=0.4)
@@ -68,8 +71,7 @@ def draw(model: nn.Module, x: dict[str, Any], meta: dict[str, Any], axes: "Axes"
                 color="#e01b24",
                 markeredgewidth=1.2 * layers,
             )
-    tokens = tokens_of(meta)
-    asked = tokens.decode([token for token in x["tokens"][0].tolist() if token != tokens.end])
+    asked = " ".join(x["names"])
     share = torch.stack([opened[-1].float().mean() for opened in found.opened.values()]).mean()
     axes.set_title(f"{asked}\n{share:.0%} of the regions open, in {len(found.opened)} layers", fontsize=9)
     axes.set_xlabel("metres")
