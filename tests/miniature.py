@@ -734,7 +734,27 @@ def asked(root: Path, splits: dict[str, int], **more: list[str]) -> None:
         (root / f"{split}.jsonl").write_text("\n".join(lines))
 
 
+def rooms(root: Path, splits: dict[str, int]) -> None:
+    """Questions about clouds of points, a line each."""
+    for split, count in splits.items():
+        lines = []
+        for i in range(count):
+            points = np.column_stack([rng().uniform(0, 3, (60, 3)).round(3), rng().integers(0, 256, (60, 3))])
+            header = ["ply", "format ascii 1.0", "element vertex 60", *(f"property float {axis}" for axis in "xyz")]
+            header += [*(f"property uchar {name}" for name in ("red", "green", "blue")), "end_header"]
+            rows = [f"{x} {y} {z} {int(r)} {int(g)} {int(b)}" for x, y, z, r, g, b in points]
+            (root / split).mkdir(exist_ok=True)
+            (root / split / f"{i}.ply").write_text("\n".join([*header, *rows]) + "\n")
+            question = f"what colour is the {WORDS[i % len(WORDS)]} ?"
+            lines.append(
+                json.dumps({"scene": f"{split}/{i}.ply", "question": question, "answers": ["red", "dark red"]})
+            )
+        (root / f"{split}.jsonl").write_text("\n".join(lines))
+
+
 WRITERS = {
+    "xr-scene": lambda root: rooms(root, {"train": 6, "val": 3, "test": 3}),
+    "scanqa": lambda root: rooms(root, {"train": 6, "val": 3, "test": 3}),
     "llava-instruct": lambda root: talks(root, "llava_instruct_150k.json"),
     "sharegpt4v": lambda root: talks(root, "sharegpt4v_instruct.json"),
     "vqa-v2": lambda root: asked(root, {"train": 8, "val": 4}),

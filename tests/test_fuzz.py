@@ -24,6 +24,7 @@ from provenn import catalog
 from provenn.core.errors import UserError
 from provenn.data import images, series, tables, text, trajectories
 from provenn.data.events import read_histories
+from provenn.data.scene_questions import read_scene_questions
 from provenn.evidence.record import Evidence, Ledger, read_or_set_aside
 from provenn.tasks import get_task, translation
 from provenn.tasks.discovery import SHARED
@@ -102,6 +103,7 @@ READERS: dict[str, tuple[Callable[[Path], object], str, list[str | bytes]]] = {
     "translation, .jsonl": (translation._read, "a.jsonl", ['{"source": "one", "target": "eins"}\n']),
     "trajectories, .jsonl": (trajectories.read_trajectories, "a.jsonl", [json.dumps(EPISODE) + "\n"]),
     "trajectories, .npz": (trajectories.read_trajectories, "a.npz", [saved(**ARRAYS)]),
+    "scene questions": (read_scene_questions, "a.jsonl", ['{"scene": "a.ply", "question": "b ?", "answer": "c"}\n']),
     "tokenizer": (lambda f: text.read_tokenizer(text.read_text(f)), "a.json", ["bytes", '{"version": "1.0"}']),
     "image, .png": (lambda f: (images.size_of(f), images.read_image(f)), "a.png",
                     [encoded(PHOTO, "PNG"), encoded(PHOTO.convert("P"), "PNG", transparency=0)]),

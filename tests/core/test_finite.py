@@ -52,6 +52,7 @@ INPUTS = {  # of each kind of work: what is given, and where the answer goes
     "anomaly-detection": ("image.png", "answer.csv"),
     "multimodal-chat": ("image.png", "answer.csv"),
     "visual-question-answering": ("image.png", "answer.csv"),
+    "scene-question-answering": ("room.ply", "answer.csv"),
 }
 QUESTION = "what colour is the disc ?"
 ASKED = "remove the seven"
@@ -61,18 +62,22 @@ MORE = {  # of `predict` alone
     "multimodal-chat": f" '{QUESTION}'",
     "visual-question-answering": f" '{QUESTION}'",
     "image-editing": f" '{ASKED}'",
+    "scene-question-answering": f" '{QUESTION}'",
 }
-WORDS = {"image-text-retrieval": " 'a red disc'"}  # of `inspect` alone
+# Of `inspect` alone.
+WORDS = {"image-text-retrieval": " 'a red disc'", "scene-question-answering": f" '{QUESTION}'"}
 TRIED = {  # in the browser, where that is something else
     "pansharpening": "image.png",
     "event-video": "image.png",
     "image-text-retrieval": "words",
+    "scene-question-answering": "points.csv",
 }
 TYPED = {  # there, beside a file or in place of one
     "image-generation": {"classes": ["3"], "seed": 0},
     "image-editing": {"question": ASKED, "seed": 0},
     "multimodal-chat": {"question": QUESTION},
     "visual-question-answering": {"question": QUESTION},
+    "scene-question-answering": {"question": QUESTION},
 }
 # A factor under which every parameter has a square in float32, and every model that ships runs out of its range.
 FACTOR, BOUND = 1e18, 1e19
@@ -98,6 +103,11 @@ def inputs(tmp_path_factory) -> Path:
         np.save(folder / f"{name}.npy", np.random.default_rng(0).random((bands, side, side), dtype=np.float32))
     events = [f"{0.001 * i:.3f} {i % 20} {i % 16} {i % 2}" for i in range(80)]
     (folder / "events.txt").write_text("\n".join(["20 16", *events]))
+    points = [f"{i % 5}.5 {i % 7}.25 {i % 3}.0 {i % 256} {i * 7 % 256} 90" for i in range(300)]
+    (folder / "points.csv").write_text("\n".join(["x,y,z,red,green,blue", *(row.replace(" ", ",") for row in points)]))
+    header = ["ply", "format ascii 1.0", "element vertex 300", *(f"property float {axis}" for axis in "xyz")]
+    header += [*(f"property uchar {name}" for name in ("red", "green", "blue")), "end_header"]
+    (folder / "room.ply").write_text("\n".join([*header, *points]) + "\n")
     (folder / "words").write_text("def main(argument):\n    return argument\n" * 4)
     return folder
 

@@ -116,11 +116,19 @@ class Context(NamedTuple):
     shared: Any = None
 
     def visible(self, start: int, end: int) -> Bool[Tensor, "rows 1 queries keys"]:
-        """Which keys, those of the cache first, each of the tokens from `start` up to `end` may attend to."""
-        device, upto = self.inputs.device, self.seen + end
-        queries = self.seen + torch.arange(start, end, device=device)
-        visible = (torch.arange(upto, device=device) <= queries[:, None])[None, None]
-        return visible if self.keys is None else visible & self.keys[:, None, None, :upto]
+        """`visible_keys` of these tokens."""
+        return visible_keys(self, start, end)
+
+
+def visible_keys(context: Context, start: int, end: int) -> Bool[Tensor, "rows 1 queries keys"]:
+    """Which keys, those of the cache first, each of the tokens from `start` up to `end` may attend to.
+
+    It is no method, since torch.compile follows none of a tuple that it sees made.
+    """
+    device, upto = context.inputs.device, context.seen + end
+    queries = context.seen + torch.arange(start, end, device=device)
+    visible = (torch.arange(upto, device=device) <= queries[:, None])[None, None]
+    return visible if context.keys is None else visible & context.keys[:, None, None, :upto]
 
 
 class DecoderAttention(nn.Module):
@@ -387,6 +395,7 @@ class Decoder(nn.Module):
         images: Bool[Tensor, "batch tokens"] | None = None,
         state: DecoderState | None = None,
         layers: bool = False,
+        sharing: Callable[[Context], Any] | None = None,
     ) -> Reading:
         """Read vectors of tokens, wherever they come from.
 
@@ -398,6 +407,7 @@ class Decoder(nn.Module):
             images: True where a token is one of an image: for blocks that ask.
             state: what was read before, `init_state` at first; None where nothing is to be kept.
             layers: whether to keep what each block read.
+            sharing: makes what blocks share in this reading. Default: the decoder's own.
 
         Raises:
             UserError: no token, or more than `max_length`.
@@ -424,8 +434,9 @@ class Decoder(nn.Module):
         angles = self.rotary.angles(positions, self.head_dim, x.dtype)
         keys = None if state is None else _joined(state, mask, x)
         context = Context(x, angles, mask, images, seen, keys)
-        if self.sharing is not None:
-            context = context._replace(shared=self.sharing(context))
+        sharing = self.sharing if sharing is None else sharing
+        if sharing is not None:
+            context = context._replace(shared=sharing(context))
         x, between, states = self._blocks(x, context, state, layers)
         if order is not None:
             between = [unpack(layer, order) for layer in between]

@@ -29,7 +29,9 @@ def nearest(
 ) -> Int64[Tensor, "batch centres count"]:
     """So many centres at a time that their distances stay within `TABLE`."""
     batch, total = points.shape[:2]
-    step = max(1, TABLE // max(1, batch * total))
+    # A graph for any batch cannot depend on its size.
+    traced = torch.compiler.is_compiling()
+    step = centres.shape[1] if traced else max(1, TABLE // max(1, batch * total))
     parts = [
         torch.cdist(some, points, compute_mode="donot_use_mm_for_euclid_dist").topk(count, dim=2, largest=False).indices
         for some in centres.split(step, dim=1)

@@ -1,0 +1,186 @@
+"""What a scene magnifier is compared with: other rules of selection and of fusion, and other readers of scenes.
+
+All are small LSceneLLMs in which one part differs. Where scenes are read by objects, the last number of a point says of
+which object it is: no segmenter stands between.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from provenn.core.special_tokens import MARKS
+from provenn.nn.decoder import Decoder
+from provenn.papers.lscenellm.layers import MagnifiedBlock
+from provenn.papers.lscenellm.model import LSceneLLM, start_narrow
+from provenn.papers.lscenellm.tokens import SceneTokens, dense_around
+
+Reads = Literal["regions", "objects", "queries"]
+Opens = Literal["nothing", "attention", "random", "all", "cosine", "scorer"]
+Fuses = Literal["joint", "mean", "text"]
+ASSISTANT = MARKS.index("<assistant>")  # of a vocabulary of words, which begins with the marks
+THINGS = 5  # objects of a room
+QUERIES = 16  # of a query-former
+ROOM = {"parents": 6, "points": 340}  # sparse tokens and points of a room, whatever the number of rooms
+SHARE = 0.15  # of regions that the lot, the cosine and the scorer open
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A reader of scenes.
+
+    Args:
+        reads: what stands in the text: regions as in the paper, each object's mean, spread and middle, or learned
+            queries that attend to regions.
+        opens: which dense tokens are read besides.
+        fuses: how: by one softmax, by their mean added to the output, or as tokens of the text.
+        rooms: of a scene.
+        equal: as many sparse tokens as there are sparse and dense ones together.
+        threshold, children: as of `LSceneLLM`.
+    """
+
+    reads: Reads = "regions"
+    opens: Opens = "attention"
+    fuses: Fuses = "joint"
+    rooms: int = 3
+    equal: bool = False
+    threshold: int = 96
+    children: int = 4
+
+
+class MeanBlock(MagnifiedBlock):
+    """o = softmax(A) V + mean of the opened V_d: what was selected is added and not attended to."""
+
+    def fuse(
+        self,
+        scores: Float[Tensor, "batch heads rows keys"],
+        q: Float[Tensor, "batch heads rows head_dim"],
+        v: Float[Tensor, "batch heads keys head_dim"],
+        dense_k: Float[Tensor, "batch heads dense head_dim"],
+        dense_v: Float[Tensor, "batch heads dense head_dim"],
+        opened: Bool[Tensor, "batch rows dense"],
+    ) -> Float[Tensor, "batch heads rows head_dim"]:
+        share = opened.to(v.dtype) / opened.sum(-1, keepdim=True).clamp_min(1)
+        # The keys serve the size of the mean, so that the variant has nothing that does not learn.
+        size = (q * (share[:, None] @ dense_k)).sum(-1, keepdim=True).mul(q.shape[-1] ** -0.5).sigmoid()
+        return scores.softmax(-1).to(v.dtype) @ v + size * (share[:, None] @ dense_v)
+
+
+def hashed(weights: Float[Tensor, "batch rows parents"]) -> Bool[Tensor, "batch rows parents"]:
+    """A share of regions by lot. The lot is drawn from the weights' digits, so that a reading repeats itself."""
+    return (weights * 9973.0).frac() < SHARE
+
+
+def everything(weights: Float[Tensor, "batch rows parents"]) -> Bool[Tensor, "batch rows parents"]:
+    """All regions."""
+    return torch.ones_like(weights, dtype=torch.bool)
+
+
+class Reader(LSceneLLM):
+    """A small LSceneLLM in one of the variants."""
+
+    def __init__(self, variant: Variant, decoder: Decoder, features: int):
+        self_select = {"random": hashed, "all": everything}.get(variant.opens)
+        counted = variant.children if variant.opens != "nothing" or variant.fuses == "text" else 1
+        parents = ROOM["parents"] * variant.rooms
+        super().__init__(
+            decoder,
+            features,
+            parents=parents * (1 + variant.children) if variant.equal else parents,
+            group=12 if variant.equal else 32,
+            children=counted,
+            neighbourhood=64,
+            sparse_points=ROOM["points"] * variant.rooms // (1 if variant.equal else 2),
+            start_layer=1,
+            threshold=variant.threshold,
+            magnify=variant.opens != "nothing" and variant.fuses != "text",
+            prompt_tokens=0,
+            select=self_select,
+            block=MeanBlock if variant.fuses == "mean" else MagnifiedBlock,
+        )
+        self.variant, dim = variant, decoder.norm.weight.shape[0]
+        self.objects = nn.Linear(features + 6, features) if variant.reads == "objects" else None
+        self.queries = nn.Parameter(torch.randn(QUERIES, dim)) if variant.reads == "queries" else None
+        self.keys = nn.Linear(dim, dim, bias=False) if variant.reads == "queries" else None
+        self.scorer = nn.Linear(dim, dim, bias=False) if variant.opens == "scorer" else None
+
+    def tokenise(self, scenes: Float[Tensor, "batch points channels"]) -> SceneTokens:
+        """Tokens of regions, or of objects with dense ones around their middles."""
+        labels, scenes = scenes[..., -1].long(), scenes[..., :-1]
+        if self.objects is None:
+            return super().tokenise(scenes)
+        points, features = scenes[..., :3], scenes[..., 3:]
+        member = nn.functional.one_hot(labels, THINGS * self.variant.rooms).to(scenes.dtype).mT
+        member = member / member.sum(-1, keepdim=True).clamp_min(1)
+        middle = member @ points
+        spread = (member @ points.square() - middle.square()).clamp_min(0).sqrt()
+        low, high = points.amin(1), points.amax(1)
+        placed = (middle - low[:, None]) / (high - low)[:, None].clamp_min(1e-6)
+        sparse = self.objects(torch.cat([member @ features, spread, placed], dim=-1))
+        children, hood = self.sizes["children"], self.sizes["neighbourhood"]
+        dense, inner = dense_around(points, features, middle, children=children, neighbourhood=hood)
+        return SceneTokens(sparse, middle, dense, inner, low, high)
+
+    def project(self, tokens: SceneTokens) -> tuple[Float[Tensor, "batch parents dim"], Tensor]:
+        """Tokens in the decoder's width: of regions, objects or queries, or dense ones among them."""
+        sparse, dense = super().project(tokens)
+        if self.variant.fuses == "text":
+            return torch.cat([sparse, dense.flatten(1, 2)], dim=1), dense
+        if self.queries is None or self.keys is None:
+            return sparse, dense
+        weights = (self.queries @ self.keys(sparse).mT / math.sqrt(sparse.shape[-1])).softmax(-1)
+        # The middle of a query is the region that it attends to most, and its dense tokens are that region's.
+        nearest = weights.argmax(-1)[..., None, None].expand(-1, -1, *dense.shape[2:])
+        return self.queries + weights @ sparse, dense.gather(1, nearest)
+
+    def fixed(
+        self,
+        tokens: Int[Tensor, "batch tokens"],
+        sparse: Float[Tensor, "batch parents dim"],
+        dense: Float[Tensor, "batch places children dim"],
+    ) -> tuple[Bool[Tensor, "batch parents"] | None, Float[Tensor, "batch places children dim"]]:
+        """What a rule before the decoder opens, from the question alone."""
+        if self.variant.opens not in ("cosine", "scorer"):
+            return None, dense
+        asked = ((tokens == ASSISTANT).cumsum(1) == 0).to(sparse.dtype)
+        question = (self.decoder.embed(tokens) * asked[..., None]).sum(1) / asked.sum(1, keepdim=True).clamp_min(1)
+        if self.scorer is None:
+            weights = nn.functional.cosine_similarity(question[:, None], sparse, dim=-1)
+            return _highest(weights), dense
+        weights = ((self.scorer(question)[:, None] * sparse).sum(-1) / math.sqrt(sparse.shape[-1])).softmax(-1)
+        # The choice has no gradient. By a factor of 1 the scorer gets that of the dense tokens which it weighs.
+        return _highest(weights), dense * (1 + weights - weights.detach())[..., None, None]
+
+
+def _highest(weights: Float[Tensor, "batch parents"]) -> Bool[Tensor, "batch parents"]:
+    """The share of regions that has the largest weights."""
+    count = max(1, round(SHARE * weights.shape[-1]))
+    return torch.zeros_like(weights, dtype=torch.bool).scatter(-1, weights.topk(count).indices, True)
+
+
+def network(variant: Variant, vocab_size: int, features: int, dim: int = 64, layers: int = 3) -> Reader:
+    """The network of a variant.
+
+    Args:
+        variant: what differs.
+        vocab_size, features: of the data.
+        dim, layers: of the decoder.
+    """
+    return start_narrow(Reader(variant, Decoder(vocab_size, dim, layers, 4), features))
+
+
+def opened_share(model: nn.Module, tokens: Tensor, scenes: Tensor, mask: Tensor) -> float:
+    """The mean share of sparse tokens that the last token of a question opens, over layers that magnify; else 0."""
+    if not isinstance(model, LSceneLLM) or model.magnifier is None:
+        return 0.0
+    reading, place = model.read(tokens, scenes, mask=mask)
+    last = place.gather(1, mask.sum(1, keepdim=True) - 1)
+    shares: list[Any] = []
+    opened = model.magnifier.opened(reading)
+    for number in sorted(opened)[:-1]:  # nobody reads what the last layer opens
+        rows = opened[number].gather(1, last[..., None].expand(-1, -1, opened[number].shape[2]))
+        shares.append(rows.float().mean())
+    return float(torch.stack(shares).mean())

@@ -1,0 +1,145 @@
+"""Data, probes and trainings of LSceneLLM's experiments, on composed rooms."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from provenn.papers.lscenellm.rivals import ROOM, opened_share
+from provenn.tasks import Task, TaskData, fingerprint, get_task
+from provenn.tasks.base import device_of
+from provenn.tasks.scene_question_answering import Scenes, answers, exact_match, join_scenes
+from provenn.training import Fit, Hardware, Recipe, fit
+
+KINDS = ("small", "part", "large", "floor")  # whose answers are one word
+RECIPE = Recipe(
+    epochs=12, batch_size=32, lr=3e-3, weight_decay=0.05, decay_vectors=False, schedule="onecycle", clip=1.0
+)
+TRAINED = 1600  # scenes; with fewer the readers learn them by heart
+ASKED_AT_ONCE = 64
+
+
+class Labelled(Scenes):
+    """Questions about scenes whose points say of which object they are, by their last number."""
+
+    def scene(self, row: int) -> Tensor:
+        """What a system sees of the scene of a question, and the objects of its points."""
+        # Any: in memory the image of a question is a number.
+        number: Any = self.conversations[row].images[0]
+        return torch.cat([super().scene(row), torch.from_numpy(self.clouds[number].objects)[:, None].float()], dim=1)
+
+    def keep(self, kinds: Sequence[str]) -> "Labelled":
+        """The questions of these kinds alone."""
+        other = copy.copy(self)
+        kept = [row for row, talk in enumerate(self.conversations) if talk.exchanges[0].kind in kinds]
+        other.conversations = [self.conversations[row] for row in kept]
+        other.encoded = [self.encoded[row] for row in kept]
+        return other
+
+    def first(self, count: int) -> "Labelled":
+        """The first questions."""
+        other = copy.copy(self)
+        other.conversations, other.encoded = self.conversations[:count], self.encoded[:count]
+        return other
+
+
+@lru_cache(maxsize=4)  # a study asks for them once a trial
+def rooms_data(seed: int, smoke: bool, rooms: int = 3, source: str = "rooms") -> TaskData:
+    """Questions about scenes of so many rooms, with as many points and sparse tokens a room.
+
+    Args:
+        seed: of the scenes.
+        smoke: a few scenes.
+        rooms: of a scene.
+        source: rooms or scans.
+    """
+    task, points = get_task("scene-question-answering"), ROOM["points"] * rooms
+    count = 16 if smoke else TRAINED
+    # Any: `load` of a task takes its own options.
+    load: Any = task.load
+    data = load(source, seed=seed, rooms=rooms, points=points, examples=count, answer=3)
+    parts: dict[str, Labelled] = {}
+    for split in ("train", "val", "test"):
+        part: Any = getattr(data, split)
+        kept = Labelled(part.conversations, part.meta, part.clouds).keep(KINDS)
+        parts[split] = kept.first(16) if smoke and split != "train" else kept
+    return replace(
+        data,
+        train=parts["train"],
+        val=parts["val"],
+        test=parts["test"],
+        fingerprint=fingerprint(data.fingerprint, " ".join(KINDS)),
+        meta={**data.meta, "seed": seed, "smoke": smoke},
+        collate=join_scenes(parts["train"].chat_tokens.pad),
+    )
+
+
+def scans_data(seed: int, smoke: bool, rooms: int = 3) -> TaskData:
+    """The same with pieces of real scans standing around."""
+    return rooms_data(seed, smoke, rooms, "scans")
+
+
+def by_rooms(
+    build: Callable[[], nn.Module],
+    task: Task,
+    data: TaskData,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    hardware: Hardware | None = None,
+    title: str = "",
+) -> Fit:
+    """A training on scenes of as many rooms as the variant says, tested on such scenes."""
+    first: Any = build()
+    more: dict[str, Any] = {} if hardware is None else {"hardware": hardware}
+    return fit(build, task, of_rooms(first, data), recipe, seed=seed, title=title, **more)
+
+
+def of_rooms(model: Any, data: TaskData) -> TaskData:
+    """The data of the same seed, with as many rooms in a scene as a model is made for."""
+    return rooms_data(data.meta["seed"], data.meta["smoke"], model.variant.rooms)
+
+
+def right_of(model: nn.Module, data: TaskData) -> dict[str, float]:
+    """Of each kind of question the share that is answered word for word."""
+    asked: Any = data.test
+    said: list[str] = []
+    for start in range(0, len(asked), ASKED_AT_ONCE):
+        said += answers(model, asked, range(start, min(start + ASKED_AT_ONCE, len(asked))))
+    rows: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for told, talk in zip(said, asked.conversations):
+        rows[talk.exchanges[0].kind].append(exact_match(told, talk.exchanges[0].answers))
+    return {kind: sum(found) / max(1, len(found)) for kind, found in rows.items()}
+
+
+def accuracy_of(kind: str, model: nn.Module, data: TaskData) -> float:
+    """Accuracy on questions of one kind."""
+    return right_of(model, data)[kind]
+
+
+def small_less_large(model: nn.Module, data: TaskData) -> float:
+    """Accuracy on small targets, balls and lids, less that on boxes."""
+    right = right_of(model, data)
+    return (right["small"] + right["part"]) / 2 - right["large"]
+
+
+def small_in_own_rooms(model: nn.Module, data: TaskData) -> float:
+    """Accuracy on balls, in scenes of as many rooms as the model is made for."""
+    return right_of(model, of_rooms(model, data))["small"]
+
+
+def opened(model: nn.Module, data: TaskData) -> float:
+    """Mean share of regions that the last token of a question opens."""
+    asked: Any = data.test
+    here = device_of(model)
+    rows = [asked[row] for row in range(min(ASKED_AT_ONCE, len(asked)))]
+    tokens = asked.chat_tokens
+    prompts = [tokens.prompt(talk) for talk in asked.conversations[: len(rows)]]
+    width = max(map(len, prompts))
+    texts = torch.tensor([[*prompt, *[tokens.pad] * (width - len(prompt))] for prompt in prompts])
+    mask = torch.arange(width) < torch.tensor([len(prompt) for prompt in prompts])[:, None]
+    return opened_share(model, texts.to(here), torch.stack([scene for scene, *_ in rows]).to(here), mask.to(here))
