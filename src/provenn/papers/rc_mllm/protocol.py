@@ -211,6 +211,15 @@ def without_citations(answer: str) -> str:
     return re.sub(r"\s*(?<!\\)\[\d+\]", "", answer).strip()
 
 
+def what_is_said(answer: str) -> str:
+    """An answer without citations and without boxes: what is compared with the right one.
+
+    >>> what_is_said("<|box_start|>(1,2),(3,4)<|box_end|> Mira [2]")
+    'Mira'
+    """
+    return re.sub(r"<\|box_start\|>.*?<\|box_end\|>\s*", "", without_citations(answer)).strip()
+
+
 def refuses(answer: str) -> bool:
     """Whether an answer says that there is none."""
     return any(words in answer.lower() for words in REFUSALS)

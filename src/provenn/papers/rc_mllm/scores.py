@@ -17,6 +17,7 @@ from provenn.papers.rc_mllm.protocol import (
     citations,
     refuses,
     statements,
+    what_is_said,
     without_citations,
 )
 
@@ -196,10 +197,14 @@ def check_citations(answer: str, sample: Sample) -> CitationCounts:
 
 
 def is_right(answer: str, sample: Sample) -> bool:
-    """Whether an answer says what the right one says, citations and marks aside; a refusal is right by refusing."""
+    """Whether an answer says what the right one says, citations, boxes and marks aside; a refusal is right by refusing.
+
+    An answer that is nothing but boxes is compared by them.
+    """
     if sample.kind in UNANSWERABLE or refuses(sample.answer):
         return refuses(answer)
-    return not refuses(answer) and _words(without_citations(answer)) == _words(without_citations(sample.answer))
+    strip = what_is_said if what_is_said(sample.answer) else without_citations
+    return not refuses(answer) and _words(strip(answer)) == _words(strip(sample.answer))
 
 
 def refusal_rates(answers: Sequence[str], samples: Sequence[Sample]) -> tuple[float, float]:
@@ -257,7 +262,7 @@ def as_choice(sample: Sample, others: Sequence[str], order: Sequence[int]) -> Ch
         order: in which right and wrong answers are shown; 0 is the right one. Of an unanswerable question there is no
             right one among them.
     """
-    answer = without_citations(sample.answer)
+    answer = what_is_said(sample.answer)
     unanswerable = refuses(answer)
     shown = [*others] if unanswerable else [answer, *others]
     options = [shown[k] for k in order if k < len(shown)]

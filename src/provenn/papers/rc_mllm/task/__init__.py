@@ -5,6 +5,7 @@ Each question of a test stands there in three orders of its entries.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,9 @@ from provenn.papers.rc_mllm.protocol import (
     parse_prompt,
     pixels_of,
     refuses,
+    what_is_said,
     with_permuted_boxes,
     without_boxes,
-    without_citations,
 )
 from provenn.papers.rc_mllm.scores import (
     FactJudge,
@@ -48,7 +49,7 @@ from provenn.papers.rc_mllm.scores import (
     is_right,
     rcid_score,
 )
-from provenn.papers.rc_mllm.task.builder import ORDERS, build_samples, values
+from provenn.papers.rc_mllm.task.builder import ORDERS, build_samples, build_tiles, values
 from provenn.papers.rc_mllm.task.library import read_library, read_pixels_rgb
 from provenn.papers.rc_mllm.task.tokens import RegionWords, region_tokens, region_words
 from provenn.tasks import multimodal_chat
@@ -58,7 +59,10 @@ from provenn.tasks.multimodal_chat import SIZE, Talks, divide, say_unknown, writ
 from provenn.tasks.visual_question_answering import ANSWERED_AT_ONCE, VisualQuestionAnswering, answers, by_words
 
 SCENES = {"train": 1500, "val": 24, "test": 32}
+TILED = {"train": 2000, "val": 24, "test": 40}
 LONGEST, ANSWER = 420, 64
+TURNS = 6  # questions about each scene of tiles that a conversation of the training has
+TURN = 60  # tokens of a further question and its answer at most
 BOXES = ("pixels", "coco", "thousandths")
 CONTROLS = ("", "removed", "permuted", "order")
 ANSWERED = ("V2C", "C2V")  # kinds whose questions have an answer of a word or two
@@ -66,21 +70,30 @@ NAMES = ("", "train", "val", "test")
 
 
 class Regions(Talks):
-    """Samples as conversations of one question.
+    """Samples as conversations, each of one question unless they are joined.
 
     Args:
         samples: with files, or numbers of `pictures`.
         meta: see `provenn.tasks.meta.Chats`.
         pictures: in memory.
         control: removed leaves boxes out, permuted moves them on, order sorts entries from left to right without boxes.
+        joined: whether samples in a row about one picture with the same entries are one conversation, whose entries
+            stand before the first question alone.
     """
 
     def __init__(
-        self, samples: Sequence[Sample], meta: dict[str, Any], pictures: Tensor | None = None, control: str = ""
+        self,
+        samples: Sequence[Sample],
+        meta: dict[str, Any],
+        pictures: Tensor | None = None,
+        control: str = "",
+        joined: bool = False,
     ):
         self.samples = [controlled(sample, control) for sample in samples]
         bare = control in ("removed", "order")
-        self.conversations = [_talk_of(sample, bare, number) for number, sample in enumerate(self.samples, 1)]
+        talks = enumerate(self.samples, 1)
+        runs = groupby(talks, lambda each: (each[1].image, each[1].entries) if joined else each[0])
+        self.conversations = [_talk_of(list(run), bare) for _, run in runs]
         self.meta, self.pictures = meta, pictures
         self.chat_tokens = region_tokens(meta)
         self.encoded = [self.chat_tokens.encode(each, meta["longest"]) for each in self.conversations]
@@ -95,9 +108,15 @@ def controlled(sample: Sample, control: str) -> Sample:
     return by_place(sample) if control == "order" else sample
 
 
-def _talk_of(sample: Sample, bare: bool, number: int) -> Conversation:
-    asked = without_boxes(sample.prompt) if bare else sample.prompt
-    return Conversation((Exchange(asked, (sample.answer,), (), sample.kind),), (sample.image,), "", f"sample {number}")
+def _talk_of(run: Sequence[tuple[int, Sample]], bare: bool) -> Conversation:
+    """One conversation of samples and their numbers: the first one's prompt, and the questions of the others."""
+    number, first = run[0]
+    asked = [first.prompt, *(sample.question for _, sample in run[1:])]
+    exchanges = tuple(
+        Exchange(without_boxes(text) if bare else text, (sample.answer,), (), sample.kind)
+        for text, (_, sample) in zip(asked, run)
+    )
+    return Conversation(exchanges, (first.image,), "", f"sample {number}")
 
 
 class RegionQuestions(VisualQuestionAnswering):
@@ -108,6 +127,8 @@ class RegionQuestions(VisualQuestionAnswering):
     embedded = {  # noqa: RUF012
         "regions": "1,556 scenes of 64×64 pixels with coloured digits and shapes, each with an invented owner, place "
         "or price; questions from looks to texts and back, some that nothing answers (scikit-image, scikit-learn)",
+        "tiles": "2,064 scenes likewise, whose two or three objects lie in a grid of 3×3; answers say first where the "
+        "object is, and training reads six questions about each scene: what a small model learns from in minutes",
     }
     reads = (
         'a .jsonl of {"image": "a.jpg", "entries": [{"category": "dog", "box": [l, t, r, b], "text": "…"}, …], '
@@ -129,13 +150,15 @@ class RegionQuestions(VisualQuestionAnswering):
         boxes: str = "pixels",
         control: str = "",
         examples: int | None = None,
-        steps: int = 2,
+        steps: int | None = None,
         cite: bool = True,
+        located: bool = True,
+        turns: int | None = None,
     ) -> TaskData:
         """The embedded scenes, or the user's samples.
 
         Args:
-            source: "regions", or a .jsonl.
+            source: "regions", "tiles", or a .jsonl.
             seed: of the scenes, or of what is cut off for validation and test.
             size: side of the square at which pictures are seen, in pixels. Default: 224, of the scenes 64.
             fit: how a picture becomes a square: stretch, pad or keep, which leaves its shape.
@@ -146,12 +169,14 @@ class RegionQuestions(VisualQuestionAnswering):
             val_share: of the samples, what is cut off for validation, and again for the test.
             boxes: pixels (left, top, right, bottom), coco (left, top, width, height) or thousandths of the picture.
             control: removed, permuted or order, for a control; nothing by default.
-            examples: of the scenes, how many are trained on. Default: 1,500.
-            steps: of the scenes, single steps about each that are trained on, from 0 to 3.
+            examples: of the scenes, how many are trained on. Default: 1,500 of regions, 2,000 of tiles.
+            steps: of regions, single steps about each that are trained on, from 0 to 3. Default: 2.
             cite: of the scenes, whether prompts ask for citations.
+            located: of tiles, whether answers say first where the object is.
+            turns: of tiles, how many questions about a scene one conversation of the training has. Default: 6.
         """
         named = self._named(source)
-        _check(boxes=boxes, control=control, steps=steps)
+        _check(boxes=boxes, control=control, steps=steps or 0, turns=1 if turns is None else turns)
         multimodal_chat._check_options(fit=fit, longest=longest, answer=answer, at_least=at_least, size=size)
         reading: dict[str, Any] = {"fit": fit, "longest": longest, "answer": answer}
         if tokenizer not in multimodal_chat.TOKENIZERS:
@@ -160,9 +185,24 @@ class RegionQuestions(VisualQuestionAnswering):
         if isinstance(named, str):
             if size not in (None, SCENE):
                 raise UserError(f"the scenes have {SCENE}×{SCENE} pixels: leave size out, got {size}")
-            return self._scenes(seed, examples, tokenizer, reading, control, steps, cite)
-        if examples is not None or steps != 2 or not cite:
-            raise UserError("examples, steps and cite are of the embedded scenes: leave them out for a file")
+            tiled = named == "tiles"
+            if (tiled and steps is not None) or (not tiled and (turns is not None or not located)):
+                raise UserError("steps is of regions, and located and turns are of tiles: leave them out for the other")
+            if tiled:
+                count = TURNS if turns is None else turns
+                reading["longest"] = longest + TURN * (count - 1)
+                drawn = _tiles(seed, examples, cite, located, count)
+            else:
+                count = 2 if steps is None else steps
+                drawn = {
+                    split: _drawn(split, seed, examples if split == "train" else None, "", count, cite, False)
+                    for split in ("train", "val", "test")
+                }
+            return self._scenes(named, drawn, tokenizer, reading, control, tiled)
+        if examples is not None or steps is not None or not cite or not located or turns is not None:
+            raise UserError(
+                "examples, steps, cite, located and turns are of the embedded scenes: leave them out for a file"
+            )
         samples = read_samples(named, boxes)
         parts = _parted(samples, val_share, seed, named)
         texts = [text for sample in parts["train"] for text in (sample.prompt, sample.answer)]
@@ -181,18 +221,13 @@ class RegionQuestions(VisualQuestionAnswering):
 
     def _scenes(
         self,
-        seed: int,
-        examples: int | None,
+        name: str,
+        drawn: dict[str, tuple[Tensor, list[Sample]]],
         tokenizer: str,
         reading: dict[str, Any],
         control: str,
-        steps: int,
-        cite: bool,
+        joined: bool,
     ) -> TaskData:
-        drawn = {
-            split: _drawn(split, seed, examples if split == "train" else None, "", steps, cite, False)
-            for split in ("train", "val", "test")
-        }
         pixels = drawn["train"][0].float() / 255
         meta = {
             "words": region_words() if tokenizer == "words" else [],
@@ -201,13 +236,16 @@ class RegionQuestions(VisualQuestionAnswering):
             "std": pixels.std((0, 2, 3)).tolist(),
             **reading,
         }
-        sets = {split: Regions(some, meta, pictures, control) for split, (pictures, some) in drawn.items()}
+        sets = {
+            split: Regions(some, meta, pictures, control, joined and split == "train")
+            for split, (pictures, some) in drawn.items()
+        }
         about = (
-            f"{len(sets['train']):,} samples about scenes of coloured digits and shapes to train on. The test has "
+            f"{len(drawn['train'][1]):,} samples about scenes of coloured digits and shapes to train on. The test has "
             f"{len(sets['test']):,}: each question in {ORDERS} orders of its entries, with glyphs, photographs and "
             "names that are not in the training. Owners, places and prices are invented."
         )
-        return self._data("regions", sets, meta, {"image_size": SCENE}, about)  # type: ignore[arg-type]  # they are Talks
+        return self._data(name, sets, meta, {"image_size": SCENE}, about)  # type: ignore[arg-type]  # they are Talks
 
     def held_out(  # type: ignore[override]  # names its options
         self,
@@ -224,24 +262,32 @@ class RegionQuestions(VisualQuestionAnswering):
         same_category: bool = False,
         steps: int = 0,
         cite: bool = True,
+        located: bool = True,
     ) -> HeldOut:
         """As in `Task`. Of the scenes, pictures and names may be those of another split, each by itself.
 
         Args:
             source, meta, seed, whole: as in `Task`.
-            boxes, control, val_share, cite: as in `load`.
+            boxes, control, val_share, cite, located: as in `load`.
             pictures: of the scenes: test, or train for known ones.
             names: of the scenes: test, or train for known ones. Default: as the pictures.
             same_category: of the scenes: those alone in which every entry has one category.
-            steps: of the scenes: single steps about each.
+            steps: of regions: single steps about each.
         """
         _check(boxes=boxes, control=control, steps=steps, names=names)
         named = self._named(source)
         if isinstance(named, str):
             if pictures not in NAMES[1:]:
                 raise UserError(f"pictures must be one of {', '.join(NAMES[1:])}, got {pictures!r}")
-            count = SCENES["test"]
-            drawn, samples = _drawn(pictures, seed, count, names, steps, cite, same_category, ORDERS)  # type: ignore[arg-type]  # a split
+            chosen: Any = pictures  # a split
+            if named == "tiles":
+                found = build_tiles(
+                    chosen, seed, TILED["test"], names=names or None, cite=cite, located=located, orders=ORDERS
+                )
+                drawn, samples = _seen(found)
+                samples = [s for s in samples if not same_category or len({e.category for e in s.entries}) == 1]
+            else:
+                drawn, samples = _drawn(chosen, seed, SCENES["test"], names, steps, cite, same_category, ORDERS)
             about = f"{len(samples):,} questions about {pictures} pictures of {named}"
             return HeldOut(Regions(samples, meta, drawn, control), about, ORDERS)
         samples = read_samples(named, boxes)
@@ -314,12 +360,14 @@ class RegionQuestions(VisualQuestionAnswering):
         return "\n".join(lines)
 
 
-def _check(boxes: str = "pixels", control: str = "", steps: int = 0, names: str = "") -> None:
+def _check(boxes: str = "pixels", control: str = "", steps: int = 0, names: str = "", turns: int = 1) -> None:
     for name, value, known in (("boxes", boxes, BOXES), ("control", control, CONTROLS), ("names", names, NAMES)):
         if value not in known:
             raise UserError(f"{name} must be one of {', '.join(filter(None, known))}, got {value!r}")
     if not 0 <= steps <= 3:
         raise UserError(f"steps must be from 0 to 3, got {steps}")
+    if not 1 <= turns <= 20:
+        raise UserError(f"turns must be from 1 to 20, got {turns}")
 
 
 def _drawn(
@@ -343,7 +391,23 @@ def _drawn(
         same_category=same_category,
         orders=orders or (ORDERS if split == "test" else 1),
     )
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), list(samples)
+    return _seen((pixels, samples))
+
+
+def _tiles(
+    seed: int, examples: int | None, cite: bool, located: bool, turns: int
+) -> dict[str, tuple[Tensor, list[Sample]]]:
+    """Of each split pictures and samples."""
+    counts = {**TILED, "train": TILED["train"] if examples is None else examples}
+    more = {"train": {"turns": turns}, "val": {}, "test": {"orders": ORDERS}}
+    return {
+        split: _seen(build_tiles(split, seed, count, cite=cite, located=located, **more[split]))
+        for split, count in counts.items()
+    }
+
+
+def _seen(found: tuple[np.ndarray, Sequence[Sample]]) -> tuple[Tensor, list[Sample]]:
+    return torch.from_numpy(found[0]).permute(0, 3, 1, 2).contiguous(), list(found[1])
 
 
 # Files
@@ -533,7 +597,7 @@ def shortcuts(data: TaskData) -> dict[str, float]:
         return [_fact_of(sample, place) for sample in samples]
 
     train: Regions = data.train  # type: ignore[assignment]  # as above
-    asked = [(f"{PLACEHOLDER} {one.question}", without_citations(one.answer)) for one in train.samples]
+    asked = [(f"{PLACEHOLDER} {one.question}", what_is_said(one.answer)) for one in train.samples]
     by_question = by_words(asked)
     return {
         "words of the question": share([by_question(sample.question) for sample in samples]),
@@ -635,7 +699,7 @@ def _answer(
     tokens = region_tokens(meta)
     sample = Sample(0, entries, question, "")
     say_unknown(tokens, [question, *(entry.text for entry in entries), *(entry.category for entry in entries)])
-    prompt = tokens.prompt(_talk_of(sample, False, 1))
+    prompt = tokens.prompt(_talk_of([(1, sample)], False))
     multimodal_chat._check_length(prompt, count, meta)
     context = RegionContext(size, list(entries))
     return context.ask(lambda text: write(model, tokens, [prompt], [[image]], count)[0], question)
