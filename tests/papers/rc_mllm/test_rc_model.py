@@ -138,21 +138,22 @@ def test_the_tower_stays_as_it_is_in_tuning_unless_told():
     assert all(p.requires_grad for p in tiny(frozen_vision=False).parameters())
 
 
-def test_the_small_model_begins_as_the_tiny_one():
+def test_the_small_model_begins_with_the_tiny_ones_tower():
     source, model = pretrained("tiny-vlm"), rc_mllm_small(159, 5)
-    values = dict(source.named_parameters())
-    for name, value in model.named_parameters():
-        rows = len(values[name])
-        assert torch.equal(value[:rows], values[name]), name
+    for name, value in source.model.vision.state_dict().items():
+        assert torch.equal(model.model.vision.state_dict()[name], value), name
+    assert not any(p.requires_grad for p in model.model.vision.parameters())
     drawn = rc_mllm_small(159, 5, start="none")
-    assert not torch.equal(drawn.decoder.norm.weight, model.decoder.norm.weight)
+    assert all(p.requires_grad for p in drawn.parameters())
     with pytest.raises(ValueError, match="start must be"):
         rc_mllm_small(159, 5, start="nothing")
+    with pytest.raises(ValueError, match="reads 64 pixels"):
+        rc_mllm_small(159, 5, image_size=32)
 
 
 def test_inspection_is_attention_to_the_picture():
     found = inspect(rc_mllm_small(159, 5).eval(), torch.randn(1, 3, 64, 64))
-    assert list(found) == ["layer 1", "layer 2", "layer 3"]
+    assert list(found) == ["layer 1", "layer 2", "layer 3", "layer 4"]
     assert all(row.shape == (64,) and 0 < row.sum() < 1 and (row >= 0).all() for row in found.values())
     with pytest.raises(UserError, match="reads no pictures"):
         inspect(torch.nn.Linear(1, 1), torch.randn(1, 3, 8, 8))

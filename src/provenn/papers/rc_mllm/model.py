@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from provenn.core.box_text import MAX_PIXELS, MIN_PIXELS
 from provenn.core.errors import UserError
@@ -16,7 +16,10 @@ from provenn.papers.rc_mllm.layers import Qwen2VLTower, cut_patches
 
 IMAGE = 151_655  # <|image_pad|> of Qwen2-VL's tokenizer
 SECTIONS = (16, 24, 24)  # pairs of a head that turn by time, row and column
-TINY = {"dim": 80, "layers": 3, "heads": 4}  # of `pretrained("tiny-vlm")`
+# Of the small model. Slow waves leave half of a head's pairs to what tokens are, however far apart they stand.
+SMALL: dict[str, Any] = {"dim": 80, "layers": 4, "heads": 4, "head_dim": 24, "bias": True}
+BASE = 1e6
+IMAGE_SIZE = 64  # of the tiny model, in pixels
 
 
 class RCQwen2VL(ImageChat):
@@ -169,7 +172,7 @@ def rc_mllm_small(
     vocab_size: int,
     image_token: int,
     *,
-    image_size: int = 64,
+    image_size: int = IMAGE_SIZE,
     start: str = "tiny-vlm",
     frozen_vision: bool = True,
 ) -> ImageChat:
@@ -178,31 +181,22 @@ def rc_mllm_small(
     Args:
         vocab_size, image_token: of the tokens.
         image_size: side of a picture, in pixels.
-        start: "tiny-vlm" begins with the weights of `provenn.nn.pretrained("tiny-vlm")`, where they have the size: its
-            tower, projector and blocks, and the embedding of its words, which are the first of the paper's own data.
+        start: "tiny-vlm" begins with the vision tower of `provenn.nn.pretrained("tiny-vlm")`; the rest is drawn.
             "none" draws all.
         frozen_vision: whether a tower that begins so stays as it is in training.
 
     Raises:
-        ValueError: another start.
+        ValueError: another start, or a tower of another image size.
     """
     if start not in ("tiny-vlm", "none"):
         raise ValueError(f"start must be tiny-vlm or none, got {start!r}")
-    model = small_vision_language_model(vocab_size, image_token, image_size=image_size, **TINY)  # type: ignore[arg-type]  # sizes of a decoder
+    model = small_vision_language_model(
+        vocab_size, image_token, image_size=image_size, rotary=RotaryPositions(BASE), **SMALL
+    )
     if start == "tiny-vlm":
-        _copy(pretrained("tiny-vlm"), model)
+        source: Any = pretrained("tiny-vlm")
+        if image_size != IMAGE_SIZE:
+            raise ValueError(f"the tower of tiny-vlm reads {IMAGE_SIZE} pixels, got image_size={image_size}: start=none")
+        model.model.vision.load_state_dict(source.model.vision.state_dict())
         model.model.vision.requires_grad_(not frozen_vision)
     return model
-
-
-@torch.no_grad()
-def _copy(source: nn.Module, target: nn.Module) -> None:
-    """Weights of one size, and of larger tables the first rows."""
-    values = dict(target.named_parameters())
-    for name, value in source.named_parameters():
-        own = values[name]
-        if own.shape == value.shape:
-            own.copy_(value)
-        elif own.shape[1:] == value.shape[1:] and name.endswith("embed.weight"):
-            rows = min(len(own), len(value))
-            own[:rows].copy_(value[:rows])

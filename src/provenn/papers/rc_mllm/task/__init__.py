@@ -59,9 +59,9 @@ from provenn.tasks.multimodal_chat import SIZE, Talks, divide, say_unknown, writ
 from provenn.tasks.visual_question_answering import ANSWERED_AT_ONCE, VisualQuestionAnswering, answers, by_words
 
 SCENES = {"train": 1500, "val": 24, "test": 32}
-TILED = {"train": 2000, "val": 24, "test": 40}
+TILED = {"train": 1500, "val": 12, "test": 40}
 LONGEST, ANSWER = 420, 64
-TURNS = 6  # questions about each scene of tiles that a conversation of the training has
+TURNS = 12  # questions about each scene of tiles that a conversation of the training has
 TURN = 60  # tokens of a further question and its answer at most
 BOXES = ("pixels", "coco", "thousandths")
 CONTROLS = ("", "removed", "permuted", "order")
@@ -127,8 +127,8 @@ class RegionQuestions(VisualQuestionAnswering):
     embedded = {  # noqa: RUF012
         "regions": "1,556 scenes of 64×64 pixels with coloured digits and shapes, each with an invented owner, place "
         "or price; questions from looks to texts and back, some that nothing answers (scikit-image, scikit-learn)",
-        "tiles": "2,064 scenes likewise, whose two or three objects lie in a grid of 3×3; answers say first where the "
-        "object is, and training reads six questions about each scene: what a small model learns from in minutes",
+        "tiles": "1,552 scenes likewise, whose two or three objects lie in a grid of 3×3; answers say first where the "
+        "object is, and training reads twelve questions about each scene: what a small model learns from in minutes",
     }
     reads = (
         'a .jsonl of {"image": "a.jpg", "entries": [{"category": "dog", "box": [l, t, r, b], "text": "…"}, …], '
@@ -169,11 +169,11 @@ class RegionQuestions(VisualQuestionAnswering):
             val_share: of the samples, what is cut off for validation, and again for the test.
             boxes: pixels (left, top, right, bottom), coco (left, top, width, height) or thousandths of the picture.
             control: removed, permuted or order, for a control; nothing by default.
-            examples: of the scenes, how many are trained on. Default: 1,500 of regions, 2,000 of tiles.
+            examples: of the scenes, how many are trained on. Default: 1,500.
             steps: of regions, single steps about each that are trained on, from 0 to 3. Default: 2.
             cite: of the scenes, whether prompts ask for citations.
             located: of tiles, whether answers say first where the object is.
-            turns: of tiles, how many questions about a scene one conversation of the training has. Default: 6.
+            turns: of tiles, how many questions about a scene one conversation of the training has. Default: 12.
         """
         named = self._named(source)
         _check(boxes=boxes, control=control, steps=steps or 0, turns=1 if turns is None else turns)
