@@ -51,13 +51,16 @@ INPUTS = {  # of each kind of work: what is given, and where the answer goes
     "anomaly-detection": ("image.png", "answer.csv"),
     "multimodal-chat": ("image.png", "answer.csv"),
     "visual-question-answering": ("image.png", "answer.csv"),
+    "region-context-questions": ("image.png", "answer.csv"),
 }
 QUESTION = "what colour is the disc ?"
+REGIONS = "digit (5,5,15,20): it cost 25 coins . / what did the red two cost ?"
 MORE = {  # of `predict` alone
     "re-identification": " --gallery people",
     "image-text-retrieval": " --texts words",
     "multimodal-chat": f" '{QUESTION}'",
     "visual-question-answering": f" '{QUESTION}'",
+    "region-context-questions": f" '{REGIONS}'",
 }
 WORDS = {"image-text-retrieval": " 'a red disc'"}  # of `inspect` alone
 TRIED = {  # in the browser, where that is something else
@@ -69,6 +72,7 @@ TYPED = {  # there, beside a file or in place of one
     "image-generation": {"classes": ["3"], "seed": 0},
     "multimodal-chat": {"question": QUESTION},
     "visual-question-answering": {"question": QUESTION},
+    "region-context-questions": {"question": REGIONS},
 }
 # A factor under which every parameter has a square in float32, and every model that ships runs out of its range.
 FACTOR, BOUND = 1e18, 1e19

@@ -8,11 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
+from provenn.core.box_text import write_box
 from provenn.core.errors import UserError
 from provenn.nn.vision_language import small_vision_language_model
 from provenn.papers.rc_mllm import citations, to_sharegpt
-from provenn.papers.rc_mllm.task import TASK, Regions, read_entries, read_samples
-from provenn.papers.rc_mllm.task.builder import build_samples, names_of
+from provenn.papers.rc_mllm.protocol import what_is_said
+from provenn.papers.rc_mllm.scores import is_right
+from provenn.papers.rc_mllm.task import TASK, Regions, read_entries, read_samples, shortcuts
+from provenn.papers.rc_mllm.task.builder import build_samples, build_tiles, names_of, tile_edges
 from provenn.papers.rc_mllm.task.library import Item, Library, bundled_faces, draw_faces
 from provenn.papers.rc_mllm.task.tokens import RegionWords, region_tokens, region_words
 from provenn.tasks.visual_question_answering import by_words
@@ -84,12 +87,49 @@ def test_orders_hold_the_same_question():
         assert all(set(other.entries) == set(one.entries) for other in others)
 
 
+def test_answers_of_tiles_say_where_and_what():
+    tokens = region_tokens({"words": region_words()})
+    _, found = build_tiles("test", count=20)
+    edges = set(tile_edges())
+    for sample in found:
+        assert all(edge in edges for entry in sample.entries for edge in entry.box)
+        assert tokens.unknown not in tokens.text(f"{sample.prompt.replace('<image>', '')} {sample.answer}")
+        assert tokens.decode(tokens.text(sample.answer)) == sample.answer
+        assert is_right(what_is_said(sample.answer), sample) and is_right(sample.answer, sample)
+        if sample.kind == "C2V-none":
+            assert sample.answer == "the object is not in the image" and not is_right("red [1]", sample)
+        else:
+            assert sample.answer.startswith(write_box(sample.entries[sample.about - 1].box, (1000, 1000), "qwen2-vl"))
+    plain = build_tiles("test", count=20, located=False)[1]
+    assert [what_is_said(one.answer) for one in found] == [what_is_said(one.answer) for one in plain]
+
+
+def test_questions_about_one_scene_are_one_conversation():
+    """The entries stand in it once, and every answer is scored."""
+    data = TASK.load("tiles", examples=6, turns=4)
+    assert len(data.train) == 6 and len(data.train.samples) > 18
+    for talk, encoded in zip(data.train.conversations, data.train.encoded):
+        asked = " ".join(exchange.asked for exchange in talk.exchanges)
+        assert asked.count("[1]: The information") == 1 and encoded.cut == 0
+        ends = sum(target == data.train.chat_tokens.end for target in encoded.targets)
+        assert ends == len(talk.exchanges) > 1
+    assert all(len(talk.exchanges) == 1 for part in (data.val, data.test) for talk in part.conversations)
+    assert {sample.about for sample in data.train.samples} >= {0, 1, 2}
+
+
+def test_no_rule_without_binding_answers_half_of_the_tiles():
+    found = shortcuts(TASK.load("tiles", examples=60))
+    assert found["a refusal"] == 0 and max(found.values()) < 0.4, found
+
+
 def test_digits_and_marks_are_tokens_of_their_own():
     tokens = region_tokens({"words": region_words()})
     text = "who is at <|box_start|>(105,20),(1000,7)<|box_end|> ? ada stone [12]"
     numbers = tokens.text(text)
     assert tokens.unknown not in numbers
-    assert [tokens.words[n] for n in numbers[3:8]] == ["<box>", "(", "1", "0", "5"]
+    assert [tokens.words[n] for n in numbers[3:7]] == ["<box> (", "1", "0", "5"]
+    (whole,) = tokens.text("125")  # of a tile
+    assert tokens.words[whole] == "125" and len(tokens.text("1250")) == 4
     assert tokens.decode(numbers) == text
     assert tokens.unknown_words(["a zebra [7]"]) == ["zebra"]
     assert (
@@ -199,11 +239,14 @@ def test_bad_samples_are_refused_with_their_line(folder, before, after, said):
         ({"size": 80}, "leave size out"),
         ({"steps": 9}, "steps must be"),
         ({"longest": 40, "examples": 3}, "40 are read"),
+        ({"turns": 2}, "turns are of tiles"),
+        ({"source": "tiles", "steps": 1}, "steps is of regions"),
+        ({"source": "tiles", "turns": 0}, "turns must be"),
     ],
 )
 def test_bad_options_are_refused(options, said):
     with pytest.raises(UserError, match=said):
-        TASK.load("regions", **options)
+        TASK.load(**{"source": "regions", **options})
 
 
 @pytest.fixture

@@ -1,13 +1,17 @@
 """What RC-MLLM's abstract says: digits with entries, answered with boxes, crops and marks, before and after tuning."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 
+from provenn.core.box_text import image_tokens
 from provenn.core.cost import count_parameters
-from provenn.evidence import Measurement, Run, Study, measures
+from provenn.evidence import Measurement, Run, Study, Timing, measures
+from provenn.nn.decoder import Decoder
 from provenn.papers.rc_mllm.model import rc_qwen2_vl_2b
+from provenn.papers.rc_mllm.protocol import Entry, build_prompt, without_boxes
 from provenn.papers.rc_mllm.studies import (
     KINDS,
     RECIPE,
@@ -22,6 +26,7 @@ from provenn.papers.rc_mllm.studies import (
     network,
     spread_of_orders,
 )
+from provenn.papers.rc_mllm.task.tokens import RegionWords
 
 BINDING = Study(
     "digits and owners",
@@ -76,6 +81,54 @@ EXPERIMENTS: dict[str, Any] = {
     ),
     "lookup_above_text": BINDING.figure("boxes", metric="look-up over text"),
 }
+
+PICTURE, CROP = image_tokens(640, 480), image_tokens(224, 224)  # of Qwen2-VL
+SAID = "she is a teacher and bought it in spring for ten coins"
+
+
+def prompt_tokens(form: str, count: int) -> int:
+    """Tokens of a prompt with its picture. Words and marks are one each, and so is each digit, as in Qwen2.
+
+    Args:
+        form: "boxes" as text, or "crops", an image of 224×224 beside each entry.
+        count: of entries, with twelve words each.
+    """
+    entries = [Entry("dog", (100 + k, 200 + k, 700 + k, 800 + k), SAID) for k in range(count)]
+    prompt = build_prompt(entries, "who owns the dog ?")
+    text = prompt if form == "boxes" else without_boxes(prompt)
+    words = RegionWords.of_texts([prompt]).text(text)
+    return PICTURE + len(words) + (CROP * count if form == "crops" else 0)
+
+
+def count_tokens(form: str, size: int, device: str) -> Callable[[], int]:
+    return partial(prompt_tokens, form, size)
+
+
+def read_prompt(form: str, size: int, device: str) -> Callable[[], Any]:
+    """A decoder layer of width 256 reads a prompt of `size` entries."""
+    model = Decoder(vocab=16, dim=256, layers=1, heads=4, kv_heads=2).to(device)
+    tokens = torch.zeros(1, prompt_tokens(form, size), dtype=torch.long, device=device)
+    return lambda: model.read(tokens).hidden
+
+
+FORMS = {"boxes as text": "boxes", "a crop beside each entry": "crops"}
+PROMPT = Timing(
+    "tokens of a prompt",
+    {label: partial(count_tokens, form) for label, form in FORMS.items()},
+    sizes=(1, 2, 4, 8, 16),
+    quantity="count",
+    unit="entries",
+    of="tokens",
+)
+PREFILL = Timing(
+    "a decoder layer reads a prompt",
+    {label: partial(read_prompt, form) for label, form in FORMS.items()},
+    sizes=(1, 2, 4, 8, 16),
+    quantity="flops",
+    unit="entries",
+)
+EXPERIMENTS["prompt_tokens"] = PROMPT.against("boxes as text", "a crop beside each entry")
+EXPERIMENTS["prefill_flops"] = PREFILL.against("boxes as text", "a crop beside each entry")
 
 
 @measures("parameters_added")

@@ -4,6 +4,7 @@ A system is as in `multimodal-chat`. A prompt is that of `provenn.papers.rc_mllm
 Each question of a test stands there in three orders of its entries.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -49,7 +50,7 @@ from provenn.papers.rc_mllm.scores import (
     is_right,
     rcid_score,
 )
-from provenn.papers.rc_mllm.task.builder import ORDERS, build_samples, build_tiles, values
+from provenn.papers.rc_mllm.task.builder import NO_FACT, ORDERS, build_samples, build_tiles, values
 from provenn.papers.rc_mllm.task.library import read_library, read_pixels_rgb
 from provenn.papers.rc_mllm.task.tokens import RegionWords, region_tokens, region_words
 from provenn.tasks import multimodal_chat
@@ -603,8 +604,16 @@ def shortcuts(data: TaskData) -> dict[str, float]:
         "words of the question": share([by_question(sample.question) for sample in samples]),
         "the first entry's fact": share(of_entry(0)),
         "the last entry's fact": share(of_entry(-1)),
+        "a refusal": share([NO_FACT] * len(samples)),
+        "the commonest answer": share([_commonest(train.samples)] * len(samples)),
         "an entry of the named category": share([_fact_of(sample, _named_entry(sample)) for sample in samples]),
     }
+
+
+def _commonest(samples: Sequence[Sample]) -> str:
+    """Of the answers that are no refusal."""
+    said = Counter(what_is_said(sample.answer) for sample in samples if not refuses(sample.answer))
+    return said.most_common(1)[0][0] if said else ""
 
 
 def _named_entry(sample: Sample) -> int:

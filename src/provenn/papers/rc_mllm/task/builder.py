@@ -10,9 +10,10 @@ place and a price; two of the three stand in its text, in words that are drawn. 
 
 Answerable and unanswerable questions have the same wording. Names of a split are in no other.
 
-Tiles are scenes that a small model learns from in minutes. (ours) Objects lie in a grid of 3×3. A scene has several questions, which training reads as one conversation. Answers
-say first where the object is: `<|box_start|>(109,359),(344,594)<|box_end|> ada stone [2]`. Each step of the way is then
-a step of writing: from looks to a box, from the box to its entry.
+Tiles are scenes that a small model learns from in minutes. (ours) Objects lie in a grid of 3×3. A scene has several
+questions, which training reads as one conversation. Answers say first where the object is, as in
+`<|box_start|>(125,375),(359,609)<|box_end|> ada stone [2]`. Each step of the way is then a step of writing: from looks
+to a box, from the box to its entry.
 """
 
 from collections.abc import Sequence
