@@ -40,7 +40,7 @@ BINDING = Study(
     },
     build=network,
     recipe=RECIPE,
-    lrs=(5e-4, 1e-3, 2e-3),
+    lrs=(1e-3, 2e-3, 4e-3),
     probes={
         **{kind: partial(accuracy_of, kind, "") for kind in KINDS},
         "boxes moved": partial(accuracy_of, "V2C", "moved"),

@@ -9,7 +9,8 @@ drawn: its number, its box in tenths of the picture, digit by digit, and a name 
 - single steps: @2547n and @2547#
 - about the picture alone: ?l and ?r, the digit on the left and on the right
 
-Glyphs and names of a split are in no other.
+Training reads twelve questions about each scene after its entries. A test asks one. Glyphs and names of a split are in
+no other.
 """
 
 import zlib
@@ -40,16 +41,17 @@ SIDE, GLYPH, PATCH = 24, 8, 4
 ROWS = SIDE // PATCH
 PATCHES = ROWS * ROWS
 TENTHS = 10
-DIGITS, LONGEST = 3, 112
+DIGITS, LONGEST, TRAINED = 3, 112, 236  # digits of a scene; tokens of a row with one question, and with all
+TURNS = 12
 KINDS = ("plain", "box-look", "box-fact", "V2C", "C2V", "V2C-none", "C2V-none")
 ASKED = ("V2C", "C2V")
-COUNTS = {"train": 1000, "val": 150, "test": 300}  # of each kind
+COUNTS = {"train": 4000, "val": 150, "test": 300}  # scenes of the training; of the others, questions of each kind
 ORDERS = 3
 WIDTH, LAYERS, HEADS = 64, 5, 4
-SECTIONS = (2, 3, 3)
+SECTIONS, BASE = (2, 3, 3), 1e6
 RECIPE = Recipe(
-    epochs=110, batch_size=64, lr=1e-3, weight_decay=0.01, decay_vectors=False, schedule="cosine", warmup_steps=100,
-    clip=1.0,
+    epochs=8, batch_size=16, lr=2e-3, weight_decay=0.01, decay_vectors=False, schedule="cosine", warmup_steps=100,
+    clip=1.0, betas=(0.9, 0.99),
 )  # fmt: skip
 PLAIN_SHARE = 0.25  # of the epochs: on the picture alone, before the tuning
 ONE_CPU = Hardware()
@@ -174,33 +176,91 @@ def write(
         moved: whether each entry has the box of the next.
         bare: whether boxes are left out.
     """
-    tokens, place = [IMAGE] * PATCHES, [-1] * PATCHES
+    row = Row([IMAGE] * PATCHES, [IGNORED] * PATCHES, [-1] * PATCHES)
+    if not plain:
+        _say_entries(row, scene, moved, bare)
+    return _say_question(row, scene, question, answer, named, bare)
 
-    def say(text: str) -> None:
-        tokens.extend(CHARACTERS.index(character) for character in text)
-        place.extend([-1] * len(text))
 
-    def point(entry: int) -> None:
-        text = "...." if bare else box_of(scene.corners[entry])
-        tokens.extend(CHARACTERS.index(character) for character in text)
-        place.extend([-1] * 4 if bare else range(4 * entry, 4 * entry + 4))
+def _say(row: Row, text: str, scored: bool = False) -> None:
+    numbers = [CHARACTERS.index(character) for character in text]
+    row.tokens.extend(numbers)
+    row.place.extend([-1] * len(text))
+    row.targets.extend([IGNORED] * len(text))
+    if scored:  # each token is what the one before it has to say
+        row.targets[-len(text) - 1 : -1] = numbers
 
-    for entry in range(0 if plain else DIGITS):
-        say(f"[{entry + 1}](")
-        point((entry + 1) % DIGITS if moved else entry)
-        told = scene.told[entry]
-        say(
-            ")" + (scene.names[entry] if "n" in told else "") + (f"${scene.prices[entry]}" if "$" in told else "") + ";"
-        )
+
+def _point(row: Row, scene: Scene, entry: int, bare: bool) -> None:
+    text = "...." if bare else box_of(scene.corners[entry])
+    _say(row, text)
+    if not bare:
+        row.place[-4:] = range(4 * entry, 4 * entry + 4)
+
+
+def _say_entries(row: Row, scene: Scene, moved: bool, bare: bool) -> None:
+    for entry, told in enumerate(scene.told):
+        _say(row, f"[{entry + 1}](")
+        _point(row, scene, (entry + 1) % DIGITS if moved else entry, bare)
+        name = scene.names[entry] if "n" in told else ""
+        price = f"${scene.prices[entry]}" if "$" in told else ""
+        _say(row, f"){name}{price};")
+
+
+def _say_question(row: Row, scene: Scene, question: str, answer: str, named: int, bare: bool = False) -> Row:
     before, star, after = question.partition("*")
-    say(before)
+    _say(row, before)
     if star:
-        point(named)
-        say(after)
-    start = len(tokens)
-    say(answer + ";")
-    targets = [IGNORED] * (start - 1) + tokens[start:] + [IGNORED]
-    return Row(tokens, targets, place)
+        _point(row, scene, named, bare)
+        _say(row, after)
+    _say(row, answer + ";", scored=True)
+    return row
+
+
+@lru_cache(maxsize=8)
+def talks(kinds: tuple[str, ...], count: int, split: str, seed: int) -> TensorDataset:
+    """Scenes with `TURNS` questions each, of kinds that are drawn; entries first, where any kind but plain is asked.
+
+    Args:
+        kinds: of the questions, alike.
+        count: how many scenes.
+        split, seed: of the scenes.
+
+    Returns:
+        As `rows`; the number is 0.
+    """
+    draw = np.random.default_rng([seed, zlib.crc32(f"{kinds} {split}".encode())])
+    parts = []
+    while len(parts) < count:
+        scene = draw_scene(split, draw)
+        row = Row([IMAGE] * PATCHES, [IGNORED] * PATCHES, [-1] * PATCHES)
+        if kinds != ("plain",):
+            _say_entries(row, scene, False, False)
+        asked = 0
+        while asked < TURNS:
+            found = ask(kinds[int(draw.integers(len(kinds)))], scene, draw, split)
+            if found is not None:
+                _say_question(row, scene, *found)
+                asked += 1
+            elif kinds == ("plain",) and draw.random() < 0.2:
+                break  # two digits may begin in one column
+        if asked == TURNS:
+            parts.append(_tensors(row, scene, split, TRAINED, 0))
+    return TensorDataset(*(torch.stack(column) for column in zip(*parts)))
+
+
+def _tensors(row: Row, scene: Scene, split: str, longest: int, number: int) -> tuple[Tensor, ...]:
+    fill = longest - len(row.tokens)
+    pictures, _ = glyphs(split)
+    return (
+        torch.tensor(row.tokens + [PAD] * fill),
+        torch.tensor(row.targets + [IGNORED] * fill),
+        torch.tensor(row.place + [-1] * fill),
+        paint(scene, split, False),
+        paint(scene, split, True),
+        torch.cat([cut(pictures[glyph]) for glyph in scene.glyphs]),
+        torch.tensor(number),
+    )
 
 
 def paint(scene: Scene, split: str, marked: bool) -> Tensor:
@@ -234,7 +294,6 @@ def rows(kind: str, count: int, split: str, seed: int, control: str = "", orders
     """
     draw = np.random.default_rng([seed, zlib.crc32(f"{kind} {split} {control}".encode())])
     parts: list[tuple[Tensor, ...]] = []
-    pictures, _ = glyphs(split)
     while len(parts) < count * orders:
         scene = draw_scene(split, draw)
         if control:
@@ -252,19 +311,7 @@ def rows(kind: str, count: int, split: str, seed: int, control: str = "", orders
                 shown, question, answer, named, plain=kind == "plain", moved=control == "moved",
                 bare=control.endswith("bare"),
             )  # fmt: skip
-            fill = LONGEST - len(row.tokens)
-            crops = torch.cat([cut(pictures[glyph]) for glyph in shown.glyphs])
-            parts.append(
-                (
-                    torch.tensor(row.tokens + [PAD] * fill),
-                    torch.tensor(row.targets + [IGNORED] * fill),
-                    torch.tensor(row.place + [-1] * fill),
-                    paint(shown, split, False),
-                    paint(shown, split, True),
-                    crops,
-                    torch.tensor(KINDS.index(kind)),
-                )
-            )
+            parts.append(_tensors(row, shown, split, LONGEST, KINDS.index(kind)))
     return TensorDataset(*(torch.stack(column) for column in zip(*parts)))
 
 
@@ -329,10 +376,10 @@ def plain_data(seed: int, smoke: bool) -> TaskData:
 
 @lru_cache(maxsize=4)
 def _data(seed: int, smoke: bool, kinds: tuple[str, ...]) -> TaskData:
-    parts: dict[str, list[TensorDataset]] = {}
-    for split, count in COUNTS.items():
-        few = 12 if smoke else count
-        tested = ASKED if split != "train" and "V2C" in kinds else kinds
+    parts: dict[str, list[TensorDataset]] = {"train": [talks(kinds, 24 if smoke else COUNTS["train"], "train", seed)]}
+    for split in ("val", "test"):
+        few = 12 if smoke else COUNTS[split]
+        tested = ASKED if "V2C" in kinds else kinds
         parts[split] = [rows(kind, few, split, seed, "", ORDERS if split == "test" else 1) for kind in tested]
     tensors = [tensor for some in parts.values() for part in some for tensor in part.tensors]
     train, val, test = (ConcatDataset[Any](parts[split]) for split in COUNTS)
@@ -350,7 +397,9 @@ class Bindings(Task):
         return binding_data(seed, False)
 
     def loss(self, model: Any, batch: Any) -> Tensor:
-        return F.cross_entropy(model(*batch[:6]).mT, batch[1], ignore_index=IGNORED)
+        width = int((batch[0] != PAD).any(dim=0).sum())  # rows are filled up to the longest that may be
+        tokens, targets, place = (part[:, :width] for part in batch[:3])
+        return F.cross_entropy(model(tokens, targets, place, *batch[3:6]).mT, targets, ignore_index=IGNORED)
 
     def scores(self, model: Any, dataset: Any, batch_size: int = 256) -> Scores:
         right, kinds = [], []
@@ -389,7 +438,7 @@ class Binder(VisionLanguageModel):
     """
 
     def __init__(self, variant: Variant):
-        rotary = RotaryPositions(10_000.0, SECTIONS)
+        rotary = RotaryPositions(BASE, SECTIONS)
         decoder = init_narrow(Decoder(len(CHARACTERS), WIDTH, LAYERS, HEADS, bias=True, rotary=rotary))
         super().__init__(decoder, projector=MLPProjector(PATCH * PATCH, WIDTH), image_token=IMAGE)
         init_narrow(self.projector)
@@ -440,7 +489,7 @@ def in_stages(
     torch.manual_seed(seed)
     model: Any = build()
     short = recipe.max_steps is not None
-    plain = replace(recipe, epochs=max(1, round(PLAIN_SHARE * recipe.epochs * len(KINDS))))
+    plain = replace(recipe, epochs=max(1, round(PLAIN_SHARE * recipe.epochs)))
     begin = Stage("pictures alone", task, plain_data(seed, short), plain)
     done = run_stages(model, [begin], seed=seed, hardware=hardware)[-1]
     if not model.variant.tuned:
