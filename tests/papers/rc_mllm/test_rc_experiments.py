@@ -50,7 +50,7 @@ def test_every_form_of_entries_reads_the_same_rows_and_the_padding_changes_nothi
     for form in ("boxes", "crops", "marks"):
         torch.manual_seed(0)
         model = Binder(Variant(form)).eval()
-        assert model(*data[:6]).shape == (4, data[0].shape[1], len(CHARACTERS) + 2)
+        assert model(*data[:6]).shape == (4, data[0].shape[1], len(CHARACTERS))
         loss = TASK.loss(model, data)
         longer = [torch.cat([part, part.new_full((4, 9), fill)], 1) for part, fill in zip(data, (PAD, IGNORED, -1))]
         assert torch.allclose(TASK.loss(model, [*longer, *data[3:]]), loss, atol=1e-5)

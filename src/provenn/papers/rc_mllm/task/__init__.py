@@ -60,9 +60,9 @@ from provenn.tasks.multimodal_chat import SIZE, Talks, divide, say_unknown, writ
 from provenn.tasks.visual_question_answering import ANSWERED_AT_ONCE, VisualQuestionAnswering, answers, by_words
 
 SCENES = {"train": 1500, "val": 24, "test": 32}
-TILED = {"train": 1500, "val": 12, "test": 40}
+TILED = {"train": 3000, "val": 12, "test": 40}
 LONGEST, ANSWER = 420, 64
-TURNS = 12  # questions about each scene of tiles that a conversation of the training has
+TURNS = 4  # questions about each scene of tiles that a conversation of the training has
 TURN = 60  # tokens of a further question and its answer at most
 BOXES = ("pixels", "coco", "thousandths")
 CONTROLS = ("", "removed", "permuted", "order")
@@ -128,8 +128,8 @@ class RegionQuestions(VisualQuestionAnswering):
     embedded = {  # noqa: RUF012
         "regions": "1,556 scenes of 64×64 pixels with coloured digits and shapes, each with an invented owner, place "
         "or price; questions from looks to texts and back, some that nothing answers (scikit-image, scikit-learn)",
-        "tiles": "1,552 scenes likewise, whose two or three objects lie in a grid of 3×3; answers say first where the "
-        "object is, and training reads twelve questions about each scene: what a small model learns from in minutes",
+        "tiles": "3,052 scenes likewise, whose two or three objects lie in a grid of 3×3; answers say first where the "
+        "object is, and training reads four questions about each scene: what a small model learns from in minutes",
     }
     reads = (
         'a .jsonl of {"image": "a.jpg", "entries": [{"category": "dog", "box": [l, t, r, b], "text": "…"}, …], '
@@ -170,11 +170,11 @@ class RegionQuestions(VisualQuestionAnswering):
             val_share: of the samples, what is cut off for validation, and again for the test.
             boxes: pixels (left, top, right, bottom), coco (left, top, width, height) or thousandths of the picture.
             control: removed, permuted or order, for a control; nothing by default.
-            examples: of the scenes, how many are trained on. Default: 1,500.
+            examples: of the scenes, how many are trained on. Default: 1,500 of regions, 3,000 of tiles.
             steps: of regions, single steps about each that are trained on, from 0 to 3. Default: 2.
             cite: of the scenes, whether prompts ask for citations.
             located: of tiles, whether answers say first where the object is.
-            turns: of tiles, how many questions about a scene one conversation of the training has. Default: 12.
+            turns: of tiles, how many questions about a scene one conversation of the training has. Default: 4.
         """
         named = self._named(source)
         _check(boxes=boxes, control=control, steps=steps or 0, turns=1 if turns is None else turns)
@@ -604,6 +604,7 @@ def shortcuts(data: TaskData) -> dict[str, float]:
         "words of the question": share([by_question(sample.question) for sample in samples]),
         "the first entry's fact": share(of_entry(0)),
         "the last entry's fact": share(of_entry(-1)),
+        "the first entry that tells such a fact": share([_fact_of(sample, _telling(sample)) for sample in samples]),
         "a refusal": share([NO_FACT] * len(samples)),
         "the commonest answer": share([_commonest(train.samples)] * len(samples)),
         "an entry of the named category": share([_fact_of(sample, _named_entry(sample)) for sample in samples]),
@@ -623,12 +624,22 @@ def _named_entry(sample: Sample) -> int:
     return max(range(len(said)), key=lambda k: len(asked & said[k]))
 
 
+def _key_asked(sample: Sample) -> str:
+    """Which kind of fact a question asks for; "" of looks."""
+    keys = {"who": "owner", "where": "place", "what did": "cost"}
+    return next((key for words, key in keys.items() if sample.question.startswith(words)), "")
+
+
+def _telling(sample: Sample) -> int:
+    """The first entry that tells a fact of the kind that is asked for; the first of all where none does."""
+    key = _key_asked(sample)
+    return next((k for k, entry in enumerate(sample.entries) if key in dict(entry.facts)), 0)
+
+
 def _fact_of(sample: Sample, place: int) -> str:
     """The fact of an entry that has the form of what is asked; of its looks its category is all that a text says."""
     entry = sample.entries[place]
-    keys = {"who": "owner", "where": "place", "what did": "cost"}
-    key = next((key for words, key in keys.items() if sample.question.startswith(words)), "")
-    return dict(entry.facts).get(key, entry.category)
+    return dict(entry.facts).get(_key_asked(sample), entry.category)
 
 
 # Prediction

@@ -10,10 +10,11 @@ place and a price; two of the three stand in its text, in words that are drawn. 
 
 Answerable and unanswerable questions have the same wording. Names of a split are in no other.
 
-Tiles are scenes that a small model learns from in minutes. (ours) Objects lie in a grid of 3×3. A scene has several
-questions, which training reads as one conversation. Answers say first where the object is, as in
-`<|box_start|>(125,375),(359,609)<|box_end|> ada stone [2]`. Each step of the way is then a step of writing: from looks
-to a box, from the box to its entry.
+Tiles are scenes that a small model learns from in minutes. (ours) Objects lie in a grid of 3×3, and each text tells
+one fact: of one key in half of the scenes, and in the others of a key that another object's text lacks. No question is
+answered by what alone is of its key. A scene has several questions, which training reads as one conversation. Answers
+say first where the object is, as in `<|box_start|>(125,375),(359,609)<|box_end|> ada stone [2]`. Each step of the way
+is then a step of writing: from looks to a box, from the box to its entry.
 """
 
 from collections.abc import Sequence
@@ -72,7 +73,8 @@ ORDERS = 3  # of the entries of each prompt that is scored
 OBJECTS = (2, 3)  # the fewest and the most of a scene
 GENERAL = 0.7  # share of the samples whose entries say no more than digit or shape
 TILES, FIRST_TILE, PITCH, TILE = 3, 8, 16, 15  # tiles a side; in pixels the first one's edge, their distance and size
-MIX = ("V2C", "V2C", "C2V", "C2V", "V2C-none", "C2V-none")  # kinds of a training on tiles, in their shares
+ASKED = ("V2C", "C2V", "V2C-none", "C2V-none")  # kinds of a test on tiles
+MIX = (*ASKED, "V2C", "C2V", "box-fact", "box-fact", "box-look")  # of a training on them, in their shares
 SHARE = {"train": (2, 3), "val": (1,), "test": (0,)}  # of names, by the sum of their numbers modulo 4
 
 
@@ -175,20 +177,37 @@ def build_tiles(
     rng = np.random.default_rng([seed, list(GLYPHS).index(split), 9])
     scenes = [_tiled(split, rng) for _ in range(count)]
     known = names_of(names or split)
-    facts = [[_facts(known, rng) for _ in scene.things] for scene in scenes]
+    facts = [[_facts(known, rng, key) for key in _keys_of(len(scene.things), rng)] for scene in scenes]
     samples: list[Sample] = []
     for number, scene in enumerate(scenes):
         entries = _entries(scene, facts[number], bool(rng.random() < GENERAL), rng)
         others = facts[number - 1] if count > 1 else []
-        kinds = [MIX[k] for k in rng.integers(len(MIX), size=turns)] if turns else list(dict.fromkeys(MIX))
+        kinds = [MIX[k] for k in rng.integers(len(MIX), size=turns)] if turns else ASKED
         drawn = [_sample(kind, number, scene, facts[number], entries, others, rng) for kind in kinds]
-        made = [_located(sample) if located else sample for sample in drawn if sample is not None]
+        told = [key for some in facts[number] for key in some.told]
+        kept = [each for each in drawn if each is not None and not _given_away(each, told)]
+        made = [_located(sample) if located else sample for sample in kept]
         one = rng.permutation(len(entries)).tolist()
         for sample in made if cite else map(_uncited, made):
             samples += [
                 reorder(sample, one if turns else rng.permutation(len(entries)).tolist()) for _ in range(orders)
             ]
     return np.stack([scene.pixels for scene in scenes]), tuple(samples)
+
+
+def _keys_of(count: int, rng: np.random.Generator) -> list[str]:
+    """The key of each object's fact: one for all, or another one for one of them."""
+    first, second = (KEYS[k] for k in rng.permutation(3)[:2])
+    keys = [first] * count
+    if rng.random() < 0.5:
+        keys[int(rng.integers(count))] = second
+    return keys
+
+
+def _given_away(sample: Sample, told: Sequence[str]) -> bool:
+    """Whether a question to a text is asked by a key that one text alone tells."""
+    asked = [key for key in KEYS if sample.kind == "V2C" and sample.question.startswith(ASKS[key].partition("{")[0])]
+    return any(told.count(key) < 2 for key in asked)
 
 
 def tile_edges() -> tuple[int, ...]:
@@ -217,20 +236,20 @@ def _tiled(split: Split, rng: np.random.Generator) -> Composed:
 
 
 def _located(sample: Sample) -> Sample:
-    """A sample whose answer says first where its object is; of no object, as it was."""
-    if not sample.about:
+    """A sample whose answer says first where its object is; of no object, or asked about a box, as it was."""
+    if not sample.about or sample.kind not in ASKED:
         return sample
     box = write_box(sample.entries[sample.about - 1].box, WHOLE, CONVENTION)
     return replace(sample, answer=f"{box} {sample.answer}")
 
 
-def _facts(known: Sequence[str], rng: np.random.Generator) -> Facts:
+def _facts(known: Sequence[str], rng: np.random.Generator, key: str = "") -> Facts:
     chosen = {
         "owner": known[int(rng.integers(len(known)))],
         "place": PLACES[int(rng.integers(len(PLACES)))],
         "cost": COSTS[int(rng.integers(len(COSTS)))],
     }
-    told = tuple(KEYS[k] for k in rng.permutation(3)[:2])
+    told = (key,) if key else tuple(KEYS[k] for k in rng.permutation(3)[:2])
     said = [SAYS[key][int(rng.integers(2))].format(chosen[key]) for key in told]
     return Facts(chosen, told, " . ".join(said) + " .")
 
@@ -263,11 +282,14 @@ def _sample(
     k = int(rng.integers(len(entries)))
     thing, own = scene.things[k], facts[k]
     base = Sample(number, entries, "", "", kind, tuple(_look(each) for each in scene.things), k + 1)
-    key = own.told[int(rng.integers(2))]
+    key = own.told[int(rng.integers(len(own.told)))]
     if kind == "V2C":
         return replace(base, question=ASKS[key].format(thing.pair), answer=f"{own.values[key]} [{k + 1}]")
     if kind == "V2C-none":
-        (left_out,) = set(KEYS) - set(own.told)
+        silent = [each for each in KEYS if each not in own.told]
+        # What another text tells, so that its absence from this one has to be read; with two of three told, no choice.
+        silent = [each for each in silent if any(each in some.told for some in facts)] or silent
+        left_out = silent[int(rng.integers(len(silent)))]
         return replace(base, question=ASKS[left_out].format(thing.pair), answer=NO_FACT)
     if kind in ("C2V", "C2V-none"):
         look = ("colour", "noun")[int(rng.integers(2))]
