@@ -108,7 +108,7 @@ def read_prompt(form: str, size: int, device: str) -> Callable[[], Any]:
     """A decoder layer of width 256 reads a prompt of `size` entries."""
     model = Decoder(vocab=16, dim=256, layers=1, heads=4, kv_heads=2).to(device)
     tokens = torch.zeros(1, prompt_tokens(form, size), dtype=torch.long, device=device)
-    return lambda: model.read(tokens).hidden
+    return lambda: model.read(model.embed(tokens)).hidden
 
 
 FORMS = {"boxes as text": "boxes", "a crop beside each entry": "crops"}

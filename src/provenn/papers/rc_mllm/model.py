@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from provenn.core.box_text import MAX_PIXELS, MIN_PIXELS
 from provenn.core.errors import UserError
@@ -16,10 +16,13 @@ from provenn.papers.rc_mllm.layers import Qwen2VLTower, cut_patches
 
 IMAGE = 151_655  # <|image_pad|> of Qwen2-VL's tokenizer
 SECTIONS = (16, 24, 24)  # pairs of a head that turn by time, row and column
-# Of the small model. Slow waves leave half of a head's pairs to what tokens are, however far apart they stand.
-SMALL: dict[str, Any] = {"dim": 80, "layers": 4, "heads": 4, "head_dim": 24, "bias": True}
+# Of the small model. Slow waves leave most of a head's pairs to what tokens are, however far apart they stand.
+SMALL: dict[str, Any] = {"dim": 80, "layers": 3, "heads": 8, "head_dim": 16, "bias": True}
 BASE = 1e6
 IMAGE_SIZE = 64  # of the tiny model, in pixels
+BACK = (1, 2, 3, 5, 7, 9, 11, 13)  # tokens back that each head of the first layer looks at the start
+FAST = 8e-3  # angle of a token, from which a pair tells places apart
+SHARP, LIKE, GAIN = 40.0, 1.5, 0.12  # how much places weigh, and likeness, and what a head adds
 
 
 class RCQwen2VL(ImageChat):
@@ -193,6 +196,7 @@ def rc_mllm_small(
     model = small_vision_language_model(
         vocab_size, image_token, image_size=image_size, rotary=RotaryPositions(BASE), **SMALL
     )
+    start_looking(model.decoder)
     if start == "tiny-vlm":
         source: Any = pretrained("tiny-vlm")
         if image_size != IMAGE_SIZE:
@@ -202,3 +206,47 @@ def rc_mllm_small(
         model.model.vision.load_state_dict(source.model.vision.state_dict())
         model.model.vision.requires_grad_(not frozen_vision)
     return model
+
+
+@torch.no_grad()
+def start_looking(decoder: Decoder) -> Decoder:
+    """Attention that starts as a way to look things up: where a token stands first, then what it is. (ours)
+
+    Head h of the first layer looks BACK_h tokens back: biases b of keys and R(−BACK_h) b of queries, turned by their
+    positions, have their largest product there. In later layers queries and keys start as one map upon the pairs that
+    turn slowly, so that tokens look at their like, and values go through unchanged (as in mimetic initialisation,
+    Trockman and Kolter, 2023, arXiv:2305.09828). All of it is trained.
+
+    Args:
+        decoder: with as many heads as `BACK` and with biases.
+    """
+
+    def turned(rows: int, columns: int) -> Tensor:
+        """A matrix whose rows or columns are orthogonal and of length 1."""
+        return nn.init.orthogonal_(torch.empty(rows, columns))
+
+    first, *later = (block.attention for block in decoder.blocks)
+    heads, width, dim = first.heads, first.head_dim, first.query.in_features
+    rates = decoder.rotary.rates(width)
+    fast = (rates > FAST).float() * SHARP**0.5
+    slow = [k for k in range(width) if rates[k % (width // 2)] <= FAST]
+    for layer in (first, *later):
+        for part in (layer.query, layer.key, layer.value):
+            part.bias.zero_()
+        for part in (layer.query, layer.key):
+            part.weight.mul_(0.1 if layer is first else 0.3)
+        for head in range(heads):
+            rows = slice(head * width, (head + 1) * width)
+            value = turned(width, dim)
+            layer.value.weight[rows] = value
+            layer.out.weight[:, rows] = GAIN * (turned(dim, width) if layer is first else value.T)
+            if layer is first:
+                angles = rates * BACK[head]
+                layer.key.bias[rows] = torch.cat([fast, torch.zeros_like(fast)])
+                layer.query.bias[rows] = torch.cat([fast * angles.cos(), -fast * angles.sin()])
+            else:
+                same = LIKE * turned(len(slow), dim)
+                chosen = [head * width + k for k in slow]
+                layer.query.weight[chosen] = same
+                layer.key.weight[chosen] = same
+    return decoder

@@ -236,11 +236,12 @@ def _tiled(split: Split, rng: np.random.Generator) -> Composed:
 
 
 def _located(sample: Sample) -> Sample:
-    """A sample whose answer says first where its object is; of no object, or asked about a box, as it was."""
-    if not sample.about or sample.kind not in ASKED:
+    """A sample whose answer says where its object is, which entry is meant, and then what was asked; else as it was."""
+    if not sample.about or sample.kind not in (*ASKED, "box-fact"):
         return sample
     box = write_box(sample.entries[sample.about - 1].box, WHOLE, CONVENTION)
-    return replace(sample, answer=f"{box} {sample.answer}")
+    where = "" if sample.kind == "box-fact" else f"{box} "
+    return replace(sample, answer=f"{where}[{sample.about}] {without_citations(sample.answer)}")
 
 
 def _facts(known: Sequence[str], rng: np.random.Generator, key: str = "") -> Facts:
