@@ -118,5 +118,8 @@ for index, sample in enumerate(regions.samples):
     if len(sample.entries) == 3:
         told.setdefault(sample.image, []).append(float(marks["right"][index]))
 for number, image in enumerate(sorted(told, key=lambda one: -np.mean(told[one]))[:2], start=1):
-    print(f"tiles {number}: {np.mean(told[image]):.2f} right", regions.samples[[s.image for s in regions.samples].index(image)])
+    print(
+        f"tiles {number}: {np.mean(told[image]):.2f} right",
+        regions.samples[[s.image for s in regions.samples].index(image)],
+    )
     save(PLACE / f"tiles-{number}.png", regions.pictures[image].permute(1, 2, 0).numpy())

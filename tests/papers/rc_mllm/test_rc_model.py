@@ -10,6 +10,7 @@ from provenn.nn.vision_language import image_positions
 from provenn.papers.rc_mllm import cut_patches, rc_mllm_small, rc_qwen2_vl_2b, rc_qwen2_vl_7b
 from provenn.papers.rc_mllm.inspection import inspect
 from provenn.papers.rc_mllm.layers import patch_places
+from provenn.papers.rc_mllm.model import BACK
 from provenn.papers.rc_mllm.official import convert
 
 TINY = {
@@ -151,9 +152,24 @@ def test_the_small_model_begins_with_the_tiny_ones_tower():
         rc_mllm_small(159, 5, image_size=32)
 
 
+@torch.no_grad()
+def test_the_small_model_starts_by_looking_back_and_at_its_like():
+    torch.manual_seed(0)
+    decoder = rc_mllm_small(159, 5).decoder
+    tokens = torch.randint(10, 159, (1, 60))
+    tokens[0, 50] = tokens[0, 20]
+    reading = decoder.read(decoder.embed(tokens), layers=True)
+    first = decoder.attention_weights(reading, 0, torch.tensor([50]))[0, :, 0]
+    assert (50 - first.argmax(1)).tolist() == list(BACK) and first.amax(1).min() > 0.9
+    second = decoder.attention_weights(reading, 1, torch.tensor([50]))[0, :, 0]
+    others = torch.cat([second[:, :20], second[:, 21:50]], 1)
+    assert second[:, 20].mean() > 3 * others.mean()
+    assert all(p.requires_grad for p in decoder.parameters())
+
+
 def test_inspection_is_attention_to_the_picture():
     found = inspect(rc_mllm_small(159, 5).eval(), torch.randn(1, 3, 64, 64))
-    assert list(found) == ["layer 1", "layer 2", "layer 3", "layer 4"]
+    assert list(found) == ["layer 1", "layer 2", "layer 3"]
     assert all(row.shape == (64,) and 0 < row.sum() < 1 and (row >= 0).all() for row in found.values())
     with pytest.raises(UserError, match="reads no pictures"):
         inspect(torch.nn.Linear(1, 1), torch.randn(1, 3, 8, 8))

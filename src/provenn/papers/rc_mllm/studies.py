@@ -230,7 +230,7 @@ def talks(kinds: tuple[str, ...], count: int, split: str, seed: int) -> TensorDa
         As `rows`; the number is 0.
     """
     draw = np.random.default_rng([seed, zlib.crc32(f"{kinds} {split}".encode())])
-    parts = []
+    parts: list[tuple[Tensor, ...]] = []
     while len(parts) < count:
         scene = draw_scene(split, draw)
         row = Row([IMAGE] * PATCHES, [IGNORED] * PATCHES, [-1] * PATCHES)

@@ -13,8 +13,8 @@ Answerable and unanswerable questions have the same wording. Names of a split ar
 Tiles are scenes that a small model learns from in minutes. (ours) Objects lie in a grid of 3×3, and each text tells
 one fact: of one key in half of the scenes, and in the others of a key that another object's text lacks. No question is
 answered by what alone is of its key. A scene has several questions, which training reads as one conversation. Answers
-say first where the object is, as in `<|box_start|>(125,375),(359,609)<|box_end|> ada stone [2]`. Each step of the way
-is then a step of writing: from looks to a box, from the box to its entry.
+say first where the object is and which entry is meant, as in `<|box_start|>(125,375),(359,609)<|box_end|> [2] ada
+stone`. Each step of the way is then a step of writing: from looks to a box, from the box to its entry.
 """
 
 from collections.abc import Sequence
@@ -166,7 +166,7 @@ def build_tiles(
     Args:
         split, seed, count: of the scenes. Their pairs of words are those of the training.
         names, cite: as in `build_samples`.
-        located: whether answers say first where the object is.
+        located: whether answers say first where the object is, and which entry is meant.
         turns: questions about each scene, of kinds drawn from `MIX`, in one order. Default: 0, one of each kind.
         orders: how many orders of the entries each sample is given in, one after the other; 1 with turns.
 
