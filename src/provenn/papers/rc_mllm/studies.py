@@ -45,12 +45,12 @@ DIGITS, LONGEST, TRAINED = 3, 112, 236  # digits of a scene; tokens of a row wit
 TURNS = 12
 KINDS = ("plain", "box-look", "box-fact", "V2C", "C2V", "V2C-none", "C2V-none")
 ASKED = ("V2C", "C2V")
-COUNTS = {"train": 4000, "val": 150, "test": 300}  # scenes of the training; of the others, questions of each kind
+COUNTS = {"train": 2000, "val": 150, "test": 300}  # scenes of the training; of the others, questions of each kind
 ORDERS = 3
 WIDTH, LAYERS, HEADS = 64, 5, 4
 SECTIONS, BASE = (2, 3, 3), 1e6
 RECIPE = Recipe(
-    epochs=8, batch_size=16, lr=2e-3, weight_decay=0.01, decay_vectors=False, schedule="cosine", warmup_steps=100,
+    epochs=16, batch_size=16, lr=2e-3, weight_decay=0.01, decay_vectors=False, schedule="cosine", warmup_steps=100,
     clip=1.0, betas=(0.9, 0.99),
 )  # fmt: skip
 PLAIN_SHARE = 0.25  # of the epochs: on the picture alone, before the tuning
