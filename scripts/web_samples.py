@@ -108,18 +108,3 @@ for name, photo in zip(("cat", "flower", "tissue"), get_task("super-resolution")
     save(PLACE / f"{name}.png", small[top : top + SIDE, left : left + SIDE])
 
 shutil.copyfile(bundled(BUNDLED["airline"].file), PLACE / "airline.csv")
-
-asking = get_task("region-context-questions")
-reader, meta = provenn.paper("rc_mllm").load()
-regions = asking.held_out("tiles", meta).dataset
-marks = asking.scores(reader, regions)
-told = {}  # scenes of three objects by how many of their questions are answered right, in all orders
-for index, sample in enumerate(regions.samples):
-    if len(sample.entries) == 3:
-        told.setdefault(sample.image, []).append(float(marks["right"][index]))
-for number, image in enumerate(sorted(told, key=lambda one: -np.mean(told[one]))[:2], start=1):
-    print(
-        f"tiles {number}: {np.mean(told[image]):.2f} right",
-        regions.samples[[s.image for s in regions.samples].index(image)],
-    )
-    save(PLACE / f"tiles-{number}.png", regions.pictures[image].permute(1, 2, 0).numpy())
