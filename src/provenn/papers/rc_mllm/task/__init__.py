@@ -129,7 +129,7 @@ class RegionQuestions(VisualQuestionAnswering):
         "regions": "1,556 scenes of 64×64 pixels with coloured digits and shapes, each with an invented owner, place "
         "or price; questions from looks to texts and back, some that nothing answers (scikit-image, scikit-learn)",
         "tiles": "3,052 scenes likewise, whose two or three objects lie in a grid of 3×3; answers say first where the "
-        "object is, and training reads four questions about each scene: what a small model learns from in minutes",
+        "object is, and training reads four questions about each scene: simpler ones for a small model",
     }
     reads = (
         'a .jsonl of {"image": "a.jpg", "entries": [{"category": "dog", "box": [l, t, r, b], "text": "…"}, …], '

@@ -10,7 +10,7 @@ place and a price; two of the three stand in its text, in words that are drawn. 
 
 Answerable and unanswerable questions have the same wording. Names of a split are in no other.
 
-Tiles are scenes that a small model learns from in minutes. (ours) Objects lie in a grid of 3×3, and each text tells
+Tiles are simpler scenes for a small model. (ours) Objects lie in a grid of 3×3, and each text tells
 one fact: of one key in half of the scenes, and in the others of a key that another object's text lacks. No question is
 answered by what alone is of its key. A scene has several questions, which training reads as one conversation. Answers
 say first where the object is and which entry is meant, as in `<|box_start|>(125,375),(359,609)<|box_end|> [2] ada
