@@ -154,11 +154,18 @@ def lora(dim: int, *, rank: int, layers: int) -> nn.Module:
 # Densities that a gate is fitted to, as weights of 161 points. They are code, so processors must agree on every digit.
 
 DIGITS = 12
-GRID = torch.linspace(-4, 4, 161, dtype=torch.float64).round(decimals=DIGITS)
+
+
+def _rounded(values: Tensor) -> Tensor:
+    # Plus zero, so that there is no negative one.
+    return torch.tensor([round(value, DIGITS) + 0.0 for value in values.tolist()], dtype=torch.float64)
 
 
 def _density(values: Tensor) -> Tensor:
-    return (values / values.sum()).round(decimals=DIGITS)
+    return _rounded(values / values.sum())
+
+
+GRID = _rounded(torch.linspace(-4, 4, 161, dtype=torch.float64))
 
 
 DENSITIES: dict[str, Tensor] = {
