@@ -37,6 +37,7 @@ from provenn.data.edits import (
     read_written,
     vocabulary,
 )
+from provenn.data.edits import Written as Written
 from provenn.data.images import SUFFIXES, Picture, read_pixels, resize_pixels, write_image
 from provenn.data.vocabulary import Vocabulary, words_of
 from provenn.nn.contrastive import ContrastivePair

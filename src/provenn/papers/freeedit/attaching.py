@@ -6,7 +6,7 @@ for a `ReferAttention`, which asks the old one for the self-attention itself and
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, no_type_check
 
 import torch
 from jaxtyping import Float
@@ -96,6 +96,7 @@ class ReferAttention(nn.Module):
             else:
                 part.load_state_dict(getattr(attention, name).state_dict())
 
+    @no_type_check  # diffusers asks for its signature, which a compiler does not read through run-time checks
     def forward(
         self,
         attention: Any,
@@ -240,6 +241,7 @@ class Attached:
         return {name: Features(kept[f"{name}.to_k"], kept[f"{name}.to_v"]) for name in self.layers}
 
     @contextmanager
+    @no_type_check  # run-time shape checks around a generator keep a compiler from tracing it
     def using(self, features: References | None, scale: float | int | Tensor = 1.0) -> Iterator[None]:
         """Inside, the U-Net attends to these references.
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from provenn.data.edits import KINDS, Edit, Edits, Written, composed_edits, vocabulary
 from provenn.papers.freeedit.model import FreeEdit, freeedit_small
 from provenn.papers.freeedit.training import QUALITY_RATE, cleanest, opened
 from provenn.tasks import TaskData, get_task
 from provenn.tasks.base import count_examples, fingerprint
+from provenn.tasks.image_editing import KINDS, Edit, Edits, Written, composed_edits, vocabulary
 from provenn.training import Batches, Hardware, Recipe, Stage, run_stages
 
 STEPS = 450  # of each stage; joint training has those of two

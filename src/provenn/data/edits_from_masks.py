@@ -12,7 +12,7 @@ The pair's other picture is the photograph itself, bit for bit outside the rim. 
 picture to the photograph, replacement likewise, and removal the other way round, without a reference. Masks are stored
 to judge by; no model is given them.
 
-    python -m provenn.papers.freeedit.freebench PICTURES_AND_MASKS TRIPLETS
+    python -m provenn.data.edits_from_masks PICTURES_AND_MASKS TRIPLETS
 """
 
 import json

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from provenn.data.edits import read_edits
-from provenn.papers.freeedit.freebench import (
+from provenn.data.edits_from_masks import (
     Builder,
     Filters,
     Instance,
