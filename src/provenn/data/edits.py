@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from provenn.core.errors import UserError
 from provenn.core.inputs import parse_json, read_text
+from provenn.core.narrowing import present
 from provenn.data.composed import GLYPHS, NUMERALS, PHOTOGRAPHS
 from provenn.data.images import read_image, read_pixels, resize_pixels
 from provenn.data.photographs import GREY, grey_photograph, photograph
@@ -408,8 +409,7 @@ def _listed(entry: Any, folder: Path, where: str) -> tuple[str, Listed]:
         raise UserError(f"{where}: split must be one of {', '.join(SPLITS)}, got {split!r}")
     noun = word("noun", "")
     said = word("described", instruction.replace(PLACEHOLDER, noun or "object"))
-    source, target = path("source", True), path("target", True)
-    assert source is not None and target is not None
+    source, target = (present(path(key, True), key) for key in ("source", "target"))
     return split, Listed(
         source, target, reference, path("mask", False), instruction, noun, said, word("kind", ""), float(quality), where
     )

@@ -30,6 +30,7 @@ from PIL import Image
 from provenn.core import progress
 from provenn.core.errors import UserError
 from provenn.core.files import atomic_write, write_atomically
+from provenn.core.narrowing import present
 from provenn.data.edits import LIST, PLACEHOLDER, read_edits
 from provenn.data.images import read_pixels
 from provenn.data.masks import read_folder
@@ -312,9 +313,8 @@ def write_triplets(triplets: Iterable[Triplet], folder: Path) -> int:
             entry["noun"] = one.noun
         for key, pixels in files.items():
             name = f"{number:06}-{key}.png"
-            assert pixels is not None
             with atomic_write(folder / name) as temporary:
-                Image.fromarray(pixels if key != "mask" else pixels.astype(np.uint8) * 255).save(temporary)
+                Image.fromarray(present(pixels, key).astype(np.uint8) * (255 if key == "mask" else 1)).save(temporary)
             entry[key] = name
         lines.append(json.dumps(entry))
     if lines:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from provenn.core.errors import UserError
 from provenn.core.files import output_suffix
+from provenn.core.narrowing import of_kind
 from provenn.data.edits import (
     KINDS,
     LENGTH,
@@ -437,9 +438,8 @@ def cut_out(image: Float[Tensor, "3 height width"], mask: Tensor, size: int) -> 
 @cache
 def _judge(folder: Path | None) -> Judge:
     if folder is None:
-        told, pair = about("tiny-clip"), pretrained("tiny-clip")
+        told, pair = about("tiny-clip"), of_kind(pretrained("tiny-clip"), ContrastivePair, "tiny-clip")
         words = Vocabulary(told["words"])
-        assert isinstance(pair, ContrastivePair)
         return Judge(pair, told["size"], told["mean"], told["std"],
                      lambda texts: words.batch([words.encode(text, told["longest"]) for text in texts])[0])  # fmt: skip
     try:

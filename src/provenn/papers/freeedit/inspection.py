@@ -35,11 +35,12 @@ def looked(system: FreeEdit, x: dict[str, Any]) -> dict[str, tuple[Tensor, Tenso
         x: source, tokens, reference and noun, as a batch of one.
 
     Raises:
-        UserError: an instruction without S*: there is nothing to look at.
+        UserError: an instruction without S*, or a model without the branch: there is nothing to look at.
     """
     if not (x["tokens"] == system.placeholder).any():
         raise UserError("no reference was given: give a picture twice as wide as high, source left and reference right")
-    assert system.refer is not None
+    if system.refer is None:
+        raise UserError("the model has no refer-attention: there is nothing to look at")
     kept: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
     def hook(layer: ReferAttention, inputs: Any, output: Tensor) -> None:
