@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from provenn.core.errors import UserError
-from provenn.papers.freeedit import FreeEdit, Guidance, freeedit_sd15, freeedit_small, parts_of
+from provenn.papers.freeedit import FreeEdit, Guidance, freeedit_sd15, freeedit_small, inspection, parts_of
 from provenn.papers.freeedit.model import Reference, draw_noise
 from provenn.papers.freeedit.training import cleanest, phases
 from provenn.tasks import get_task
@@ -47,6 +47,24 @@ def test_parts_of_the_published_layout():
     ]
     with torch.device("meta"):
         assert parts_of(freeedit_sd15(share=True))["refer-attention"] == 0
+
+
+def test_inspection_sees_a_fresh_branch_add_nothing_and_look_somewhere(system):
+    names = ("source", "tokens", "reference", "noun")
+    x = dict(zip(names, (part[:1] for part in request()), strict=True))
+    found = inspection.inspect(system, x)
+    shares = [value for name, value in found.items() if "share" in name]
+    assert len(shares) == len(system.refer.layers) and all(0 < share.min() <= share.max() < 1 for share in shares)
+    branches = {name for name in found if "branch" in name}
+    assert len(branches) == len(shares) and all((found[name] == 0).all() for name in branches)
+    with torch.no_grad():
+        for layer in system.refer.layers.values():
+            layer.to_out.weight.normal_()
+    assert all((value > 0).all() for name, value in inspection.inspect(system, x).items() if name in branches)
+    with pytest.raises(UserError, match="no reference was given"):
+        inspection.inspect(system, {**x, "tokens": torch.tensor([[1, 31, 12, 2, 0]])})
+    with pytest.raises(UserError, match="FreeEdit has no refer-attention: take the preset freeedit_small"):
+        inspection.inspect(freeedit_small(45, 5, mode="none"), x)
 
 
 def test_zero_channels_of_the_source_leave_the_prior_as_it_was(system):

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from provenn.core.errors import UserError
+from provenn.core.narrowing import present
 from provenn.nn.attention import split_heads
 from provenn.papers.freeedit.attaching import ReferAttention, attention_to_reference
 from provenn.papers.freeedit.model import STEPS, FreeEdit
@@ -35,12 +36,10 @@ def looked(system: FreeEdit, x: dict[str, Any]) -> dict[str, tuple[Tensor, Tenso
         x: source, tokens, reference and noun, as a batch of one.
 
     Raises:
-        UserError: an instruction without S*, or a model without the branch: there is nothing to look at.
+        UserError: an instruction without S*: there is nothing to look at.
     """
     if not (x["tokens"] == system.placeholder).any():
         raise UserError("no reference was given: give a picture twice as wide as high, source left and reference right")
-    if system.refer is None:
-        raise UserError("the model has no refer-attention: there is nothing to look at")
     kept: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
     def hook(layer: ReferAttention, inputs: Any, output: Tensor) -> None:
@@ -55,13 +54,12 @@ def looked(system: FreeEdit, x: dict[str, Any]) -> dict[str, tuple[Tensor, Tenso
         own = layer.host(attention, hidden)
         kept[layer.site] = (own, output - own, weights)
 
-    handles = [layer.register_forward_hook(hook) for layer in system.refer.layers.values()]
+    handles = [layer.register_forward_hook(hook) for layer in present(system.refer, "refer-attention").layers.values()]
     try:
         source = x["source"]
         t = torch.full((1,), round(AT * STEPS), device=source.device)
-        noisy = system.scheduler().add_noise(
-            system.latents(source, system.design.scaling), torch.zeros_like(system.latents(source, 1.0)), t
-        )
+        clean = system.latents(source, system.design.scaling)
+        noisy = system.scheduler().add_noise(clean, torch.zeros_like(clean), t)
         system(noisy, t, source, x["tokens"], x["reference"], x["noun"])
     finally:
         for handle in handles:

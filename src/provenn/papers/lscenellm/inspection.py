@@ -59,19 +59,10 @@ def draw(model: nn.Module, x: dict[str, Any], meta: dict[str, Any], axes: "Axes"
     axes.scatter(x_axis, y_axis, s=3, c=colours[order].numpy(), linewidths=0)
     axes.set_aspect("equal")
     last = torch.stack([opened[-1] for opened in found.opened.values()]).sum(0)
-    for (across, along, _), layers in zip(found.centres.tolist(), last.tolist()):
-        axes.plot(across, along, marker="o", markersize=14, fillstyle="none", color="#777777", linewidth=0, alpha=0.4)
-        if layers:
-            axes.plot(
-                across,
-                along,
-                marker="o",
-                markersize=14,
-                fillstyle="none",
-                color="#e01b24",
-                markeredgewidth=1.2 * layers,
-            )
+    across, along = found.centres[:, :2].T.numpy()
+    axes.scatter(across, along, s=200, facecolors="none", edgecolors="#777777", alpha=0.4)
+    axes.scatter(across, along, s=200, facecolors="none", edgecolors="#e01b24", linewidths=(1.2 * last).tolist())
     asked = " ".join(x["names"])
     share = torch.stack([opened[-1].float().mean() for opened in found.opened.values()]).mean()
-    axes.set_title(f"{asked}\n{share:.0%} of the regions open, in {len(found.opened)} layers", fontsize=9)
+    axes.set_title(f"{asked}\n{share:.0%} of the regions open, in {len(found.opened)} layer{'s' * (len(found.opened) != 1)}", fontsize=9)
     axes.set_xlabel("metres")
