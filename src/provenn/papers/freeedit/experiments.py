@@ -1,5 +1,6 @@
 """What FreeEdit's abstract says, as measurements on composed edits of 16×16 pixels, and what its parts cost."""
 
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -42,59 +43,72 @@ def gaps(found: list[dict[str, float]]) -> list[Table]:
                   columns=["variant", "λ = 1", "λ = 0", "gap"], rows=rows)]  # fmt: skip
 
 
-async def against(
-    run: Run, ours: str, theirs: list[str], sides: tuple[str, str], floor: str, *, ratio: bool = False, unit: str = UNIT
-) -> Measurement:
-    """One number of each seed against that of the best of several others."""
-    found = await outcomes(run)
-    best = min(theirs, key=lambda name: float(np.mean([each[name] for each in found])))
-    values, baselines, floors = ([each[name] for each in found] for name in (ours, best, floor))
-    form = Measurement.ratio if ratio else Measurement.paired
-    return form(
-        values,
-        baselines,
-        seeds=run.seeds,
-        unit=unit,
-        data=ABOUT,
-        sides=sides,
-        setting={"recipe": str(LEARNING), **SIZES},
-        skills=[
-            Skill(variant=side, values=of, dummy_baseline=floors, higher_is_better=False)
-            for side, of in zip(sides, (values, baselines))
-        ],
-        tables=gaps(found),
-        note=f"{NOTE} The baseline is {best}.",
-    )
+def beside(
+    ours: str, theirs: str | Sequence[str], floor: str, sides: tuple[str, str], *, ratio: bool = False
+) -> Callable[[Run], Awaitable[Measurement]]:
+    """What measures one number of each seed against another, or against the best of several."""
+    rivals = [theirs] if isinstance(theirs, str) else list(theirs)
+
+    async def measured(run: Run) -> Measurement:
+        found = await outcomes(run)
+        best = min(rivals, key=lambda name: float(np.mean([each[name] for each in found])))
+        values, baselines, floors = ([each[name] for each in found] for name in (ours, best, floor))
+        form = Measurement.ratio if ratio else Measurement.paired
+        return form(
+            values,
+            baselines,
+            seeds=run.seeds,
+            unit=UNIT,
+            data=ABOUT,
+            sides=sides,
+            setting={"recipe": str(LEARNING), **SIZES},
+            skills=[
+                Skill(variant=side, values=of, dummy_baseline=floors, higher_is_better=False)
+                for side, of in zip(sides, (values, baselines))
+            ],
+            tables=gaps(found),
+            note=f"{NOTE} The baseline is {best}.",
+        )
+
+    return measured
 
 
-@measures("over_description")
-async def over_description(run: Run) -> Measurement:
-    """A reference against a description with hues, pattern and class."""
-    return await against(run, "DRRA", ["description"], ("reference", "description"), "source returned")
-
-
-@measures("over_class_word")
-async def over_class_word(run: Run) -> Measurement:
-    """A reference against the class alone."""
-    return await against(run, "DRRA", ["class word"], ("reference", "class word"), "source returned")
-
-
-@measures("over_queries")
-async def over_queries(run: Run) -> Measurement:
-    """The whole system against query tokens alone, of as many steps."""
-    return await against(run, "DRRA", ["query tokens"], ("DRRA", "query tokens"), "mean object")
-
-
-@measures("over_wrong_reference")
-async def over_wrong_reference(run: Run) -> Measurement:
-    """The right reference against another pair's."""
-    return await against(run, "DRRA", ["wrong reference"], ("its reference", "another's"), "source returned")
-
-
-@measures("near_pasted")
-async def near_pasted(run: Run) -> Measurement:
-    """Error as a multiple of that of the reference's box, pasted into the box of the true mask."""
-    return await against(run, "DRRA", ["pasted"], ("DRRA", "pasted along the mask"), "mean object", ratio=True)
+SOURCE, MEAN = "source returned", "mean object"  # the dummy baselines
+COMPARED = {
+    # what the reference tells
+    "over_description": beside("DRRA", "description", SOURCE, ("reference", "description")),
+    "over_class_word": beside("DRRA", "class word", SOURCE, ("reference", "class word")),
+    "over_queries": beside("DRRA", "query tokens", MEAN, ("DRRA", "query tokens")),
+    "over_wrong_reference": beside("DRRA", "wrong reference", SOURCE, ("its reference", "another's")),
+    "near_pasted": beside("DRRA", "pasted", MEAN, ("DRRA", "pasted along the mask"), ratio=True),
+    # forms of the branch
+    "drra_over_blind": beside("DRRA", "blind branch", MEAN, ("DRRA", "blind branch")),
+    "reference_gap": beside("DRRA", "DRRA, λ = 0", SOURCE, ("λ = 1", "λ = 0")),
+    "rasa_over_queries": beside("RASA", "query tokens", MEAN, ("RASA", "query tokens")),
+    "shared_over_queries": beside("DRRA shared", "query tokens", MEAN, ("DRRA shared", "query tokens")),
+    "drra_over_rasa": beside("DRRA", "RASA", MEAN, ("DRRA", "RASA")),
+    # what is left of the editor with the branch off
+    "removal_after_training": beside(
+        "DRRA, λ = 0, remove", "stage 1, remove", f"{SOURCE}, remove", ("after stage 2", "stage 1"), ratio=True
+    ),
+    "removal_frozen": beside(
+        "DRRA, frozen editor, λ = 0, remove", "stage 1, remove", f"{SOURCE}, remove", ("frozen", "stage 1"), ratio=True
+    ),
+    "removal_against_rasa": beside("DRRA, λ = 0, remove", "RASA, remove", f"{SOURCE}, remove", ("DRRA, λ = 0", "RASA")),
+    # phases
+    "phased_over_joint": beside("quality tuned", "joint", MEAN, ("phased", "joint")),
+    "tuning_helps": beside("quality tuned", "DRRA", MEAN, ("tuned", "not tuned")),
+    # the whole against others, by kind of edit
+    **{
+        f"superior_{kind}": beside(
+            f"quality tuned, {kind}",
+            [f"description, {kind}", f"query tokens, {kind}"],
+            f"{SOURCE}, {kind}",
+            ("FreeEdit", "better of description and query tokens"),
+        )
+        for kind in ("add", "replace", "remove")
+    },
+}
 
 
 @measures("overlap_of_masked")
@@ -124,94 +138,6 @@ async def outside_of_masked(run: Run) -> Measurement:
         # Who changes nothing has no error outside: that it edits shows inside.
         skills=[Skill(variant="no mask", values=inside, dummy_baseline=floors, higher_is_better=False)],
     )  # fmt: skip
-
-
-@measures("drra_over_blind")
-async def drra_over_blind(run: Run) -> Measurement:
-    """DRRA against a branch of equal size that sees no reference."""
-    return await against(run, "DRRA", ["blind branch"], ("DRRA", "blind branch"), "mean object")
-
-
-@measures("reference_gap")
-async def reference_gap(run: Run) -> Measurement:
-    """DRRA with λ = 1 against the same weights with λ = 0."""
-    return await against(run, "DRRA", ["DRRA, λ = 0"], ("λ = 1", "λ = 0"), "source returned")
-
-
-@measures("rasa_over_queries")
-async def rasa_over_queries(run: Run) -> Measurement:
-    """RASA against query tokens alone."""
-    return await against(run, "RASA", ["query tokens"], ("RASA", "query tokens"), "mean object")
-
-
-@measures("shared_over_queries")
-async def shared_over_queries(run: Run) -> Measurement:
-    """DRRA with shared projections, which has no further parameters, against query tokens alone."""
-    return await against(run, "DRRA shared", ["query tokens"], ("DRRA shared", "query tokens"), "mean object")
-
-
-@measures("drra_over_rasa")
-async def drra_over_rasa(run: Run) -> Measurement:
-    """DRRA against RASA."""
-    return await against(run, "DRRA", ["RASA"], ("DRRA", "RASA"), "mean object")
-
-
-@measures("removal_after_training")
-async def removal_after_training(run: Run) -> Measurement:
-    """Error of removals with λ = 0 after stage 2, as a multiple of stage 1's."""
-    return await against(run, "DRRA, λ = 0, remove", ["stage 1, remove"], ("after stage 2", "stage 1"),
-                         "source returned, remove", ratio=True)  # fmt: skip
-
-
-@measures("removal_frozen")
-async def removal_frozen(run: Run) -> Measurement:
-    """The same where stage 2 leaves the editor as it is."""
-    return await against(run, "DRRA, frozen editor, λ = 0, remove", ["stage 1, remove"], ("frozen", "stage 1"),
-                         "source returned, remove", ratio=True)  # fmt: skip
-
-
-@measures("removal_against_rasa")
-async def removal_against_rasa(run: Run) -> Measurement:
-    """Removals of DRRA with λ = 0 against those of RASA, which has no switch."""
-    return await against(run, "DRRA, λ = 0, remove", ["RASA, remove"], ("DRRA, λ = 0", "RASA"),
-                         "source returned, remove")  # fmt: skip
-
-
-@measures("phased_over_joint")
-async def phased_over_joint(run: Run) -> Measurement:
-    """Phases against details from the first step on, of equal steps, both with quality tuning."""
-    return await against(run, "quality tuned", ["joint"], ("phased", "joint"), "mean object")
-
-
-@measures("tuning_helps")
-async def tuning_helps(run: Run) -> Measurement:
-    """With quality tuning on the cleanest tenth against without."""
-    return await against(run, "quality tuned", ["DRRA"], ("tuned", "not tuned"), "mean object")
-
-
-async def over_others(run: Run, kind: str) -> Measurement:
-    """DRRA against the better of an editor of descriptions and one of query tokens, on one kind of edit."""
-    rivals = [f"description, {kind}", f"query tokens, {kind}"]
-    sides = ("FreeEdit", "better of description and query tokens")
-    return await against(run, f"quality tuned, {kind}", rivals, sides, f"source returned, {kind}")
-
-
-@measures("superior_add")
-async def superior_add(run: Run) -> Measurement:
-    """Additions against an editor of descriptions and one of query tokens."""
-    return await over_others(run, "add")
-
-
-@measures("superior_replace")
-async def superior_replace(run: Run) -> Measurement:
-    """Replacements against the same."""
-    return await over_others(run, "replace")
-
-
-@measures("superior_remove")
-async def superior_remove(run: Run) -> Measurement:
-    """Removals against the same."""
-    return await over_others(run, "remove")
 
 
 @measures("parameters")
@@ -386,4 +312,4 @@ PASS = Timing(
 )
 
 BENCHMARKS = [Benchmark(PASS, "merged", "plain", within=0.85)]
-EXPERIMENTS: dict[str, Any] = {"merged_time": PASS.against("merged", "plain")}
+EXPERIMENTS: dict[str, Any] = {**COMPARED, "merged_time": PASS.against("merged", "plain")}

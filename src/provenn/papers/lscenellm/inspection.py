@@ -64,5 +64,6 @@ def draw(model: nn.Module, x: dict[str, Any], meta: dict[str, Any], axes: "Axes"
     axes.scatter(across, along, s=200, facecolors="none", edgecolors="#e01b24", linewidths=(1.2 * last).tolist())
     asked = " ".join(x["names"])
     share = torch.stack([opened[-1].float().mean() for opened in found.opened.values()]).mean()
-    axes.set_title(f"{asked}\n{share:.0%} of the regions open, in {len(found.opened)} layer{'s' * (len(found.opened) != 1)}", fontsize=9)
+    layers = f"{len(found.opened)} layer{'s' * (len(found.opened) != 1)}"
+    axes.set_title(f"{asked}\n{share:.0%} of the regions open, in {layers}", fontsize=9)
     axes.set_xlabel("metres")
