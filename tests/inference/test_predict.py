@@ -33,10 +33,17 @@ def memory_of_nans(monkeypatch):
 @pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation")
 @pytest.mark.usefixtures("memory_of_nans")
 @pytest.mark.parametrize(("slug", "preset", "task"), WRITERS)
-def test_what_a_model_writes_depends_on_no_memory_that_was_never_written(slug, preset, task):
+def test_what_a_model_writes_depends_on_no_memory_that_was_never_written(slug, preset, task, tmp_path):
     assert torch.empty(1).isnan().all()
+    given = ["what is there"]
+    if task == "scene-question-answering":  # which needs something to speak of
+        header = ["ply", "format ascii 1.0", "element vertex 60", *(f"property float {axis}" for axis in "xyz")]
+        header += [*(f"property uchar {name}" for name in ("red", "green", "blue")), "end_header"]
+        points = [f"{i % 5}.5 {i % 3}.25 {i % 2} {4 * i} 90 {9 * i % 256}" for i in range(60)]
+        (tmp_path / "room.ply").write_text("\n".join([*header, *points]) + "\n")
+        given = [tmp_path / "room.ply", "what is there"]
     few = {"tokens": 24} if "tokens" in arguments_of(get_task(task).predict) else {}
-    assert provenn.predict(slug, ["what is there"], preset=preset, overrides=few)
+    assert provenn.predict(slug, given, preset=preset, overrides=few)
 
 
 def test_there_are_models_that_write():
