@@ -23,11 +23,11 @@ from safetensors.torch import save_file
 import provenn
 from plugins import put_on_shelf
 from provenn import catalog
-from provenn.cli import app, main
+from provenn.cli import app, main, work
 from provenn.core import progress
 from provenn.core.errors import UserError
 from provenn.evidence.record import Evidence
-from provenn.tasks import datasets
+from provenn.tasks import datasets, get_task
 
 pytestmark = pytest.mark.usefixtures("third_party")
 
@@ -721,6 +721,20 @@ def wheels(folder: Path) -> None:
 def text(here):
     wheels(here / "text")
     return here
+
+
+@pytest.mark.parametrize(
+    ("task", "given"),
+    [
+        ("visual-question-answering", " INPUT 'some words'"),
+        ("image-editing", " INPUT 'some words'"),
+        ("language-modelling", " 'some words'"),
+        ("image-classification", " INPUT…"),
+        ("image-generation", ""),
+    ],
+)
+def test_what_is_proposed_after_a_training_is_what_its_task_reads(task, given):
+    assert work._what_is_given(get_task(task)) == given
 
 
 def test_a_language_model_is_trained_on_a_folder_and_goes_on_with_words(run, text):
