@@ -9,6 +9,7 @@ from PIL import Image
 from torch import nn
 
 from provenn.core.errors import UserError
+from provenn.data.clip_pieces import BEGIN, END, read_clip_pieces
 from provenn.data.edits import (
     COUNTS,
     KINDS,
@@ -24,6 +25,7 @@ from provenn.data.vocabulary import words_of
 from provenn.tasks import get_task
 from provenn.tasks.image_editing import halves
 
+tokenizers = pytest.importorskip("tokenizers")
 TASK = get_task("image-editing")
 WORDS = vocabulary()
 
@@ -142,6 +144,40 @@ def test_a_list_is_read_and_split(listed):
     words = data.meta["words"]
     assert {"replace", "cat", "dog", "<image>"} <= set(words) and data.options["image_token"] == words.index("<image>")
     assert len(TASK.held_out(root, data.meta).dataset) == 1
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    """A tokenizer.json with CLIP's marks, whose pieces are letters."""
+    letters = [*"abcdefghijklmnopqrstuvwxyz", *(f"{letter}</w>" for letter in "abcdefghijklmnopqrstuvwxyz")]
+    inner = tokenizers.Tokenizer(
+        tokenizers.models.BPE({x: n for n, x in enumerate(letters)}, [], end_of_word_suffix="</w>")
+    )
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    inner.add_special_tokens([BEGIN, END])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path / "tokenizer.json"
+
+
+def test_a_list_is_read_in_the_pieces_of_a_tokenizer(listed, tokenizer):
+    root = listed(*[{**ONE, "quality": k / 9} for k in range(8)], {**ONE, "split": "val"})
+    data = TASK.load(root, size=16, tokenizer=str(tokenizer))
+    pieces = read_clip_pieces(tokenizer)
+    assert data.options == {"vocab_size": 54, "image_token": pieces.image, "size": 16} and data.meta["words"] == []
+    tokens = data.train[0].tokens.tolist()
+    assert tokens[:8] == [pieces.start, *pieces.encode("replace")[1:-1]] and tokens.count(pieces.image) == 1
+    assert data.train[0].noun.tolist() == pieces.encode("dog")[1:-1]
+    held = TASK.held_out(root, data.meta).dataset  # the tokenizer's file is not needed any more
+    tokenizer.unlink()
+    assert torch.equal(held[0].tokens, data.train[0].tokens)
+    assert TASK.scores(Fixed(lambda source, *_: source), held)["error_inside"].shape == (1,)
+    asked = [str(root / "a.png"), "replace the cat with S*"]
+    editor = Fixed(lambda source, *_: 1 - source)
+    told = TASK.predict(editor, data.meta, asked, root / "out.png", reference=root / "r.png")
+    assert "unknown" not in told and torch.equal(editor.asked[0]["tokens"][0], data.train[0].tokens)
+    tokenizer.write_text(data.meta["tokenizer"])
+    with pytest.raises(UserError, match="tokenizer is of your own edits"):
+        TASK.load("tiles", tokenizer=str(tokenizer))
 
 
 @pytest.mark.parametrize(

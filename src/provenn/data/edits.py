@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from provenn.core.errors import UserError
 from provenn.core.inputs import parse_json, read_text
 from provenn.core.narrowing import present
+from provenn.data.clip_pieces import ClipPieces
 from provenn.data.composed import GLYPHS, NUMERALS, PHOTOGRAPHS
 from provenn.data.images import read_image, read_pixels, resize_pixels
 from provenn.data.photographs import GREY, grey_photograph, photograph
@@ -90,16 +91,19 @@ class Written(NamedTuple):
     quality: float
 
 
+Words = Vocabulary | ClipPieces
+
+
 class Edits(Dataset):
     """Edits in memory, with their words as tokens.
 
     Args:
         written: the edits.
-        vocabulary: of their words.
+        vocabulary: of their words, or CLIP's pieces.
         length, nouns: tokens of an instruction and of a noun; what is longer is cut before its end.
     """
 
-    def __init__(self, written: Sequence[Written], vocabulary: Vocabulary, length: int = LENGTH, nouns: int = NOUN):
+    def __init__(self, written: Sequence[Written], vocabulary: Words, length: int = LENGTH, nouns: int = NOUN):
         self.written, self.vocabulary, self.length, self.nouns = list(written), vocabulary, length, nouns
 
     def __len__(self) -> int:
@@ -125,7 +129,7 @@ class Edits(Dataset):
         )  # fmt: skip
 
 
-def encode(vocabulary: Vocabulary, text: str, length: int, *, ends: bool = True) -> Int[Tensor, " length"]:
+def encode(vocabulary: Words, text: str, length: int, *, ends: bool = True) -> Int[Tensor, " length"]:
     """Tokens of a text, `<image>` for S*, filled up to a length.
 
     Args:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from provenn.core.errors import UserError
 from provenn.core.files import output_suffix
 from provenn.core.narrowing import of_kind
+from provenn.data.clip_pieces import ClipPieces, read_clip_pieces
 from provenn.data.edits import (
     KINDS,
     LENGTH,
@@ -30,6 +31,7 @@ from provenn.data.edits import (
     SPLITS,
     Edit,
     Edits,
+    Words,
     check_modes,
     check_placeholder,
     composed_edits,
@@ -45,7 +47,7 @@ from provenn.nn.contrastive import ContrastivePair
 from provenn.nn.shipped import about, pretrained
 from provenn.tasks.base import HeldOut, Scores, Task, TaskData, count_examples, device_of, fingerprint, split_indices
 from provenn.tasks.demos import Trial
-from provenn.tasks.meta import Count, Meta, Names
+from provenn.tasks.meta import Count, Meta
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,9 +58,13 @@ SHOWN = 6  # edits of a sheet
 
 
 class EditingMeta(Meta):
-    """Of image editing: `length` and `nouns` are tokens of an instruction and of a noun, `size` the side in pixels."""
+    """Of image editing: `length` and `nouns` are tokens of an instruction and of a noun, `size` the side in pixels.
 
-    words: Names
+    Tokens are `words`, or the pieces of `tokenizer`, a tokenizer.json.
+    """
+
+    words: list[str]
+    tokenizer: str = ""
     size: Count
     length: Count = Field(ge=4)
     nouns: Count
@@ -105,6 +111,7 @@ class ImageEditing(Task):
         size: int | None = None,
         examples: int | None = None,
         clip: Path | None = None,
+        tokenizer: str = "words",
     ) -> TaskData:
         """The embedded edits, or a folder of the user's.
 
@@ -116,16 +123,24 @@ class ImageEditing(Task):
             examples: of the embedded edits, how many are for training; 6000 by default, the best for tests too.
             clip: a folder with a CLIP of Hugging Face that judges identity and instruction. Default: the tiny one that
                 ships, which knows scenes of digits and shapes alone.
+            tokenizer: of your own edits: words of the training, or CLIP's tokenizer, as a tokenizer.json, a folder with
+                it, or a folder of Stable Diffusion.
         """
         named = self._named(source)
+        pieces = None if tokenizer == "words" else read_clip_pieces(tokenizer)
         if clip is not None and not Path(clip).is_dir():
             raise UserError(f"{clip}: there is no such folder: give a CLIP of Hugging Face")
         if isinstance(named, str):
             if size is not None:
                 raise UserError("size is of your own pictures; the embedded ones have 16×16 pixels: leave it out")
+            if pieces is not None:
+                raise UserError(
+                    "tokenizer is of your own edits; the embedded ones have a closed vocabulary: leave it out"
+                )
             if examples is not None and not 1 <= examples <= 50_000:
                 raise UserError(f"examples must lie between 1 and 50,000, got {examples}")
-            words, side, length, nouns = vocabulary(), SIDE, LENGTH, NOUN
+            words: Words = vocabulary()
+            side, length, nouns = SIDE, LENGTH, NOUN
             parts: dict[str, list[Any]] = {
                 split: list(composed_edits(split, seed, examples if split == "train" else None)) for split in SPLITS
             }
@@ -139,7 +154,8 @@ class ImageEditing(Task):
             side = 64 if size is None else size
             if not SMALLEST <= side <= LARGEST:
                 raise UserError(f"size must lie between {SMALLEST} and {LARGEST} pixels, got {side}")
-            parts, words, length, nouns = _read(named, side, seed)
+            parts = _read(named, side, seed)
+            words, length, nouns = _words_of(parts["train"], pieces)
             told = (
                 f"{len(parts['test'])} of your edits; what is to change is where source and target differ, or a mask."
             )
@@ -152,7 +168,7 @@ class ImageEditing(Task):
             sets["test"],
             fingerprint=fingerprint(*content),
             options={"vocab_size": len(words), "image_token": words.image, "size": side},
-            meta={"words": words.words, "size": side, "length": length, "nouns": nouns},
+            meta={**_told(words), "size": side, "length": length, "nouns": nouns},
             about=told,
         )
 
@@ -175,7 +191,7 @@ class ImageEditing(Task):
         found = read_edits(named)
         name = next((split for split in ("test", "val") if split in found), "train")
         written = list(read_written(found[name], meta["size"]))
-        edits = Edits(written, Vocabulary(meta["words"]), meta["length"], meta["nouns"])
+        edits = Edits(written, words_of_meta(meta), meta["length"], meta["nouns"])
         return HeldOut(Judged(edits, clip), f"{len(edits)} edits of {named}")
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
@@ -291,7 +307,8 @@ class ImageEditing(Task):
             raise UserError(f"strength must lie between -10 and 10, got {strength}")
         source, shown = read_pixels(file), None if reference is None else read_pixels(Path(reference))
         asked = _request(meta, source, instruction, shown, noun)
-        unknown = [word for word in words_of(instruction.replace("S*", " ")) if word not in meta["words"]]
+        said = [] if meta.get("tokenizer") else words_of(instruction.replace("S*", " "))
+        unknown = [word for word in said if word not in meta["words"]]
         with torch.no_grad():
             edited = _edited(model, asked, seed=seed, scale=strength, steps=steps,
                              guidance=_guidance(model, guidance, image_guidance))  # fmt: skip
@@ -321,7 +338,7 @@ class ImageEditing(Task):
         return sheet(model, [data.test[k] for k in range(min(SHOWN, count_examples(data.test)))])
 
 
-def _read(root: Path, side: int, seed: int) -> tuple[dict[str, list[Any]], Vocabulary, int, int]:
+def _read(root: Path, side: int, seed: int) -> dict[str, list[Any]]:
     found = read_edits(root)
     if "train" not in found:
         raise UserError(f"{root} has no edit of the split train: at least one is needed")
@@ -337,10 +354,25 @@ def _read(root: Path, side: int, seed: int) -> tuple[dict[str, list[Any]], Vocab
         train = parts["train"]
         parts |= {split: [train[k] for k in part] for split, part in zip(missing, cut)}
         parts["train"] = [train[k] for k in cut[-1]]
-    texts = [text for one in parts["train"] for text in (one.instruction.replace("S*", " "), one.described, one.noun)]
-    words = Vocabulary.of_texts(texts)
-    length = min(LONGEST, 4 + max(len(words_of(text)) for text in texts))
-    return parts, words, length, max(1, *(len(words_of(one.noun)) for one in parts["train"]))
+    return parts
+
+
+def _words_of(train: Sequence[Written], pieces: ClipPieces | None) -> tuple[Words, int, int]:
+    """Tokens of the training's texts, how many an instruction has at most, and how many a noun."""
+    texts = [text for one in train for text in (one.instruction.replace("S*", " "), one.described, one.noun)]
+    words = Vocabulary.of_texts(texts) if pieces is None else pieces
+    counted = [len(words.encode(text)) - 2 for text in texts]
+    return words, min(LONGEST, 4 + max(counted)), max(1, *(len(words.encode(one.noun)) - 2 for one in train))
+
+
+def _told(words: Words) -> dict[str, Any]:
+    """What weights have to remember of their tokens."""
+    return {"words": [], "tokenizer": words.tokenizer} if isinstance(words, ClipPieces) else {"words": words.words}
+
+
+def words_of_meta(meta: dict[str, Any]) -> Words:
+    """The tokens that weights were trained with."""
+    return ClipPieces(meta["tokenizer"]) if meta.get("tokenizer") else Vocabulary(meta["words"])
 
 
 def _edits(dataset: Any) -> Edits:
@@ -371,7 +403,7 @@ def _request(
     meta: dict[str, Any], source: Tensor, instruction: str, reference: Tensor | None, noun: str
 ) -> dict[str, Any]:
     """What an editor is given, as a batch of one."""
-    words, side = Vocabulary(meta["words"]), meta["size"]
+    words, side = words_of_meta(meta), meta["size"]
     x = resize_pixels(source, side, side)[None].float() / 255
     y = torch.zeros_like(x) if reference is None else resize_pixels(reference, side, side)[None].float() / 255
     return {

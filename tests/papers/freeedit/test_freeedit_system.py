@@ -49,6 +49,19 @@ def test_parts_of_the_published_layout():
         assert parts_of(freeedit_sd15(share=True))["refer-attention"] == 0
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"vocab_size": 45}, "--set tokenizer=FOLDER"),
+        ({"size": 100}, "multiple of 64"),
+        ({"size": 0}, "multiple of 64"),
+    ],
+)
+def test_the_paper_s_size_says_what_words_and_pictures_it_reads(options, words):
+    with torch.device("meta"), pytest.raises(ValueError, match=words):
+        freeedit_sd15(**options)
+
+
 def test_inspection_sees_a_fresh_branch_add_nothing_and_look_somewhere(system):
     names = ("source", "tokens", "reference", "noun")
     x = dict(zip(names, (part[:1] for part in request()), strict=True))

@@ -10,6 +10,7 @@ from provenn.papers.freeedit.attaching import (
 from provenn.papers.freeedit.instruction import InstructionEncoder, QFormer, splice
 from provenn.papers.freeedit.layers import drra, merged_drra, rasa, reference_only
 from provenn.papers.freeedit.model import Design, FreeEdit, Guidance, freeedit_sd15, freeedit_small, parts_of
+from provenn.papers.freeedit.start import take_stable_diffusion
 
 __all__ = [
     "Attached",
@@ -30,4 +31,5 @@ __all__ = [
     "reference_only",
     "self_attentions",
     "splice",
+    "take_stable_diffusion",
 ]

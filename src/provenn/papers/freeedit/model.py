@@ -112,6 +112,8 @@ class FreeEdit(nn.Module):
             None if mode == "none" else attach_refer_attention(denoiser, extractor, mode, share=share, form=form)
         )
         self._schedulers: dict[str, Any] = {}
+        self.start: str | None = None  # folders that a training in phases begins with
+        self.start_image: str | None = None
 
     def train(self, mode: bool = True) -> "FreeEdit":
         """As of any module; what is frozen stays in eval mode."""
@@ -423,6 +425,7 @@ def freeedit_small(
     return FreeEdit(denoiser, extractor, instruction, mode=mode, share=share, design=design)
 
 
+CLIP_VOCAB = 49408
 SD15: Mapping[str, Any] = {
     "sample_size": 64, "out_channels": 4, "block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2,
     "cross_attention_dim": 768, "attention_head_dim": 8,
@@ -430,29 +433,44 @@ SD15: Mapping[str, Any] = {
 
 
 def freeedit_sd15(
-    vocab_size: int = 49408,
+    vocab_size: int = CLIP_VOCAB,
     image_token: int = -200,
     *,
+    size: int = 512,
     mode: Literal["drra", "rasa", "ref_only", "self", "none"] = "drra",
     share: bool = False,
     queries: int = 16,
     every: int = 1,
     own: bool = False,
     source_scaling: float | int = SD_SCALING,
+    start: str | None = None,
+    start_image: str | None = None,
 ) -> FreeEdit:
     """The paper's size: two U-Nets and the autoencoder of Stable Diffusion 1.5, CLIP-L for text and images.
 
     Args:
         vocab_size, image_token: of CLIP's tokenizer, and a number that stands for S*.
+        size: side of the images, in pixels: a multiple of 64.
         mode, share: of refer-attention.
         queries, every, own: of the Q-Former, of 12 layers and 768 wide.
         source_scaling: of the source's latent; 1 where a training starts from InstructPix2Pix.
+        start: a folder of Stable Diffusion or InstructPix2Pix in diffusers' layout that a training in phases begins
+            with; its first phase is left out then. Default: none, all is drawn.
+        start_image: a folder of CLIP that the reference's encoder begins with.
     """
-    denoiser, extractor = _unet(in_channels=8, **SD15), _unet(in_channels=4, **SD15)
+    if size < 64 or size % 64:
+        raise ValueError(f"size must be a multiple of 64 pixels, got {size}")
+    if vocab_size != CLIP_VOCAB:
+        raise ValueError(
+            f"Stable Diffusion's text transformer knows {CLIP_VOCAB} pieces, got vocab_size={vocab_size}: read the "
+            "edits with --set tokenizer=FOLDER, the folder of Stable Diffusion or of its tokenizer"
+        )
+    layout = {**SD15, "sample_size": size // 8}
+    denoiser, extractor = _unet(in_channels=8, **layout), _unet(in_channels=4, **layout)
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512,
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=size,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
     )  # fmt: skip
     text = TextTower(TextConfig("clip", 768, 12, 12))
@@ -462,9 +480,10 @@ def freeedit_sd15(
         text, image, qformer, placeholder=image_token, end=49407, pad=49407,
         mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711),
     )  # fmt: skip
-    return FreeEdit(
-        denoiser, extractor, instruction, vae, mode=mode, share=share, design=Design(source_scaling=source_scaling)
-    )
+    design = Design(source_scaling=source_scaling)
+    system = FreeEdit(denoiser, extractor, instruction, vae, mode=mode, share=share, design=design)
+    system.start, system.start_image = start, start_image
+    return system
 
 
 def parts_of(system: FreeEdit) -> dict[str, int]:

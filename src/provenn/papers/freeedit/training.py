@@ -10,7 +10,9 @@ import numpy as np
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
+from provenn.core.narrowing import of_kind
 from provenn.papers.freeedit.model import FreeEdit
+from provenn.papers.freeedit.start import take_stable_diffusion
 from provenn.tasks import Task, TaskData
 from provenn.training import Recipe, Stage, only
 
@@ -28,24 +30,30 @@ def phases(model: nn.Module, task: Task, data: TaskData, recipe: Recipe, *, join
     - details: denoiser, Q-Former and branches learn, with λ = 1. The branches begin as copies.
     - quality: the same learn on the cleanest tenth.
 
-    The paper starts from Stable Diffusion, which has its prior. Of a `design` that freezes, the denoiser stays as stage
-    1 left it from details on.
+    The paper starts from Stable Diffusion, which has its prior: with the option `start` the first stage is left out,
+    and the others share its steps. Of a `design` that freezes, the denoiser stays as stage 1 left it from details on.
 
     Args:
         model, task, data, recipe: as of `provenn.training.fit_stages`.
         joint: details from the first step on, in place of instruction and then details.
     """
-    tuned = cleanest(data)
+    tuned, editor = cleanest(data), of_kind(model, FreeEdit, "the system")
+    started = editor.start is not None
+    if editor.start is not None:
+        take_stable_diffusion(editor, editor.start, editor.start_image)
     plan: list[tuple[str, float, TaskData, str, bool]] = [("prior", SHARES["prior"], data, "prior", False)]
     if joint:
         share = SHARES["instruction"] + SHARES["details"]
-        plan.append(("joint", share, data, "details", True))
+        plan.append(("joint", share, data, "details", not started))
     else:
-        plan.append(("instruction", SHARES["instruction"], data, "instruction", True))
+        plan.append(("instruction", SHARES["instruction"], data, "instruction", not started))
         plan.append(("details", SHARES["details"], data, "details", False))
     plan.append(("quality", SHARES["quality"], tuned, "details", False))
-    stages = []
-    for name, share, part, phase, begins in plan:
+    stages, whole = [], 1.0
+    if started:
+        whole = 1 - plan.pop(0)[1]
+    for name, part_of, part, phase, begins in plan:
+        share = part_of / whole
         steps = None if recipe.max_steps is None else max(1, round(share * recipe.max_steps))
         epochs = max(1, round(share * recipe.epochs))
         if name == "quality":  # a tenth of the examples: as many steps as its share has
