@@ -456,7 +456,7 @@ def freeedit_sd15(
         source_scaling: of the source's latent; 1 where a training starts from InstructPix2Pix.
         start: a folder of Stable Diffusion or InstructPix2Pix in diffusers' layout that a training in phases begins
             with; its first phase is left out then. Default: none, all is drawn.
-        start_image: a folder of CLIP that the reference's encoder begins with.
+        start_image: a folder of CLIP that the reference's encoder begins with then. Default: it is drawn.
     """
     if size < 64 or size % 64:
         raise ValueError(f"size must be a multiple of 64 pixels, got {size}")
@@ -465,6 +465,8 @@ def freeedit_sd15(
             f"Stable Diffusion's text transformer knows {CLIP_VOCAB} pieces, got vocab_size={vocab_size}: read the "
             "edits with --set tokenizer=FOLDER, the folder of Stable Diffusion or of its tokenizer"
         )
+    if start_image is not None and start is None:
+        raise ValueError("start_image is of a training that starts from Stable Diffusion: give start, its folder, too")
     layout = {**SD15, "sample_size": size // 8}
     denoiser, extractor = _unet(in_channels=8, **layout), _unet(in_channels=4, **layout)
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
