@@ -219,10 +219,10 @@ def start_looking(decoder: Decoder) -> Decoder:
 
     Head h of the first layer looks BACK_h tokens back: biases b of keys and R(−BACK_h) b of queries, turned by their
     positions, have their largest product there. Half of what a head brings says which token stood there, and half, the
-    same in all heads, that it was among the last ones: boxes are alike edge by edge, names wherever they stand. In later
-    layers queries and keys start as one map upon the pairs that turn slowly, so that tokens look at their like, and
-    values go through unchanged (as in mimetic initialisation, Trockman and Kolter, 2023, arXiv:2305.09828). All of it is
-    trained.
+    same in all heads, that it was among the last ones: boxes are alike edge by edge, names wherever they stand. In
+    later layers queries and keys start as one map upon the pairs that turn slowly, so that tokens look at their like,
+    and values go through unchanged (as in mimetic initialisation, Trockman and Kolter, 2023, arXiv:2305.09828). All of
+    it is trained.
 
     Args:
         decoder: with as many heads as `BACK` and with biases.
