@@ -175,6 +175,8 @@ def test_a_list_is_read_in_the_pieces_of_a_tokenizer(listed, tokenizer):
     editor = Fixed(lambda source, *_: 1 - source)
     told = TASK.predict(editor, data.meta, asked, root / "out.png", reference=root / "r.png")
     assert "unknown" not in told and torch.equal(editor.asked[0]["tokens"][0], data.train[0].tokens)
+    with pytest.raises(ValueError, match="expected words or a tokenizer"):
+        TASK.meta_schema(**{**data.meta, "tokenizer": ""})
     tokenizer.write_text(data.meta["tokenizer"])
     with pytest.raises(UserError, match="tokenizer is of your own edits"):
         TASK.load("tiles", tokenizer=str(tokenizer))

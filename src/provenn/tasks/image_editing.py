@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -65,6 +65,13 @@ class EditingMeta(Meta):
 
     words: list[str]
     tokenizer: str = ""
+
+    @model_validator(mode="after")
+    def _has_tokens(self) -> "EditingMeta":
+        if not self.words and not self.tokenizer:
+            raise ValueError("expected words or a tokenizer")
+        return self
+
     size: Count
     length: Count = Field(ge=4)
     nouns: Count
@@ -361,8 +368,8 @@ def _words_of(train: Sequence[Written], pieces: ClipPieces | None) -> tuple[Word
     """Tokens of the training's texts, how many an instruction has at most, and how many a noun."""
     texts = [text for one in train for text in (one.instruction.replace("S*", " "), one.described, one.noun)]
     words = Vocabulary.of_texts(texts) if pieces is None else pieces
-    counted = [len(words.encode(text)) - 2 for text in texts]
-    return words, min(LONGEST, 4 + max(counted)), max(1, *(len(words.encode(one.noun)) - 2 for one in train))
+    counted = [len(words.encode(text)) - 2 for text in texts]  # of every third text: a noun
+    return words, min(LONGEST, 4 + max(counted)), max(1, *counted[2::3])
 
 
 def _told(words: Words) -> dict[str, Any]:

@@ -477,9 +477,9 @@ def freeedit_sd15(
     )  # fmt: skip
     text = TextTower(TextConfig("clip", 768, 12, 12))
     image = VisionTower(VisionConfig("clip", 1024, 24, 16, image=224, patch=14))
-    qformer = QFormer(vocab_size, 1024, 768, queries=queries, every=every, own=own, pad=49407)
+    qformer = QFormer(vocab_size, 1024, 768, queries=queries, every=every, own=own, pad=CLIP_VOCAB - 1)
     instruction = InstructionEncoder(
-        text, image, qformer, placeholder=image_token, end=49407, pad=49407,
+        text, image, qformer, placeholder=image_token, end=CLIP_VOCAB - 1, pad=CLIP_VOCAB - 1,
         mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711),
     )  # fmt: skip
     design = Design(source_scaling=source_scaling)

@@ -1,5 +1,6 @@
 """Where a training of FreeEdit begins: Stable Diffusion or InstructPix2Pix, and CLIP, as their folders hold them."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def _of_width(state: dict[str, Tensor], into: nn.Module) -> dict[str, Tensor]:
     return {**state, ENTRY: torch.cat([there[:, :wanted], added], 1)}
 
 
-def _take(into: nn.Module, state: dict[str, Tensor], where: Path, own: frozenset[str] | set[str] = frozenset()) -> None:
+def _take(into: nn.Module, state: dict[str, Tensor], where: Path, own: Collection[str] = ()) -> None:
     """Load weights, all but those of `own`.
 
     Raises:
@@ -80,7 +81,7 @@ def _take(into: nn.Module, state: dict[str, Tensor], where: Path, own: frozenset
     """
     here = into.state_dict()
     kept = {name: value for name, value in here.items() if name in own}
-    other = sorted((here.keys() - own) ^ state.keys())
+    other = sorted((here.keys() - set(own)) ^ state.keys())
     other = other or [name for name in state if here[name].shape != state[name].shape]
     if other:
         sizes = [str(list(some[other[0]].shape)) if other[0] in some else "nothing" for some in (state, here)]
