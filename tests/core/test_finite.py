@@ -53,9 +53,11 @@ INPUTS = {  # of each kind of work: what is given, and where the answer goes
     "multimodal-chat": ("image.png", "answer.csv"),
     "visual-question-answering": ("image.png", "answer.csv"),
     "scene-question-answering": ("room.ply", "answer.csv"),
+    "region-context-questions": ("image.png", "answer.csv"),
 }
 QUESTION = "what colour is the disc ?"
 ASKED = "remove the seven"
+REGIONS = "digit (5,5,15,20): it cost 25 coins . / what did the red two cost ?"
 MORE = {  # of `predict` alone
     "re-identification": " --gallery people",
     "image-text-retrieval": " --texts words",
@@ -63,6 +65,7 @@ MORE = {  # of `predict` alone
     "visual-question-answering": f" '{QUESTION}'",
     "image-editing": f" '{ASKED}'",
     "scene-question-answering": f" '{QUESTION}'",
+    "region-context-questions": f" '{REGIONS}'",
 }
 # Of `inspect` alone.
 WORDS = {"image-text-retrieval": " 'a red disc'", "scene-question-answering": f" '{QUESTION}'"}
@@ -78,6 +81,7 @@ TYPED = {  # there, beside a file or in place of one
     "multimodal-chat": {"question": QUESTION},
     "visual-question-answering": {"question": QUESTION},
     "scene-question-answering": {"question": QUESTION},
+    "region-context-questions": {"question": REGIONS},
 }
 # A factor under which every parameter has a square in float32, and every model that ships runs out of its range.
 FACTOR, BOUND = 1e18, 1e19

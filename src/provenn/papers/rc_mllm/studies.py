@@ -1,0 +1,551 @@
+"""Digits and their owners: does a decoder bind entries to what it sees by coordinates that are text?
+
+A picture of 24×24 pixels has three digits (scikit-learn) of different classes. Each has an entry in an order that is
+drawn: its number, its box in tenths of the picture, digit by digit, and a name of two letters, a price, or both.
+
+    [1](2547)ab$3;[2](0134)cd;[3](6189)$7;?4n=[1]ab;
+
+- from looks to text: ?4n, ?4$; from text to looks: ?ab; and both so that nothing answers them: !
+- single steps: @2547n and @2547#
+- about the picture alone: ?l and ?r, the digit on the left and on the right
+
+Training reads twelve questions about each scene after its entries. A test asks one. Glyphs and names of a split are in
+no other.
+"""
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
+
+from provenn.nn.decoder import Decoder, RotaryPositions
+from provenn.nn.language import init_narrow
+from provenn.nn.vision_language import MLPProjector, VisionLanguageModel
+from provenn.tasks import Task, TaskData, fingerprint, get_task
+from provenn.tasks.base import IGNORED, Scores, device_of
+from provenn.training import Fit, Hardware, Recipe, Stage, run_stages
+
+LETTERS = "abcdefghijkm"
+CHARACTERS = "0123456789" + LETTERS + "[]()$?@#=;!.nlr"
+PAD, IMAGE = len(CHARACTERS), len(CHARACTERS) + 1
+SIDE, GLYPH, PATCH = 24, 8, 4
+ROWS = SIDE // PATCH
+PATCHES = ROWS * ROWS
+TENTHS = 10
+DIGITS, LONGEST, TRAINED = 3, 112, 236  # digits of a scene; tokens of a row with one question, and with all
+TURNS = 12
+KINDS = ("plain", "box-look", "box-fact", "V2C", "C2V", "V2C-none", "C2V-none")
+ASKED = ("V2C", "C2V")
+COUNTS = {"train": 2000, "val": 150, "test": 300}  # scenes of the training; of the others, questions of each kind
+ORDERS = 3
+WIDTH, LAYERS, HEADS = 64, 5, 4
+SECTIONS, BASE = (2, 3, 3), 1e6
+RECIPE = Recipe(
+    epochs=16, batch_size=16, lr=2e-3, weight_decay=0.01, decay_vectors=False, schedule="cosine", warmup_steps=100,
+    clip=1.0, betas=(0.9, 0.99),
+)  # fmt: skip
+PLAIN_SHARE = 0.25  # of the epochs: on the picture alone, before the tuning
+ONE_CPU = Hardware()
+
+
+class Variant(NamedTuple):
+    """How an entry says where its object is.
+
+    Args:
+        form: "boxes", "crops" or "marks".
+        tuned: whether it is tuned on entries at all.
+    """
+
+    form: str
+    tuned: bool = True
+
+
+class Scene(NamedTuple):
+    """Three digits and their entries, in the order of the prompt."""
+
+    labels: tuple[int, ...]
+    glyphs: tuple[int, ...]
+    corners: tuple[tuple[int, int], ...]
+    names: tuple[str, ...]
+    prices: tuple[str, ...]
+    told: tuple[str, ...]  # n, $ or both
+
+
+# Data
+
+
+@lru_cache(maxsize=4)
+def glyphs(split: str) -> tuple[Tensor, Tensor]:
+    """Pictures (glyphs, 8, 8) and labels of the digits of a split, the same for every seed."""
+    images, labels = getattr(get_task("image-classification").load("digits", seed=0), split).tensors
+    return images[:, 0].float(), labels
+
+
+def names_of(split: str) -> list[str]:
+    """Two letters; each name is in one split.
+
+    >>> len(set(names_of("train")) & set(names_of("test")))
+    0
+    """
+    chosen = {"train": range(7), "val": (7,), "test": (8, 9)}[split]
+    return [a + b for a in LETTERS for b in LETTERS if zlib.crc32((a + b).encode()) % 10 in chosen]
+
+
+def draw_scene(split: str, draw: np.random.Generator) -> Scene:
+    """Digits that do not overlap, of three classes, and what is known of them."""
+    _, labels = glyphs(split)
+    corners: list[tuple[int, int]] = []
+    while len(corners) < DIGITS:
+        x, y = (int(corner) for corner in draw.integers(0, SIDE - GLYPH + 1, 2))
+        if all(abs(x - a) >= GLYPH or abs(y - b) >= GLYPH for a, b in corners):
+            corners.append((x, y))
+        elif draw.random() < 0.05:
+            corners.clear()  # no room may be left
+    classes = draw.permutation(10)[:DIGITS]
+    chosen = tuple(int(draw.choice(np.flatnonzero(labels.numpy() == label))) for label in classes)
+    known = names_of(split)
+    names = tuple(known[k] for k in draw.permutation(len(known))[:DIGITS])
+    prices = tuple(str(price) for price in draw.permutation(10)[:DIGITS])
+    told = tuple(("n", "$", "n$")[k] for k in draw.integers(0, 3, DIGITS))
+    return Scene(tuple(int(label) for label in classes), chosen, tuple(corners), names, prices, told)
+
+
+def box_of(corner: tuple[int, int]) -> str:
+    """Left, top, right and bottom in tenths of the picture, a character each."""
+    edges = (corner[0], corner[1], corner[0] + GLYPH, corner[1] + GLYPH)
+    return "".join(str(min(TENTHS - 1, edge * TENTHS // SIDE)) for edge in edges)
+
+
+def ask(kind: str, scene: Scene, draw: np.random.Generator, split: str) -> tuple[str, str, int] | None:
+    """Question, answer, and the entry whose box the question names (−1 for none); None where there is none."""
+    k = int(draw.integers(DIGITS))
+    label, told = scene.labels[k], scene.told[k]
+    facts = {"n": scene.names[k], "$": scene.prices[k]}
+    key = told[int(draw.integers(len(told)))]
+    if kind == "plain":
+        side = "lr"[int(draw.integers(2))]
+        place = sorted(range(DIGITS), key=lambda n: scene.corners[n][0])[0 if side == "l" else -1]
+        xs = [corner[0] for corner in scene.corners]
+        return None if xs.count(scene.corners[place][0]) > 1 else (f"?{side}=", str(scene.labels[place]), -1)
+    if kind == "box-look":
+        return "@*#=", str(label), k
+    if kind == "box-fact":
+        return f"@*{key}=", f"[{k + 1}]{facts[key]}", k
+    if kind == "V2C":
+        return f"?{label}{key}=", f"[{k + 1}]{facts[key]}", -1
+    if kind == "V2C-none":
+        return None if told == "n$" else (f"?{label}{'$' if told == 'n' else 'n'}=", "!", -1)
+    if kind == "C2V":
+        return (f"?{facts['n']}=", f"[{k + 1}]{label}", -1) if "n" in told else None
+    others = [name for name in names_of(split) if name not in scene.names]
+    return f"?{others[int(draw.integers(len(others)))]}=", "!", -1
+
+
+class Row(NamedTuple):
+    """An example as tokens: see `rows`."""
+
+    tokens: list[int]
+    targets: list[int]
+    place: list[int]
+
+
+def write(
+    scene: Scene,
+    question: str,
+    answer: str,
+    named: int,
+    *,
+    plain: bool = False,
+    moved: bool = False,
+    bare: bool = False,
+) -> Row:
+    """Tokens, targets, and of each coordinate its entry and edge (4 · entry + edge; −1 elsewhere).
+
+    Args:
+        scene, question, answer, named: see `ask`; `*` stands for a box.
+        plain: whether entries are left out.
+        moved: whether each entry has the box of the next.
+        bare: whether boxes are left out.
+    """
+    row = Row([IMAGE] * PATCHES, [IGNORED] * PATCHES, [-1] * PATCHES)
+    if not plain:
+        _say_entries(row, scene, moved, bare)
+    return _say_question(row, scene, question, answer, named, bare)
+
+
+def _say(row: Row, text: str, scored: bool = False) -> None:
+    numbers = [CHARACTERS.index(character) for character in text]
+    row.tokens.extend(numbers)
+    row.place.extend([-1] * len(text))
+    row.targets.extend([IGNORED] * len(text))
+    if scored:  # each token is what the one before it has to say
+        row.targets[-len(text) - 1 : -1] = numbers
+
+
+def _point(row: Row, scene: Scene, entry: int, bare: bool) -> None:
+    text = "...." if bare else box_of(scene.corners[entry])
+    _say(row, text)
+    if not bare:
+        row.place[-4:] = range(4 * entry, 4 * entry + 4)
+
+
+def _say_entries(row: Row, scene: Scene, moved: bool, bare: bool) -> None:
+    for entry, told in enumerate(scene.told):
+        _say(row, f"[{entry + 1}](")
+        _point(row, scene, (entry + 1) % DIGITS if moved else entry, bare)
+        name = scene.names[entry] if "n" in told else ""
+        price = f"${scene.prices[entry]}" if "$" in told else ""
+        _say(row, f"){name}{price};")
+
+
+def _say_question(row: Row, scene: Scene, question: str, answer: str, named: int, bare: bool = False) -> Row:
+    before, star, after = question.partition("*")
+    _say(row, before)
+    if star:
+        _point(row, scene, named, bare)
+        _say(row, after)
+    _say(row, answer + ";", scored=True)
+    return row
+
+
+@lru_cache(maxsize=8)
+def talks(kinds: tuple[str, ...], count: int, split: str, seed: int) -> TensorDataset:
+    """Scenes with `TURNS` questions each, of kinds that are drawn; entries first, where any kind but plain is asked.
+
+    Args:
+        kinds: of the questions, alike.
+        count: how many scenes.
+        split, seed: of the scenes.
+
+    Returns:
+        As `rows`; the number is 0.
+    """
+    draw = np.random.default_rng([seed, zlib.crc32(f"{kinds} {split}".encode())])
+    parts: list[tuple[Tensor, ...]] = []
+    while len(parts) < count:
+        scene = draw_scene(split, draw)
+        row = Row([IMAGE] * PATCHES, [IGNORED] * PATCHES, [-1] * PATCHES)
+        if kinds != ("plain",):
+            _say_entries(row, scene, False, False)
+        asked = 0
+        while asked < TURNS:
+            found = ask(kinds[int(draw.integers(len(kinds)))], scene, draw, split)
+            if found is not None:
+                _say_question(row, scene, *found)
+                asked += 1
+            elif kinds == ("plain",) and draw.random() < 0.2:
+                break  # two digits may begin in one column
+        if asked == TURNS:
+            parts.append(_tensors(row, scene, split, TRAINED, 0))
+    return TensorDataset(*(torch.stack(column) for column in zip(*parts)))
+
+
+def _tensors(row: Row, scene: Scene, split: str, longest: int, number: int) -> tuple[Tensor, ...]:
+    fill = longest - len(row.tokens)
+    pictures, _ = glyphs(split)
+    return (
+        torch.tensor(row.tokens + [PAD] * fill),
+        torch.tensor(row.targets + [IGNORED] * fill),
+        torch.tensor(row.place + [-1] * fill),
+        paint(scene, split, False),
+        paint(scene, split, True),
+        torch.cat([cut(pictures[glyph]) for glyph in scene.glyphs]),
+        torch.tensor(number),
+    )
+
+
+def paint(scene: Scene, split: str, marked: bool) -> Tensor:
+    """The picture as patches (patches, 16); marked with a bar of two pixels a number above each digit."""
+    pictures, _ = glyphs(split)
+    canvas = torch.zeros(SIDE, SIDE)
+    for number, (glyph, (x, y)) in enumerate(zip(scene.glyphs, scene.corners), 1):
+        canvas[y : y + GLYPH, x : x + GLYPH] = pictures[glyph]
+        if marked:
+            canvas[y, x : x + GLYPH] = 0
+            canvas[y, x : x + 2 * number] = 2.0
+    return cut(canvas)
+
+
+def cut(picture: Tensor) -> Tensor:
+    """Patches of 4×4 pixels, row by row."""
+    return picture.unfold(0, PATCH, PATCH).unfold(1, PATCH, PATCH).flatten(0, 1).flatten(1)
+
+
+@lru_cache(maxsize=64)  # a study asks for them once a trial, and so do its probes
+def rows(kind: str, count: int, split: str, seed: int, control: str = "", orders: int = 1) -> TensorDataset:
+    """Tokens, targets, places, patches, marked patches, crops (12, 16), and the number of the kind.
+
+    Args:
+        kind: one of `KINDS`.
+        count: how many questions.
+        split, seed: of the scenes.
+        control: "moved", whose answers follow the boxes; "bare", without boxes; "looked up", whose entries are those of
+            the nearest of ten references.
+        orders: how many orders of the entries each question is asked in, one after the other.
+    """
+    draw = np.random.default_rng([seed, zlib.crc32(f"{kind} {split} {control}".encode())])
+    parts: list[tuple[Tensor, ...]] = []
+    while len(parts) < count * orders:
+        scene = draw_scene(split, draw)
+        if control:
+            scene = scene._replace(told=("n$",) * DIGITS)
+        found = ask(kind, scene, draw, split)
+        if found is None:
+            continue
+        for order in _orders(orders, draw):
+            shown, question, answer, named = _ordered(scene, found, order)
+            if control == "moved":
+                answer = _followed(shown, answer)
+            if control.startswith("looked up"):
+                shown = looked_up(shown, split)
+            row = write(
+                shown, question, answer, named, plain=kind == "plain", moved=control == "moved",
+                bare=control.endswith("bare"),
+            )  # fmt: skip
+            parts.append(_tensors(row, shown, split, LONGEST, KINDS.index(kind)))
+    return TensorDataset(*(torch.stack(column) for column in zip(*parts)))
+
+
+def _orders(count: int, draw: np.random.Generator) -> list[list[int]]:
+    """The entries are drawn in their order; further ones are other orders."""
+    return [list(range(DIGITS)) if count == 1 else draw.permutation(DIGITS).tolist() for _ in range(count)]
+
+
+def _ordered(scene: Scene, found: tuple[str, str, int], order: Sequence[int]) -> tuple[Scene, str, str, int]:
+    question, answer, named = found
+    parts: list[Any] = [tuple(field[k] for k in order) for field in scene]
+    shown = Scene(*parts)
+    place = {old: new for new, old in enumerate(order)}
+    if answer.startswith("["):
+        answer = f"[{place[int(answer[1]) - 1] + 1}]{answer[3:]}"
+    return shown, question, answer, place[named] if named >= 0 else -1
+
+
+def _followed(scene: Scene, answer: str) -> str:
+    """The answer of the entry that has the box now: each entry has that of the next."""
+    right = int(answer[1]) - 1
+    entry = (right - 1) % DIGITS
+    said = answer[3:]
+    other = scene.names[entry] if said == scene.names[right] else scene.prices[entry]
+    return f"[{entry + 1}]{other}"
+
+
+def looked_up(scene: Scene, split: str) -> Scene:
+    """The scene whose names are those of a library: each crop gets the name of the class of its nearest reference.
+
+    The library has one glyph of the training for each digit, and knows the right name of each class.
+    """
+    pictures, _ = glyphs(split)
+    known, labels = references()
+    named = dict(zip(scene.labels, scene.names))
+    found = []
+    for glyph, name in zip(scene.glyphs, scene.names):
+        crop = F.normalize(pictures[glyph].flatten() - pictures[glyph].mean(), dim=0)
+        label = int(labels[int((known @ crop).argmax())])
+        found.append(named.get(label, name[::-1]))  # of a class that is not shown: another name
+    return scene._replace(names=tuple(found))
+
+
+@lru_cache(maxsize=1)
+def references() -> tuple[Tensor, Tensor]:
+    """One glyph of the training for each digit, as vectors of length 1."""
+    pictures, labels = glyphs("train")
+    first = [int((labels == label).nonzero()[0]) for label in range(10)]
+    flat = pictures[first].flatten(1)
+    return F.normalize(flat - flat.mean(1, keepdim=True), dim=1), labels[first]
+
+
+def binding_data(seed: int, smoke: bool) -> TaskData:
+    """All kinds of questions alike; the test has each in three orders of its entries."""
+    return _data(seed, smoke, KINDS)
+
+
+def plain_data(seed: int, smoke: bool) -> TaskData:
+    """Questions about the picture alone."""
+    return _data(seed, smoke, ("plain",))
+
+
+@lru_cache(maxsize=4)
+def _data(seed: int, smoke: bool, kinds: tuple[str, ...]) -> TaskData:
+    parts: dict[str, list[TensorDataset]] = {"train": [talks(kinds, 24 if smoke else COUNTS["train"], "train", seed)]}
+    for split in ("val", "test"):
+        few = 12 if smoke else COUNTS[split]
+        tested = ASKED if "V2C" in kinds else kinds
+        parts[split] = [rows(kind, few, split, seed, "", ORDERS if split == "test" else 1) for kind in tested]
+    tensors = [tensor for some in parts.values() for part in some for tensor in part.tensors]
+    train, val, test = (ConcatDataset[Any](parts[split]) for split in COUNTS)
+    return TaskData("digits and owners", train, val, test, fingerprint(*tensors))
+
+
+class Bindings(Task):
+    """Are answers right, citation and all? The metric is the mean of both directions."""
+
+    name, metric, higher_is_better = "digits-and-owners", "accuracy", True
+    embedded = {"digits and owners": "three digits with entries, and questions that need both"}  # noqa: RUF012
+    reads = "nothing of a user's own"
+
+    def load(self, source: str | Path, *, seed: int = 0, **options: Any) -> TaskData:
+        return binding_data(seed, False)
+
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        width = int((batch[0] != PAD).any(dim=0).sum())  # rows are filled up to the longest that may be
+        tokens, targets, place = (part[:, :width] for part in batch[:3])
+        return F.cross_entropy(model(tokens, targets, place, *batch[3:6]).mT, targets, ignore_index=IGNORED)
+
+    def scores(self, model: Any, dataset: Any, batch_size: int = 256) -> Scores:
+        right, kinds = [], []
+        for batch in DataLoader(dataset, batch_size=batch_size):
+            *inputs, kind = (part.to(device_of(model)) for part in batch)
+            told, wanted = model(*inputs).argmax(dim=-1), inputs[1]
+            right.append(((told == wanted) | (wanted == IGNORED)).all(dim=1).double().cpu())
+            kinds.append(kind.cpu())
+        return {"right": torch.cat(right).numpy(), "kind": torch.cat(kinds).numpy()}
+
+    def summary(self, scores: Scores) -> dict[str, float]:
+        found = {
+            kind: float(scores["right"][scores["kind"] == number].mean())
+            for number, kind in enumerate(KINDS)
+            if (scores["kind"] == number).any()
+        }
+        counted = [found[kind] for kind in ASKED if kind in found] or list(found.values())
+        return {self.metric: float(np.mean(counted)), **found}
+
+    def dummy_baseline(self, data: TaskData) -> float:
+        """An entry at random answers a third of the questions to texts; a class at random, a tenth of others."""
+        return 0.5 / DIGITS + 0.5 / 10
+
+
+TASK = Bindings()
+
+
+# Networks and trainings
+
+
+class Binder(VisionLanguageModel):
+    """A small decoder with M-RoPE, in the layout of Qwen2-VL, that reads entries in the form of its variant.
+
+    Shapes: tokens, targets and places (batch, tokens), patches and marked patches (batch, 36, 16) and crops
+    (batch, 12, 16) to logits (batch, tokens, vocab).
+    """
+
+    def __init__(self, variant: Variant):
+        rotary = RotaryPositions(BASE, SECTIONS)
+        decoder = init_narrow(Decoder(len(CHARACTERS), WIDTH, LAYERS, HEADS, bias=True, rotary=rotary))
+        super().__init__(decoder, projector=MLPProjector(PATCH * PATCH, WIDTH), image_token=IMAGE)
+        init_narrow(self.projector)
+        self.variant = variant
+
+    def forward(  # type: ignore[override]  # takes what every form of entries needs
+        self, tokens: Tensor, targets: Tensor, place: Tensor, patches: Tensor, marked: Tensor, crops: Tensor
+    ) -> Float[Tensor, "batch tokens vocab"]:
+        form, named = self.variant.form, place >= 0
+        mask = tokens != PAD
+        seen = self.projector(marked if form == "marks" else patches)
+        grids = [[[1, ROWS, ROWS]] for _ in tokens]
+        features, sizes = seen.flatten(0, 1), [PATCHES] * len(tokens)
+        if form == "marks":
+            # The number that the picture shows, and nothing else.
+            tokens = torch.where(named & (place % 4 > 0), CHARACTERS.index("."), tokens)
+            tokens = torch.where(named & (place % 4 == 0), place // 4 + 1, tokens)
+        elif form == "crops":
+            shown = self.projector(crops).gather(1, place.clamp_min(0)[..., None].expand(-1, -1, WIDTH))
+            placed = tokens == IMAGE
+            order = (placed.long().cumsum(1) - 1).clamp(0, PATCHES - 1)
+            every = torch.where(named[..., None], shown, seen.gather(1, order[..., None].expand(-1, -1, WIDTH)))
+            tokens = tokens.masked_fill(named, IMAGE)
+            features = every[tokens == IMAGE]
+            counts = (named.sum(1) // 4).tolist()
+            grids = [[[1, ROWS, ROWS]] + [[1, 2, 2]] * count for count in counts]
+            sizes = [size for count in counts for size in (PATCHES, *[4] * count)]
+        table = torch.tensor([grid for row in grids for grid in row], device=tokens.device)
+        reading = self.read_features(tokens.masked_fill(~mask, 0), features, sizes, grids=table, mask=mask)
+        return self.decoder.logits(reading.hidden)
+
+
+def network(variant: Variant) -> nn.Module:
+    return Binder(variant)
+
+
+def in_stages(
+    build: Callable[[], nn.Module],
+    task: Task,
+    data: TaskData,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    hardware: Hardware = ONE_CPU,
+    title: str = "",
+) -> Fit:
+    """Pictures alone first; then, where the variant is tuned, all kinds of questions."""
+    torch.manual_seed(seed)
+    model: Any = build()
+    short = recipe.max_steps is not None
+    plain = replace(recipe, epochs=max(1, round(PLAIN_SHARE * recipe.epochs)))
+    begin = Stage("pictures alone", task, plain_data(seed, short), plain)
+    done = run_stages(model, [begin], seed=seed, hardware=hardware)[-1]
+    if not model.variant.tuned:
+        return replace(done, metrics=task.evaluate(done.model.eval(), data.test))
+    tuning = replace(recipe, epochs=max(1, round((1 - PLAIN_SHARE) * recipe.epochs)))
+    return run_stages(model, [Stage("tuning", task, data, tuning)], seed=seed, hardware=hardware)[-1]
+
+
+# Probes
+
+
+def _probed(kind: str, data: TaskData, control: str = "", orders: int = 1) -> TensorDataset:
+    """Rows of the test. They are drawn anew, as many as the test has of a kind."""
+    parts = getattr(data.test, "datasets", [data.test])
+    count = COUNTS["test"] if len(parts[0]) >= COUNTS["test"] else 12
+    return rows(kind, count, "test", 0, control, orders)
+
+
+@torch.no_grad()
+def accuracy_of(kind: str, control: str, model: Any, data: TaskData) -> float:
+    """The share of right answers to questions of a kind, under a control."""
+    return TASK.evaluate(model, _probed(kind, data, control))[kind]
+
+
+@torch.no_grad()
+def citation_f1(model: Any, data: TaskData) -> float:
+    """F1 of the first token's citation over all kinds that the tuning has."""
+    right = given = wanted = 0
+    for kind in ("V2C", "C2V", "V2C-none", "C2V-none"):
+        inputs = [part.to(device_of(model)) for part in _probed(kind, data).tensors[:6]]
+        told, targets = model(*inputs).argmax(dim=-1), inputs[1]
+        first = (targets != IGNORED).int().argmax(dim=1)
+        at = torch.arange(len(first), device=first.device)
+        mark = CHARACTERS.index("[")
+        cites, asked = told[at, first] == mark, targets[at, first] == mark
+        same = told[at, first + 1] == targets[at, first + 1]
+        right += int((cites & asked & same).sum())
+        given, wanted = given + int(cites.sum()), wanted + int(asked.sum())
+    return 2 * right / (given + wanted) if given + wanted else 0.0
+
+
+@torch.no_grad()
+def spread_of_orders(model: Any, data: TaskData) -> float:
+    """The largest accuracy of three orders of the entries less the smallest, on questions to texts."""
+    right = TASK.scores(model, _probed("V2C", data, "", ORDERS))["right"].reshape(-1, ORDERS).mean(axis=0)
+    return float(right.max() - right.min())
+
+
+@torch.no_grad()
+def answered_falsely(model: Any, data: TaskData) -> float:
+    """The share of unanswerable questions that are answered."""
+    return 1 - float(np.mean([accuracy_of(kind, "", model, data) for kind in ("V2C-none", "C2V-none")]))
+
+
+@torch.no_grad()
+def lookup_gain(model: Any, data: TaskData) -> float:
+    """Accuracy with entries that were looked up and their boxes, less that of the same texts alone, chance at least."""
+    with_boxes = accuracy_of("V2C", "looked up", model, data)
+    return with_boxes - max(accuracy_of("V2C", "looked up bare", model, data), 1 / DIGITS)

@@ -1,0 +1,387 @@
+"""The builder, its splits and wordings; tokens; the task on a user's files; the library; bad input in one line."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from provenn.core.box_text import write_box
+from provenn.core.errors import UserError
+from provenn.nn.vision_language import small_vision_language_model
+from provenn.papers.rc_mllm import citations, rc_mllm_small, to_sharegpt
+from provenn.papers.rc_mllm.protocol import what_is_said
+from provenn.papers.rc_mllm.scores import is_right
+from provenn.papers.rc_mllm.task import TASK, Regions, grounding, read_entries, read_samples, shortcuts
+from provenn.papers.rc_mllm.task.builder import about_places, build_samples, build_tiles, names_of, tile_edges
+from provenn.papers.rc_mllm.task.library import Item, Library, bundled_faces, draw_faces
+from provenn.papers.rc_mllm.task.tokens import RegionWords, region_tokens, region_words
+from provenn.papers.rc_mllm.training import read_then_see
+from provenn.tasks.visual_question_answering import by_words
+from provenn.training import Recipe
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return build_samples("train", count=60)[1]
+
+
+def test_answers_are_those_of_the_cited_entry_and_of_the_looks(samples):
+    assert {"V2C", "C2V", "V2C-none", "C2V-none", "RCID", "MCCG"} <= {sample.kind for sample in samples}
+    for sample in samples:
+        said = sample.answer.partition(" [")[0]
+        if sample.kind in ("V2C", "box-fact"):
+            (number,) = citations(sample.answer)
+            assert said in dict(sample.entries[number - 1].facts).values() and said in sample.entries[number - 1].text
+            assert number == sample.about
+        if sample.kind == "V2C":
+            looks = dict(sample.looks[sample.about - 1])
+            assert f"{looks['colour']} {looks['noun']}" in sample.question
+        if sample.kind == "C2V":
+            assert said in dict(sample.looks[sample.about - 1]).values()
+            assert any(value in sample.question for _, value in sample.entries[sample.about - 1].facts)
+        if sample.kind == "V2C-none":
+            key = {"who": "owner", "whe": "place", "wha": "cost"}[sample.question[:3]]
+            assert key not in dict(sample.entries[sample.about - 1].facts)
+        if sample.kind == "C2V-none":
+            assert not any(value in sample.question for entry in sample.entries for _, value in entry.facts)
+
+
+def test_entries_are_shuffled_and_half_of_the_samples_have_two_of_a_category(samples):
+    first = Counter(sample.about for sample in samples if sample.kind == "V2C")
+    assert min(first[1], first[2]) > 12
+    ranks = [sorted(e.box for e in s.entries).index(s.entries[0].box) for s in samples if len(s.entries) == 3]
+    assert min(Counter(ranks).values()) > 0.2 * len(ranks)  # the first entry is of any place
+    twice = [len({entry.category for entry in s.entries}) < len(s.entries) for s in samples if s.kind == "V2C"]
+    assert sum(twice) >= 0.5 * len(twice)
+
+
+def test_names_and_pictures_of_a_split_are_its_own():
+    assert not set(names_of("train")) & set(names_of("test")) and not set(names_of("val")) & set(names_of("test"))
+    known = build_samples("test", count=12, names="train")[1]
+    texts = " ".join(entry.text for sample in known for entry in sample.entries)
+    assert any(name in texts for name in names_of("train")) and not any(name in texts for name in names_of("test"))
+
+
+def test_what_cannot_be_answered_is_not_told_by_its_wording():
+    """Counts of words of the question, which see no context, are at chance."""
+    asked = {}
+    for split in ("train", "test"):
+        _, found = build_samples(split, count=400 if split == "train" else 200, names="train", steps=0)
+        pairs = (("V2C", "V2C-none"), ("C2V", "C2V-none"))
+        asked[split] = [
+            [(s.question, str(s.kind == none)) for s in found if s.kind in (kind, none)] for kind, none in pairs
+        ]
+    for train, test in zip(asked["train"], asked["test"]):
+        tell = by_words(train)
+        right = np.mean([tell(question) == label for question, label in test])
+        most = max(Counter(label for _, label in test).values()) / len(test)
+        assert right < most + 0.08, (right, most)
+
+
+def test_orders_hold_the_same_question():
+    _, found = build_samples("test", count=5, steps=0, orders=3)
+    for start in range(0, len(found), 3):
+        one, *others = found[start : start + 3]
+        assert all(other.question == one.question for other in others)
+        assert all(set(other.entries) == set(one.entries) for other in others)
+
+
+def test_answers_of_tiles_say_where_and_what():
+    tokens = region_tokens({"words": region_words()})
+    _, found = build_tiles("test", count=20)
+    edges = set(tile_edges())
+    for sample in found:
+        assert all(edge in edges for entry in sample.entries for edge in entry.box)
+        assert tokens.unknown not in tokens.text(f"{sample.prompt.replace('<image>', '')} {sample.answer}")
+        assert tokens.decode(tokens.text(sample.answer)) == sample.answer
+        assert is_right(what_is_said(sample.answer), sample) and is_right(sample.answer, sample)
+        if sample.kind == "C2V-none":
+            assert sample.answer == "the object is not in the image" and not is_right("red [1]", sample)
+        else:
+            assert sample.answer.startswith(write_box(sample.entries[sample.about - 1].box, (1000, 1000), "qwen2-vl"))
+        told = [key for entry in sample.entries for key in dict(entry.facts)]
+        asked = {"who": "owner", "whe": "place", "wha": "cost"}[sample.question[:3]]
+        if sample.kind == "V2C":
+            assert told.count(asked) > 1  # so what is asked for does not say of which entry
+        if sample.kind == "V2C-none":
+            assert asked not in dict(sample.entries[sample.about - 1].facts)
+            assert asked in told or len(set(told)) == 1
+    plain = build_tiles("test", count=20, located=False)[1]
+    assert [what_is_said(one.answer) for one in found] == [what_is_said(one.answer) for one in plain]
+
+
+def test_questions_about_one_scene_are_one_conversation():
+    """The entries stand in it once, and every answer is scored."""
+    data = TASK.load("tiles", examples=6, turns=4)
+    assert len(data.train) == 6 and len(data.train.samples) > 14
+    for talk, encoded in zip(data.train.conversations, data.train.encoded):
+        asked = " ".join(exchange.asked for exchange in talk.exchanges)
+        assert asked.count("[1]: The information") == 1 and encoded.cut == 0
+        ends = sum(target == data.train.chat_tokens.end for target in encoded.targets)
+        assert ends == len(talk.exchanges) >= 1
+    assert all(len(talk.exchanges) == 1 for part in (data.val, data.test) for talk in part.conversations)
+    assert {sample.about for sample in data.train.samples} >= {0, 1, 2}
+
+
+def test_no_rule_without_binding_answers_half_of_the_tiles():
+    found = shortcuts(TASK.load("tiles", examples=60))
+    assert found["a refusal"] == 0 and max(found.values()) < 0.4, found
+
+
+def test_digits_and_marks_are_tokens_of_their_own():
+    tokens = region_tokens({"words": region_words()})
+    text = "who is at <|box_start|>(105,20),(1000,7)<|box_end|> ? ada stone [12]"
+    numbers = tokens.text(text)
+    assert tokens.unknown not in numbers
+    assert [tokens.words[n] for n in numbers[3:7]] == ["<box> (", "1", "0", "5"]
+    (whole,) = tokens.text("125")  # of a tile
+    assert tokens.words[whole] == "125" and len(tokens.text("1250")) == 4
+    assert tokens.decode(numbers) == text
+    assert tokens.unknown_words(["a zebra [7]"]) == ["zebra"]
+    assert (
+        RegionWords().text("é")
+        and region_tokens({"words": []}).decode(region_tokens({"words": []}).text("é[1]")) == "é[1]"
+    )
+
+
+def test_scored_tokens_do_not_depend_on_the_prompt():
+    _, found = build_samples("val", count=4, steps=0)
+    meta = {
+        "words": region_words(),
+        "longest": 420,
+        "answer": 64,
+        "size": 64,
+        "mean": [0, 0, 0],
+        "std": [1, 1, 1],
+        "fit": "stretch",
+    }
+    plain, bare = Regions(found, meta), Regions(found, meta, None, "removed")
+    for one, other in zip(plain.encoded, bare.encoded):
+        scored = [[t for t in each.targets if t != -100] for each in (one, other)]
+        assert scored[0] == scored[1] and len(other.tokens) < len(one.tokens)
+        start = next(k for k, t in enumerate(one.targets) if t != -100)
+        assert all(t != -100 for t in one.targets[start:-1])  # an answer and its end, nothing before
+
+
+# A user's files
+
+
+@pytest.fixture
+def folder(tmp_path):
+    lines = []
+    for number in range(6):
+        Image.new("RGB", (80, 40), (40 * number, 90, 20)).save(tmp_path / f"{number}.png")
+        entries = [
+            {"category": "dog", "box": [8, 4, 40, 36], "text": f"Bella is {number} [2]."},
+            {"category": "cat", "box": [40, 4, 72, 36], "text": "Mia sleeps."},
+        ]
+        line = {
+            "image": f"{number}.png",
+            "entries": entries,
+            "question": "How old is the dog?",
+            "answer": f"{number} [1]",
+        }
+        lines.append(json.dumps(line))
+    (tmp_path / "samples.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def small(options):
+    return small_vision_language_model(
+        options["vocab_size"], options["image_token"], image_size=16, dim=16, layers=1, heads=2
+    )
+
+
+def test_a_users_samples_are_read_learned_and_scored(folder):
+    data = TASK.load(str(folder / "samples.jsonl"), size=16)
+    assert len(data.train) == 4 and data.train.samples[0].entries[0].box == (100, 100, 500, 900)
+    model = small(data.options).eval()
+    assert TASK.loss(model, data.collate([data.train[0], data.train[1]])).isfinite()
+    found = TASK.evaluate(model, data.test)
+    assert found["accuracy"] == 0 and {"citation_f1", "false_refusal", "order_spread"} <= set(found)
+    held = TASK.held_out(str(folder / "samples.jsonl"), data.meta, control="permuted").dataset
+    assert len(held) == 6 and held.samples[0].entries[0].box == (500, 100, 900, 900)
+
+
+def test_the_exported_form_is_read_back(folder):
+    first = read_samples(folder / "samples.jsonl")
+    (folder / "shared.json").write_text(json.dumps(to_sharegpt(first)))
+    again = read_samples(folder / "shared.json")
+    assert [(s.entries, s.question, s.answer) for s in again] == [(s.entries, s.question, s.answer) for s in first]
+
+
+def test_other_boxes_are_read_as_told(folder):
+    text = (folder / "samples.jsonl").read_text()
+    (folder / "coco.jsonl").write_text(
+        text.replace("[8, 4, 40, 36]", "[8, 4, 32, 32]").replace("[40, 4, 72, 36]", "[40, 4, 32, 32]")
+    )
+    assert read_samples(folder / "coco.jsonl", "coco")[0].entries == read_samples(folder / "samples.jsonl")[0].entries
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("[8, 4, 40, 36]", "[8, 4, 8, 36]", "no area"),
+        ("[8, 4, 40, 36]", "[8, 4, 90, 36]", "outside of the picture of 80×40"),
+        ("[8, 4, 40, 36]", "[8, 4, 40]", "four numbers"),
+        ('"entries"', '"things"', "entries lacks"),
+        ("Mia sleeps.", "", "expected category, box and text"),
+        ("0.png", "9.png", r"9\.png"),
+    ],
+)
+def test_bad_samples_are_refused_with_their_line(folder, before, after, said):
+    file = folder / "bad.jsonl"
+    file.write_text((folder / "samples.jsonl").read_text().replace(before, after, 1))
+    with pytest.raises(UserError, match=said) as caught:
+        read_samples(file)
+    assert "line 1" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"boxes": "feet"}, "boxes must be one of"),
+        ({"control": "x"}, "control must be one of"),
+        ({"size": 80}, "leave size out"),
+        ({"steps": 9}, "steps must be"),
+        ({"longest": 40, "examples": 3}, "40 are read"),
+        ({"turns": 2}, "turns are of tiles"),
+        ({"source": "tiles", "steps": 1}, "steps is of regions"),
+        ({"source": "tiles", "turns": 0}, "turns must be"),
+    ],
+)
+def test_bad_options_are_refused(options, said):
+    with pytest.raises(UserError, match=said):
+        TASK.load(**{"source": "regions", **options})
+
+
+@pytest.fixture
+def model_and_meta():
+    meta = {
+        "words": region_words(),
+        "longest": 420,
+        "answer": 4,
+        "size": 16,
+        "mean": [0.0] * 3,
+        "std": [1.0] * 3,
+        "fit": "stretch",
+    }
+    torch.manual_seed(0)
+    return small({"vocab_size": len(region_words()), "image_token": 5}).eval(), meta
+
+
+def test_predictions_say_what_is_cited_and_what_is_not_there(folder, model_and_meta, monkeypatch):
+    model, meta = model_and_meta
+    monkeypatch.setattr("provenn.papers.rc_mllm.task.write", lambda *args, **options: ["ada stone [2] [7]"])
+    picture = str(folder / "0.png")
+    line = "dog (8,4,40,36): Bella is two / cat (40,4,72,36): Mia / who sleeps ?"
+    told = TASK.predict(model, meta, [picture, line], folder / "told.csv")
+    assert "[2] cat at (40, 4, 72, 36): Mia" in told and "[7] is cited, and no entry has that number" in told
+    assert (folder / "told.csv").read_text().splitlines()[1].endswith("cat")
+    entries = [{"category": "dog", "box": [8, 4, 40, 36], "text": "Bella"}]
+    (folder / "people.json").write_text(json.dumps(entries))
+    assert "no entry has" in TASK.predict(model, meta, [picture, "who ?"], None, context=folder / "people.json")
+
+
+def test_predictions_that_cannot_be_made_are_refused_in_a_line(folder, model_and_meta):
+    model, meta = model_and_meta
+    picture = str(folder / "0.png")
+    (folder / "bare.json").write_text(json.dumps([{"category": "dog", "box": [8, 4, 40, 36]}]))
+    (folder / "none.json").write_text("[]")
+    long = "dog (8,4,40,36): " + "ada " * 500 + "/ who ?"
+    for inputs, options, said in (
+        ([picture, "who ?"], {}, "nothing is said of the picture's objects"),
+        ([picture, "dog (8,4,40): Bella / who ?"], {}, "the box in pixels"),
+        ([picture, "dog (8,4,99,36): Bella / who ?"], {}, "outside"),
+        ([picture, picture, "who ?"], {}, "expected one picture"),
+        ([picture, long], {}, "the model reads 420"),
+        ([picture, "who ?"], {"context": folder / "bare.json"}, "1 entries have no text"),
+        ([picture, "who ?"], {"context": folder / "none.json"}, "expected a list of entries"),
+        ([picture, "who ?"], {"library": folder / "x.json"}, "give them by --context"),
+    ):
+        with pytest.raises(UserError, match=said) as caught:
+            TASK.predict(model, meta, inputs, None, **options)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_line_and_a_prompt_are_both_entries():
+    entries, question = read_entries("dog (8,4,40,36): Bella is two / how old ?", (80, 40))
+    assert entries[0].box == (100, 100, 500, 900) and question == "how old ?"
+    assert read_entries(build_samples("val", count=1)[1][0].prompt, (64, 64))[0]
+
+
+# A library
+
+
+def test_faces_are_known_again_in_another_light_and_cited_by_their_own_name():
+    library = bundled_faces(12)
+    right = 0
+    for seed in range(6):
+        numbers = [(3 * seed + k) % 12 for k in range(3)]
+        picture, boxes = draw_faces(numbers, seed)
+        context, left = library.context(picture, boxes)
+        named = [dict(entry.facts)["name"] for entry in context.entries]
+        right += named == [library.items[k].name for k in numbers] and not left
+        answer = context.ask(lambda prompt, named=named: f"{named[1]} [2]", "who is in the middle ?")
+        assert answer.cited == (context.entries[1],) and named[1] in answer.cited[0].text
+    assert right == 6
+
+
+def test_what_a_library_does_not_know_is_left_out():
+    library = bundled_faces(6)
+    picture, boxes = draw_faces([0, 20], 1)
+    context, left = library.context(picture, boxes)
+    assert len(context.entries) == 1 and left == [boxes[1]]
+    assert library.match(np.full((9, 9, 3), 7, np.uint8)) is None
+    with pytest.raises(UserError, match="has no item"):
+        Library([])
+    item = Item("ada", "cat", "x", np.zeros((4, 4, 3), np.uint8))
+    with pytest.raises(UserError, match="'ada' twice"):
+        Library([item, item])
+
+
+def test_the_command_looks_boxes_up(folder, model_and_meta, monkeypatch):
+    model, meta = model_and_meta
+    picture, boxes = draw_faces([0, 30], 3)
+    Image.fromarray(picture).save(folder / "faces.png")
+    known = bundled_faces(1).items[0]
+    Image.fromarray(known.reference).save(folder / "known.png")
+    (folder / "shelf.json").write_text(json.dumps([{"name": known.name, "picture": "known.png", "text": known.text}]))
+    (folder / "boxes.json").write_text(json.dumps([{"category": "face", "box": list(box)} for box in boxes]))
+    monkeypatch.setattr("provenn.papers.rc_mllm.task.write", lambda *args, **options: ["it is known [1]"])
+    inputs, options = [str(folder / "faces.png"), "who ?"], {"library": folder / "shelf.json"}
+    told = TASK.predict(model, meta, inputs, None, context=folder / "boxes.json", **options)
+    assert "is like nothing in" in told and known.text in told
+
+
+def test_questions_about_places_are_of_each_object_once_and_bring_no_entries():
+    data = TASK.load("tiles", seed=3, examples=6)
+    places = grounding(data.train)
+    assert len(places) == 2 * len({sample.image for sample in data.train.samples})
+    for talk in places.conversations:
+        asked = [exchange.asked for exchange in talk.exchanges]
+        assert "[1]" not in " ".join(asked) and len(set(asked)) == len(asked)
+        said = [exchange.answers[0] for exchange in talk.exchanges]
+        assert not any(said[k] in " ".join(asked[:k]) for k in range(len(said)))  # no answer stands before it
+    for sample in places.samples:
+        where, what = next(
+            pair for pair in about_places(next(s for s in data.train.samples if s.image == sample.image))
+            if sample.answer in (pair[0].answer, pair[1].answer)
+        )  # fmt: skip
+        assert (sample.question, sample.answer) in [(each.question, each.answer) for each in (where, what)]
+
+
+def test_entries_are_read_first_and_then_pictures_too(tmp_path):
+    data = TASK.load("tiles", seed=3, examples=6)
+    model = rc_mllm_small(data.options["vocab_size"], data.options["image_token"])
+    reading, seeing = read_then_see(model, TASK, data, Recipe(epochs=10, max_steps=40))
+    assert (reading.name, reading.recipe.max_steps) == ("reading", 12) and reading.data.train is data.train
+    assert (seeing.name, seeing.recipe.max_steps) == ("seeing", 28)
+    assert len(seeing.data.train) == len(data.train) + len(grounding(data.train))
+    unseen = Regions([replace(sample, looks=()) for sample in data.train.samples], data.meta, data.train.pictures)
+    alone = read_then_see(model, TASK, replace(data, train=unseen), Recipe(epochs=10, max_steps=40))
+    assert [(stage.name, stage.recipe.max_steps) for stage in alone] == [("reading", 40)]
