@@ -100,9 +100,13 @@ def test_answers_of_tiles_say_where_and_what():
         assert tokens.decode(tokens.text(sample.answer)) == sample.answer
         assert is_right(what_is_said(sample.answer), sample) and is_right(sample.answer, sample)
         if sample.kind == "C2V-none":
-            assert sample.answer == "the object is not in the image" and not is_right("red [1]", sample)
+            named, _, said = sample.answer.partition("<|object_ref_end|>")
+            assert said == " the object is not in the image" and not is_right("red [1]", sample)
         else:
-            assert sample.answer.startswith(write_box(sample.entries[sample.about - 1].box, (1000, 1000), "qwen2-vl"))
+            box = write_box(sample.entries[sample.about - 1].box, (1000, 1000), "qwen2-vl")
+            named, _, said = sample.answer.partition("<|object_ref_end|>")
+            assert said.startswith(f"{box} [{sample.about}] ")
+        assert named.removeprefix("<|object_ref_start|>") in sample.question  # a name, as the question has it
         told = [key for entry in sample.entries for key in dict(entry.facts)]
         asked = {"who": "owner", "whe": "place", "wha": "cost"}[sample.question[:3]]
         if sample.kind == "V2C":

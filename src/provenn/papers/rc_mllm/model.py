@@ -218,11 +218,9 @@ def start_looking(decoder: Decoder) -> Decoder:
     """Attention that starts as a way to look things up: where a token stands first, then what it is. (ours)
 
     Head h of the first layer looks BACK_h tokens back: biases b of keys and R(−BACK_h) b of queries, turned by their
-    positions, have their largest product there. Half of what a head brings says which token stood there, and half, the
-    same in all heads, that it was among the last ones: boxes are alike edge by edge, names wherever they stand. In
-    later layers queries and keys start as one map upon the pairs that turn slowly, so that tokens look at their like,
-    and values go through unchanged (as in mimetic initialisation, Trockman and Kolter, 2023, arXiv:2305.09828). All of
-    it is trained.
+    positions, have their largest product there. In later layers queries and keys start as one map upon the pairs that
+    turn slowly, so that tokens look at their like: at those after the same words. Values go through unchanged (as in
+    mimetic initialisation, Trockman and Kolter, 2023, arXiv:2305.09828). All of it is trained.
 
     Args:
         decoder: with as many heads as `BACK` and with biases.
@@ -234,8 +232,6 @@ def start_looking(decoder: Decoder) -> Decoder:
 
     first, *later = (block.attention for block in decoder.blocks)
     heads, width, dim = first.heads, first.head_dim, first.query.in_features
-    half = width // 2
-    shared, brought = turned(half, dim), turned(dim, half)
     rates = decoder.rotary.rates(width, torch.device("cpu"))  # also where the model is built without numbers
     fast = (rates > FAST).float() * SHARP**0.5
     slow = [k for k in range(width) if rates[k % (width // 2)] <= FAST]
@@ -247,9 +243,8 @@ def start_looking(decoder: Decoder) -> Decoder:
         for head in range(heads):
             rows = slice(head * width, (head + 1) * width)
             value = turned(width, dim)
-            layer.value.weight[rows] = torch.cat([value[:half], shared]) if layer is first else value
-            out = torch.cat([turned(dim, half), brought], 1) if layer is first else value.T
-            layer.out.weight[:, rows] = GAIN * out
+            layer.value.weight[rows] = value
+            layer.out.weight[:, rows] = GAIN * (turned(dim, width) if layer is first else value.T)
             if layer is first:
                 angles = rates * BACK[head]
                 layer.key.bias[rows] = torch.cat([fast, torch.zeros_like(fast)])

@@ -29,6 +29,7 @@ LINE = re.compile(
     r"\[(\d+)\]: The information of the (.*?) located at (<\|box_start\|>.*?<\|box_end\|>) in the image: (.*)",
     re.DOTALL,
 )
+GROUNDED = re.compile(r"(<\|object_ref_start\|>.*?<\|object_ref_end\|>|<\|box_start\|>.*?<\|box_end\|>)\s*")
 CITATION = re.compile(r"(?<!\\)\[(\d+)\]")
 KINDS = ("V2C", "C2V", "V2C-none", "C2V-none", "RCID", "MCCG")
 UNANSWERABLE = ("V2C-none", "C2V-none")
@@ -213,12 +214,12 @@ def without_citations(answer: str) -> str:
 
 
 def what_is_said(answer: str) -> str:
-    """An answer without citations and without boxes: what is compared with the right one.
+    """An answer without citations, boxes and what these are boxes of: what is compared with the right one.
 
-    >>> what_is_said("<|box_start|>(1,2),(3,4)<|box_end|> Mira [2]")
+    >>> what_is_said("<|object_ref_start|>red disc<|object_ref_end|><|box_start|>(1,2),(3,4)<|box_end|> Mira [2]")
     'Mira'
     """
-    return re.sub(r"<\|box_start\|>.*?<\|box_end\|>\s*", "", without_citations(answer)).strip()
+    return GROUNDED.sub("", without_citations(answer)).strip()
 
 
 def refuses(answer: str) -> bool:

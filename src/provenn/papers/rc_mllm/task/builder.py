@@ -10,13 +10,15 @@ place and a price; two of the three stand in its text, in words that are drawn. 
 
 Answerable and unanswerable questions have the same wording. Names of a split are in no other.
 
-Tiles are simpler scenes for a small model. (ours) Objects lie in a grid of 3×3, and each text tells
-one fact: of one key in half of the scenes, and in the others of a key that another object's text lacks. No question is
+Tiles are simpler scenes for a small model. (ours) Objects lie in a grid of 3×3, and each text tells one fact. In half of
+the scenes all facts are of one key; in the others one object's is of another. No question is
 answered by what alone is of its key. A scene has several questions, which training reads as one conversation. Answers
-say first where the object is and which entry is meant, as in `<|box_start|>(125,375),(359,609)<|box_end|> [2] ada
-stone`. Each step of the way is then a step of writing: from looks to a box, from the box to its entry.
+say first which object is meant, as Qwen2-VL writes it, and which entry:
+`<|object_ref_start|>red disc<|object_ref_end|><|box_start|>(125,375),(359,609)<|box_end|> [2] ada stone`. Each step of
+the way is then a step of writing: from a name to a box, from the box to its entry.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -64,6 +66,11 @@ SAYS = {  # paraphrases of each fact
 ASKS = {"owner": "who owns the {} ?", "place": "where is the {} from ?", "cost": "what did the {} cost ?"}
 KNOWN_BY = {"owner": "the object of {}", "place": "the object from the {}", "cost": "the object that cost {}"}
 LOOKS = {"colour": "what colour is {} ?", "noun": "what is {} ?"}
+WHERE = "where in the image is the {} ?"
+NAMED = tuple(  # questions that name an object, by its looks or by a fact
+    re.compile(re.escape(text).replace(r"\{\}", "(.+)"))
+    for text in (*ASKS.values(), WHERE, *(look.format(known) for look in LOOKS.values() for known in KNOWN_BY.values()))
+)
 NO_FACT = "cannot be answered . the description does not say it"
 NO_OBJECT = "the object is not in the image"
 DESCRIBE = "describe the image ."
@@ -167,12 +174,12 @@ def build_tiles(
     Args:
         split, seed, count: of the scenes. Their pairs of words are those of the training.
         names, cite: as in `build_samples`.
-        located: whether answers say first where the object is, and which entry is meant.
+        located: whether answers say first what the object is called, where it is, and which entry is meant.
         turns: questions about each scene, of kinds drawn from `MIX`, in one order. Default: 0, one of each kind.
         orders: how many orders of the entries each sample is given in, one after the other; 1 with turns.
 
     >>> _, samples = build_tiles("val", count=2)
-    >>> samples[0].kind, samples[0].answer.startswith("<|box_start|>")
+    >>> samples[0].kind, samples[0].answer.startswith("<|object_ref_start|>")
     ('V2C', True)
     """
     rng = np.random.default_rng([seed, list(GLYPHS).index(split), 9])
@@ -237,12 +244,30 @@ def _tiled(split: Split, rng: np.random.Generator) -> Composed:
 
 
 def _located(sample: Sample) -> Sample:
-    """A sample whose answer says where its object is, which entry is meant, and then what was asked; else as it was."""
-    if not sample.about or sample.kind not in (*ASKED, "box-fact"):
+    """A sample whose answer says which object is meant, where it is, its entry, and then what was asked.
+
+    What is not there has no box and no entry. Single steps from a box are answered at once.
+    """
+    named = next((found[1] for found in (form.fullmatch(sample.question) for form in NAMED) if found), "")
+    said = without_citations(sample.answer)
+    entry = f"[{sample.about}] " if sample.about else ""
+    if sample.kind == "box-fact":
+        return replace(sample, answer=f"{entry}{said}")
+    if not named:
         return sample
-    box = write_box(sample.entries[sample.about - 1].box, WHOLE, CONVENTION)
-    where = "" if sample.kind == "box-fact" else f"{box} "
-    return replace(sample, answer=f"{where}[{sample.about}] {without_citations(sample.answer)}")
+    if sample.kind == "look-box":
+        return replace(sample, answer=f"{refer(named)}{said}")
+    box = write_box(sample.entries[sample.about - 1].box, WHOLE, CONVENTION) if sample.about else ""
+    return replace(sample, answer=f"{refer(named)}{box} {entry}{said}")
+
+
+def refer(named: str) -> str:
+    """What an object is called, as Qwen2-VL writes it before its box.
+
+    >>> refer("red disc")
+    '<|object_ref_start|>red disc<|object_ref_end|>'
+    """
+    return f"<|object_ref_start|>{named}<|object_ref_end|>"
 
 
 def _facts(known: Sequence[str], rng: np.random.Generator, key: str = "") -> Facts:
@@ -325,7 +350,7 @@ def _sample(
     if kind == "box-fact":
         asked = {"owner": "whose", "place": "from where", "cost": "how dear"}[key]
         return replace(base, question=f"{asked} is the object at {box} ?", answer=f"{own.values[key]} [{k + 1}]")
-    return replace(base, question=f"where in the image is the {thing.pair} ?", answer=box, cite=False)
+    return replace(base, question=WHERE.format(thing.pair), answer=box, cite=False)
 
 
 def about_places(sample: Sample) -> list[tuple[Sample, Sample]]:
@@ -340,7 +365,7 @@ def about_places(sample: Sample) -> list[tuple[Sample, Sample]]:
     for entry, look in zip(sample.entries, map(dict, sample.looks)):
         named, box = f"{look['colour']} {look['noun']}", write_box(entry.box, WHOLE, CONVENTION)
         bare = replace(sample, entries=(), about=0, cite=False)
-        where = replace(bare, kind="look-box", question=f"where in the image is the {named} ?", answer=box)
+        where = replace(bare, kind="look-box", question=WHERE.format(named), answer=f"{refer(named)}{box}")
         made.append((where, replace(bare, kind="box-look", question=f"what is at {box} ?", answer=named)))
     return made
 

@@ -25,16 +25,22 @@ from provenn.papers.rc_mllm.task.builder import (
     tile_edges,
 )
 
-BOX = {"<|box_start|>": "<box>", "<|box_end|>": "<end_box>"}  # as words of a closed vocabulary
+BOX = {  # as words of a closed vocabulary
+    "<|box_start|>": "<box>",
+    "<|box_end|>": "<end_box>",
+    "<|object_ref_start|>": "<ref>",
+    "<|object_ref_end|>": "<end_ref>",
+}
 WRITTEN = re.compile(r"(<\|box_start\|>) \( (\d+) , (\d+) \) , \( (\d+) , (\d+) \) (<\|box_end\|>)")
-MARKED = re.compile(r"(<\|box_start\|>|<\|box_end\|>)")
+REFERRED = re.compile(r"(<\|object_ref_start\|>) ?(.*?) ?(<\|object_ref_end\|>)")
+MARKED = re.compile("(" + "|".join(map(re.escape, BOX)) + ")")
 
 
 NUMBERS = (*(str(edge) for edge in tile_edges()), *(cost.split()[0] for cost in COSTS))  # tokens of their own
 PHRASES = (  # likewise; the longest that fits is taken
     "] : the information of the", "located at <box> (", "<box> (", ") , (", ") <end_box>", ") <end_box> in the image :",
     ") <end_box> [",  # an answer's entry is named where its box was read, as its entry's box ends in one token
-    "coins .", *(said.partition("{")[0].strip() for said in (*ASKS.values(), *KNOWN_BY.values())),
+    *(said.partition("{")[0].strip() for said in (*ASKS.values(), *KNOWN_BY.values())),
     *(said.format("").strip() for some in SAYS.values() for said in some), "what colour is", "what is", NO_FACT,
     NO_OBJECT,
 )  # fmt: skip
@@ -101,6 +107,9 @@ class RegionWords(ChatTokens):
             said = said.replace(word, mark)
         said = re.sub(r"(?<=\d) (?=\d)", "", said)
         said = re.sub(r"\[ (\d+) \]", r"[\1]", said)
+        said = REFERRED.sub(r"\1\2\3", said).replace(
+            "<|object_ref_end|> <|box_start|>", "<|object_ref_end|><|box_start|>"
+        )
         return WRITTEN.sub(r"\1(\2,\3),(\4,\5)\6", said)
 
     @classmethod
