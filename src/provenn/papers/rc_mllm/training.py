@@ -15,7 +15,7 @@ from provenn.papers.rc_mllm.task import Regions, grounding
 from provenn.tasks import Task, TaskData
 from provenn.training import Recipe, Stage
 
-READING = 0.3  # share of the steps or epochs before questions about the pictures alone are among the others
+READING = 0.2  # share of the steps or epochs before questions about the pictures alone are among the others
 
 
 def read_then_see(model: nn.Module, task: Task, data: TaskData, recipe: Recipe) -> list[Stage]:

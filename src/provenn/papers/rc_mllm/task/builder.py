@@ -82,7 +82,7 @@ GENERAL = 0.7  # share of the samples whose entries say no more than digit or sh
 TILES, FIRST_TILE, PITCH, TILE = 3, 8, 16, 15  # tiles a side; in pixels the first one's edge, their distance and size
 ASKED = ("V2C", "C2V", "V2C-none", "C2V-none")  # kinds of a test on tiles
 # Of a training on them, in their shares.
-MIX = (*ASKED, "V2C", "C2V", "box-fact", "box-fact", "box-look", "look-box", "look-box")
+MIX = (*ASKED, "V2C", "C2V", "C2V", "C2V-none", "box-fact", "box-look", "look-box", "look-box")
 SHARE = {"train": (2, 3), "val": (1,), "test": (0,)}  # of names, by the sum of their numbers modulo 4
 
 
