@@ -19,7 +19,7 @@ from provenn.papers.rc_mllm.task import TASK, Regions, grounding, read_entries, 
 from provenn.papers.rc_mllm.task.builder import about_places, build_samples, build_tiles, names_of, tile_edges
 from provenn.papers.rc_mllm.task.library import Item, Library, bundled_faces, draw_faces
 from provenn.papers.rc_mllm.task.tokens import RegionWords, region_tokens, region_words
-from provenn.papers.rc_mllm.training import read_then_see
+from provenn.papers.rc_mllm.training import READING, read_then_see
 from provenn.tasks.visual_question_answering import by_words
 from provenn.training import Recipe
 
@@ -383,8 +383,10 @@ def test_entries_are_read_first_and_then_pictures_too(tmp_path):
     data = TASK.load("tiles", seed=3, examples=6)
     model = rc_mllm_small(data.options["vocab_size"], data.options["image_token"])
     reading, seeing = read_then_see(model, TASK, data, Recipe(epochs=10, max_steps=40))
-    assert (reading.name, reading.recipe.max_steps) == ("reading", 12) and reading.data.train is data.train
-    assert (seeing.name, seeing.recipe.max_steps) == ("seeing", 28)
+    assert (reading.name, reading.recipe.max_steps) == ("reading", round(40 * READING))
+    assert (seeing.name, seeing.recipe.max_steps) == ("seeing", 40 - round(40 * READING))
+    assert (reading.recipe.epochs, seeing.recipe.epochs) == (round(10 * READING), 10 - round(10 * READING))
+    assert reading.data.train is data.train
     assert len(seeing.data.train) == len(data.train) + len(grounding(data.train))
     unseen = Regions([replace(sample, looks=()) for sample in data.train.samples], data.meta, data.train.pictures)
     alone = read_then_see(model, TASK, replace(data, train=unseen), Recipe(epochs=10, max_steps=40))
