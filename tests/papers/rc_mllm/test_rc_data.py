@@ -2,8 +2,10 @@
 
 import csv
 import json
+import tomllib
 from collections import Counter
 from dataclasses import replace
+from importlib.resources import files
 
 import numpy as np
 import pytest
@@ -14,9 +16,17 @@ from provenn.core.box_text import Box, write_box
 from provenn.core.errors import UserError
 from provenn.nn.vision_language import small_vision_language_model
 from provenn.papers.rc_mllm import citations, rc_mllm_small, to_sharegpt
-from provenn.papers.rc_mllm.protocol import what_is_said
+from provenn.papers.rc_mllm.protocol import pixels_of, what_is_said
 from provenn.papers.rc_mllm.scores import is_right
-from provenn.papers.rc_mllm.task import TASK, Regions, grounding, read_entries, read_samples, shortcuts
+from provenn.papers.rc_mllm.task import (
+    TASK,
+    Regions,
+    grounding,
+    read_entries,
+    read_samples,
+    refusals_by_texts,
+    shortcuts,
+)
 from provenn.papers.rc_mllm.task.builder import about_places, build_samples, build_tiles, names_of, refer, tile_edges
 from provenn.papers.rc_mllm.task.library import Item, Library, bundled_faces, draw_faces
 from provenn.papers.rc_mllm.task.tokens import RegionWords, region_tokens, region_words
@@ -257,6 +267,8 @@ def test_bad_samples_are_refused_with_their_line(folder, before, after, said):
         ({"steps": 9}, "steps must be"),
         ({"longest": 40, "examples": 3}, "40 are read"),
         ({"turns": 2}, "turns are of tiles"),
+        ({"examples": 0}, "examples must be at least 1"),
+        ({"source": "tiles", "examples": -3}, "examples must be at least 1"),
         ({"source": "tiles", "steps": 1}, "steps is of regions"),
         ({"source": "tiles", "turns": 0}, "turns must be"),
     ],
@@ -565,6 +577,27 @@ def test_what_nothing_answers_on_tiles_is_not_told_by_its_wording():
         assert right < most + 0.08, (right, most)
 
 
+def test_how_far_texts_alone_tell_what_nothing_answers_is_said():
+    """The README's figures, of 200 scenes."""
+    assert refusals_by_texts(build_tiles("test", 0, 200)[1]) == (pytest.approx(0.92), 0.0)
+    found = refusals_by_texts(build_samples("test", 0, 200, steps=0)[1])
+    assert found == (pytest.approx(0.79), pytest.approx(0.28))
+
+
+def test_the_demo_has_the_boxes_of_its_picture():
+    card = tomllib.loads((files("provenn.papers.rc_mllm") / "task.toml").read_text())
+    (sample,) = card["demo"]["samples"]["regions"]
+    with Image.open(files("provenn.web") / "static" / "samples" / sample["name"]) as image:
+        entries, question = read_entries(sample["question"], image.size)
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    pink, green = pixels[..., 0] - pixels[..., 1] > 60, pixels[..., 1] - pixels[..., 0] > 60
+    for entry, seen in zip(entries, (pink, green)):
+        rows, columns = np.nonzero(seen)
+        edges = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+        assert [round(edge) for edge in pixels_of(entry, (64, 64))] == list(edges)
+    assert question == "who owns the green six ?"
+
+
 def test_words_for_marks_that_somebody_types_are_no_marks():
     tokens = region_tokens({"words": region_words()})
     marks = {tokens.words.index(word) for word in ("<box>", "<end_box>", "<ref>", "<end_ref>")}
@@ -579,6 +612,20 @@ def test_weights_are_asked_with_their_own_tokens_alone(folder, model_and_meta):
     other = small({"vocab_size": 5000, "image_token": 5}).eval()
     with pytest.raises(UserError, match="the model has 5,000 tokens, and 209 are known here"):
         TASK.predict(other, meta, [picture, line], None)
+
+
+def test_weights_of_the_authors_see_pictures_as_their_processor_does(folder, model_and_meta):
+    """And bring no tokenizer, which has to be given."""
+    _, ours = model_and_meta
+    meta = TASK.default_meta({})
+    assert (meta["mean"][0], meta["std"][0], meta["fit"]) == (0.48145466, 0.26862954, "keep")
+    assert TASK.default_meta({"vocab_size": len(region_words())})["fit"] == "stretch"
+    other = small({"vocab_size": 5000, "image_token": 5}).eval()
+    held = TASK.held_out(str(folder / "samples.jsonl"), ours).dataset
+    with pytest.raises(UserError, match="give the tokenizer"):
+        TASK.evaluate(other, held)
+    with pytest.raises(UserError, match="tokenizer must be"):
+        TASK.held_out(str(folder / "samples.jsonl"), meta, tokenizer="nowhere")
 
 
 def test_a_tokenizer_has_marks_of_boxes_and_pictures_of_its_own(tmp_path):

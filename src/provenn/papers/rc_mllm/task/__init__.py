@@ -71,6 +71,8 @@ if TYPE_CHECKING:
 SCENES = {"train": 1500, "val": 24, "test": 32}
 TILED = {"train": 3000, "val": 12, "test": 40}
 LONGEST, ANSWER = 420, 64
+KEPT, READS = 1120, {"longest": 8192, "answer": 512}  # of the large presets: pixels of the longer side, and tokens
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TURNS = 4  # questions about each scene of tiles that a conversation of the training has
 TURN = 60  # tokens of a further question and its answer at most
 BOXES = ("pixels", "coco", "thousandths")
@@ -209,7 +211,8 @@ class RegionQuestions(VisualQuestionAnswering):
             turns: of tiles, how many questions about a scene one conversation of the training has. Default: 4.
         """
         named = self._named(source)
-        _check(boxes=boxes, control=control, steps=steps or 0, turns=1 if turns is None else turns)
+        few, asked = 1 if examples is None else examples, 1 if turns is None else turns
+        _check(boxes=boxes, control=control, steps=steps or 0, turns=asked, examples=few)
         multimodal_chat._check_options(fit=fit, longest=longest, answer=answer, at_least=at_least, size=size)
         reading: dict[str, Any] = {"fit": fit, "longest": longest, "answer": answer}
         if tokenizer not in multimodal_chat.TOKENIZERS:
@@ -299,6 +302,7 @@ class RegionQuestions(VisualQuestionAnswering):
         steps: int = 0,
         cite: bool = True,
         located: bool = True,
+        tokenizer: str | None = None,
     ) -> HeldOut:
         """As in `Task`. Of the scenes, pictures and names may be those of another split, each by itself.
 
@@ -309,9 +313,11 @@ class RegionQuestions(VisualQuestionAnswering):
             names: of the scenes: test, or train for known ones. Default: as the pictures.
             same_category: of the scenes: those alone in which every entry has one category.
             steps: of regions: single steps about each.
+            tokenizer: as in `predict`.
         """
         _check(boxes=boxes, control=control, steps=steps, names=names)
         named = self._named(source)
+        meta = meta if tokenizer is None else with_tokenizer(meta, tokenizer)
         if isinstance(named, str):
             if pictures not in NAMES[1:]:
                 raise UserError(f"pictures must be one of {', '.join(NAMES[1:])}, got {pictures!r}")
@@ -335,6 +341,7 @@ class RegionQuestions(VisualQuestionAnswering):
     def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = ANSWERED_AT_ONCE) -> Scores:
         """Of each question what `score_answers` says of its answer."""
         regions: Regions = dataset  # type: ignore[assignment]  # a data set of this task
+        _check_vocabulary(model, regions.chat_tokens)
         said: list[str] = []
         starts = range(0, len(regions), batch_size)
         for start in progress.track(starts, "answering") if len(starts) > 4 else starts:
@@ -354,7 +361,11 @@ class RegionQuestions(VisualQuestionAnswering):
         return max(shortcuts(data).values())
 
     def default_meta(self, options: dict[str, Any]) -> dict[str, Any]:
-        return {**super().default_meta(options), "words": region_words(), "longest": LONGEST, "answer": ANSWER}
+        meta = {**super().default_meta(options), "words": region_words(), "longest": LONGEST, "answer": ANSWER}
+        if options.get("vocab_size") == len(meta["words"]):
+            return meta
+        # The authors' weights: pictures as Qwen2-VL's processor has them. Their tokenizer has to be given.
+        return {**meta, "fit": "keep", "size": KEPT, "mean": list(CLIP_MEAN), "std": list(CLIP_STD), **READS}
 
     def predict(  # type: ignore[override]  # names its options
         self,
@@ -389,7 +400,7 @@ class RegionQuestions(VisualQuestionAnswering):
             raise UserError(f"answer must be at least 1 token, got {answer}")
         check_table(output, files)
         if tokenizer is not None:
-            meta = {**meta, "tokenizer": multimodal_chat.read_pieces(str(tokenizer)).tokenizer}
+            meta = with_tokenizer(meta, str(tokenizer))
         _check_vocabulary(model, region_tokens(meta))
         size = _size(files[0])
         given, notes = _context(Path(context), files[0], library) if context is not None else (None, [])
@@ -414,6 +425,11 @@ class RegionQuestions(VisualQuestionAnswering):
         return "\n".join(lines)
 
 
+def with_tokenizer(meta: dict[str, Any], name: str) -> dict[str, Any]:
+    """What weights say of themselves, and the tokenizer of a file or a folder."""
+    return {**meta, "tokenizer": multimodal_chat.read_pieces(name).tokenizer}
+
+
 def _check_vocabulary(model: nn.Module, tokens: ChatTokens) -> None:
     """Are these the tokens of the model?
 
@@ -432,12 +448,16 @@ def _check_vocabulary(model: nn.Module, tokens: ChatTokens) -> None:
         )
 
 
-def _check(boxes: str = "pixels", control: str = "", steps: int = 0, names: str = "", turns: int = 1) -> None:
+def _check(
+    boxes: str = "pixels", control: str = "", steps: int = 0, names: str = "", turns: int = 1, examples: int = 1
+) -> None:
     for name, value, known in (("boxes", boxes, BOXES), ("control", control, CONTROLS), ("names", names, NAMES)):
         if value not in known:
             raise UserError(f"{name} must be one of {', '.join(filter(None, known))}, got {value!r}")
     if not 0 <= steps <= 3:
         raise UserError(f"steps must be from 0 to 3, got {steps}")
+    if examples < 1:
+        raise UserError(f"examples must be at least 1, got {examples}")
     if not 1 <= turns <= 20:
         raise UserError(f"turns must be from 1 to 20, got {turns}")
 
@@ -653,7 +673,7 @@ def score_answers(said: Sequence[str], samples: Sequence[Sample]) -> Scores:
             }
         )
     scores = {name: np.array([row[name] for row in rows]) for name in (rows[0] if rows else {})}
-    absent = {name for name in ("unanswerable", "answerable") if name in scores and not scores[name].any()}
+    absent: set[str] = {name for name in ("unanswerable", "answerable") if name in scores and not scores[name].any()}
     if not any(row["cited given"] or row["cited wanted"] for row in rows):
         absent |= {name for name in scores if name.startswith("cited ")}
     kept = {name: column for name, column in scores.items() if name not in absent}
@@ -727,6 +747,26 @@ def shortcuts(data: TaskData) -> dict[str, float]:
         "the commonest answer": share([_commonest(train.samples)] * len(samples)),
         "an entry of the named category": share([_fact_of(sample, _named_entry(sample)) for sample in samples]),
     }
+
+
+def refusals_by_texts(samples: Sequence[Sample]) -> tuple[float, float]:
+    """How far texts alone tell what nothing answers, by one rule that sees no picture and reads no box.
+
+    It refuses a question to a text where fewer than two entries tell a fact of the kind that is asked for.
+
+    Args:
+        samples: with facts; V2C and V2C-none are looked at.
+
+    Returns:
+        Of V2C-none the share that it refuses, and of V2C the share that it refuses too.
+    """
+    refused: dict[str, list[bool]] = {"V2C-none": [], "V2C": []}
+    for sample in samples:
+        if sample.kind in refused:
+            told = sum(_key_asked(sample) in dict(entry.facts) for entry in sample.entries)
+            refused[sample.kind].append(told < 2)
+    first, second = (sum(some) / len(some) if some else 0.0 for some in refused.values())
+    return first, second
 
 
 def _commonest(samples: Sequence[Sample]) -> str:
