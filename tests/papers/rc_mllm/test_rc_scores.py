@@ -85,6 +85,7 @@ def test_citations_are_right_where_their_statement_tells_their_fact():
     bare = check_citations("the red seven belongs to ada stone", SAMPLE)
     assert (bare.right, bare.given, bare.bare) == (0, 0, 1)
     assert check_citations("ada stone [1][2]", SAMPLE).precision == 0.5
+    assert check_citations("ada stone and ben hill [1]", SAMPLE)[:3] == (0, 1, 2)  # a fact of an entry not cited
     assert check_citations("ada stone [7]", SAMPLE).right == 0 and check_citations("", SAMPLE) == CitationCounts()
 
 
