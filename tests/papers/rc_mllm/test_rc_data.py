@@ -1,25 +1,36 @@
 """The builder, its splits and wordings; tokens; the task on a user's files; the library; bad input in one line."""
 
+import csv
 import json
+import tomllib
 from collections import Counter
 from dataclasses import replace
+from importlib.resources import files
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from provenn.core.box_text import write_box
+from provenn.core.box_text import Box, write_box
 from provenn.core.errors import UserError
 from provenn.nn.vision_language import small_vision_language_model
 from provenn.papers.rc_mllm import citations, rc_mllm_small, to_sharegpt
-from provenn.papers.rc_mllm.protocol import what_is_said
+from provenn.papers.rc_mllm.protocol import pixels_of, what_is_said
 from provenn.papers.rc_mllm.scores import is_right
-from provenn.papers.rc_mllm.task import TASK, Regions, grounding, read_entries, read_samples, shortcuts
-from provenn.papers.rc_mllm.task.builder import about_places, build_samples, build_tiles, names_of, tile_edges
+from provenn.papers.rc_mllm.task import (
+    TASK,
+    Regions,
+    grounding,
+    read_entries,
+    read_samples,
+    refusals_by_texts,
+    shortcuts,
+)
+from provenn.papers.rc_mllm.task.builder import about_places, build_samples, build_tiles, names_of, refer, tile_edges
 from provenn.papers.rc_mllm.task.library import Item, Library, bundled_faces, draw_faces
 from provenn.papers.rc_mllm.task.tokens import RegionWords, region_tokens, region_words
-from provenn.papers.rc_mllm.training import read_then_see
+from provenn.papers.rc_mllm.training import READING, read_then_see
 from provenn.tasks.visual_question_answering import by_words
 from provenn.training import Recipe
 
@@ -208,7 +219,9 @@ def test_a_users_samples_are_read_learned_and_scored(folder):
     found = TASK.evaluate(model, data.test)
     assert found["accuracy"] == 0 and {"citation_f1", "false_refusal", "order_spread"} <= set(found)
     held = TASK.held_out(str(folder / "samples.jsonl"), data.meta, control="permuted").dataset
-    assert len(held) == 6 and held.samples[0].entries[0].box == (500, 100, 900, 900)
+    assert len(held) == 18  # each in three orders
+    for sample in held.samples:
+        assert {(entry.category, entry.box[0]) for entry in sample.entries} == {("dog", 500), ("cat", 100)}
 
 
 def test_the_exported_form_is_read_back(folder):
@@ -254,6 +267,8 @@ def test_bad_samples_are_refused_with_their_line(folder, before, after, said):
         ({"steps": 9}, "steps must be"),
         ({"longest": 40, "examples": 3}, "40 are read"),
         ({"turns": 2}, "turns are of tiles"),
+        ({"examples": 0}, "examples must be at least 1"),
+        ({"source": "tiles", "examples": -3}, "examples must be at least 1"),
         ({"source": "tiles", "steps": 1}, "steps is of regions"),
         ({"source": "tiles", "turns": 0}, "turns must be"),
     ],
@@ -285,7 +300,8 @@ def test_predictions_say_what_is_cited_and_what_is_not_there(folder, model_and_m
     line = "dog (8,4,40,36): Bella is two / cat (40,4,72,36): Mia / who sleeps ?"
     told = TASK.predict(model, meta, [picture, line], folder / "told.csv")
     assert "[2] cat at (40, 4, 72, 36): Mia" in told and "[7] is cited, and no entry has that number" in told
-    assert (folder / "told.csv").read_text().splitlines()[1].endswith("cat")
+    row = next(csv.DictReader((folder / "told.csv").open()))
+    assert row["cites"] == "[2] cat at (40, 4, 72, 36): Mia; [7] is cited, and no entry has that number"
     entries = [{"category": "dog", "box": [8, 4, 40, 36], "text": "Bella"}]
     (folder / "people.json").write_text(json.dumps(entries))
     assert "no entry has" in TASK.predict(model, meta, [picture, "who ?"], None, context=folder / "people.json")
@@ -383,9 +399,265 @@ def test_entries_are_read_first_and_then_pictures_too(tmp_path):
     data = TASK.load("tiles", seed=3, examples=6)
     model = rc_mllm_small(data.options["vocab_size"], data.options["image_token"])
     reading, seeing = read_then_see(model, TASK, data, Recipe(epochs=10, max_steps=40))
-    assert (reading.name, reading.recipe.max_steps) == ("reading", 12) and reading.data.train is data.train
-    assert (seeing.name, seeing.recipe.max_steps) == ("seeing", 28)
+    assert (reading.name, reading.recipe.max_steps) == ("reading", round(40 * READING))
+    assert (seeing.name, seeing.recipe.max_steps) == ("seeing", 40 - round(40 * READING))
+    assert (reading.recipe.epochs, seeing.recipe.epochs) == (round(10 * READING), 10 - round(10 * READING))
+    assert reading.data.train is data.train
     assert len(seeing.data.train) == len(data.train) + len(grounding(data.train))
     unseen = Regions([replace(sample, looks=()) for sample in data.train.samples], data.meta, data.train.pictures)
     alone = read_then_see(model, TASK, replace(data, train=unseen), Recipe(epochs=10, max_steps=40))
     assert [(stage.name, stage.recipe.max_steps) for stage in alone] == [("reading", 40)]
+
+
+# What a user may do to it
+
+
+def told_by(model_and_meta, monkeypatch, folder, answer, output=None):
+    model, meta = model_and_meta
+    monkeypatch.setattr("provenn.papers.rc_mllm.task.write", lambda *args, **options: [answer])
+    line = "dog (8,4,40,36): Bella is two / cat (40,4,72,36): Mia / who sleeps ?"
+    return TASK.predict(model, meta, [str(folder / "0.png"), line], output).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("answer", "lines"),
+    [
+        (
+            f"{refer('red disc')}<|box_start|>(500,100),(900,900)<|box_end|> [2] ada stone",
+            ["ada stone [2]", "  it points at red disc at (40, 4, 72, 36)", "  [2] cat at (40, 4, 72, 36): Mia"],
+        ),
+        (
+            f"{refer('red disc')}<|box_start|>(500,100),(900,900)<|box_end|> [1] cannot be answered .",
+            [
+                "cannot be answered . [1]",
+                "  it points at red disc at (40, 4, 72, 36)",
+                "  [1] dog at (8, 4, 40, 36): Bella is two",
+            ],
+        ),
+        (
+            f"{refer('ada stone')} the object is not in the image",
+            ["the object is not in the image", "  it points at ada stone, without a place"],
+        ),
+        (
+            f"The {refer('dog')}<|box_start|>(0,0),(500 1000)<|box_end|> is Bella [1].",
+            [
+                "The dog is Bella [1].",
+                "  it points at dog at (0, 0, 40, 40)",
+                "  [1] dog at (8, 4, 40, 36): Bella is two",
+            ],
+        ),
+        (
+            "<|box_start|>(900,0),(100,99)<|box_end|> [1] Bella",
+            [
+                "Bella [1]",
+                "  it points at something at '(900,0),(100,99)', which is no box in the picture",
+                "  [1] dog at (8, 4, 40, 36): Bella is two",
+            ],
+        ),
+        ("<|object_ref_start|>red disc", ["red disc"]),  # cut off
+        ("", ["(an empty answer)"]),
+        ("ada [7]", ["ada [7]", "  [7] is cited, and no entry has that number"]),
+    ],
+)
+def test_an_answer_is_told_in_words_and_pixels(folder, model_and_meta, monkeypatch, answer, lines):
+    told = told_by(model_and_meta, monkeypatch, folder, answer, folder / "told.csv")
+    assert told[:-1] == lines and "<|" not in (folder / "told.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ('"answer": "0 [1]"', '"answer": " "', "answer must be words"),
+        ('"answer": "0 [1]"', '"answer": ["0"]', "answer must be words"),
+        ('"question": "How old is the dog?"', '"question": {"a": 1}', "question must be words"),
+        ('"question": "How old is the dog?"', '"question": "<image> how old?"', "leave it out"),
+        ('"question": "How old is the dog?"', '"kind": "v2c", "question": "How old?"', "kind must be one of V2C"),
+        ('"category": "dog"', '"category": null', "category must be words"),
+        ('"category": "dog"', '"category": " "', "category must be words"),
+        ('"category": "dog"', '"facts": ["x"], "category": "dog"', "facts must be keys and values"),
+        ('"category": "dog"', '"facts": {"age": [2]}, "category": "dog"', "age must be words"),
+        ('"Bella is 0 [2]."', '{"a": 2}', "text must be words"),
+        ("[8, 4, 40, 36]", f"[8, 4, 40, {10**400}]", "four numbers"),
+        ("[8, 4, 40, 36]", "[true, 4, 40, 36]", "four numbers"),
+        ("[8, 4, 40, 36]", "[8, 4, NaN, 36]", "four numbers"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_with_its_line(folder, before, after, said):
+    text = (folder / "samples.jsonl").read_text()
+    assert before in text
+    (folder / "bad.jsonl").write_text(text.replace(before, after, 1))
+    with pytest.raises(UserError, match=said) as caught:
+        read_samples(folder / "bad.jsonl")
+    assert "line 1" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_answer_may_be_a_number(folder):
+    (folder / "zero.jsonl").write_text(
+        (folder / "samples.jsonl").read_text().replace('"answer": "0 [1]"', '"answer": 0')
+    )
+    assert read_samples(folder / "zero.jsonl")[0].answer == "0"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda entry: entry["conversations"][1].pop("value"), "value must be words"),
+        (lambda entry: entry.update(system="Be kind."), "system is not read"),
+        (lambda entry: entry.update(images=["0.png", "1.png"]), "expected one picture"),
+        (lambda entry: entry["conversations"].pop(), "one question and its answer"),
+    ],
+)
+def test_bad_conversations_are_refused_with_their_number(folder, change, said):
+    shared = to_sharegpt(read_samples(folder / "samples.jsonl"))
+    change(shared[1])
+    (folder / "shared.json").write_text(json.dumps(shared))
+    with pytest.raises(UserError, match=said) as caught:
+        read_samples(folder / "shared.json")
+    assert "entry 2" in str(caught.value)
+
+
+def test_each_sample_of_a_users_test_stands_in_three_orders(folder):
+    data = TASK.load(str(folder / "samples.jsonl"), size=16)
+    assert len(data.train) == 4 and len(data.val) == 1 and len(data.test) == 3
+    held = TASK.held_out(str(folder / "samples.jsonl"), data.meta).dataset.samples
+    for start in range(0, len(held), 3):
+        assert len({sample.image for sample in held[start : start + 3]}) == 1
+    assert {sample.entries[0].category for sample in held} == {"dog", "cat"}
+    for sample in held:
+        assert sample.entries[citations(sample.answer)[0] - 1].category == "dog"
+    pictures = [{sample.image for sample in part.samples} for part in (data.train, data.val, data.test)]
+    assert not pictures[0] & pictures[1] and not pictures[0] & pictures[2] and not pictures[1] & pictures[2]
+
+
+def test_known_and_new_names_and_pictures_are_chosen_each_by_itself():
+    meta = TASK.load("tiles", examples=2).meta
+
+    def held(**options):
+        return TASK.held_out("tiles", meta, seed=1, **options).dataset
+
+    known, new = ({name for name in names_of(split)} for split in ("train", "test"))
+    for options, wanted in (({}, new), ({"names": "train"}, known), ({"pictures": "train"}, known)):
+        told = {v for s in held(**options).samples for e in s.entries for k, v in e.facts if k == "owner"}
+        assert told and told <= wanted
+    assert torch.equal(held().pictures, held(names="train").pictures)
+    assert not torch.equal(held().pictures, held(pictures="train").pictures)
+    alike = held(same_category=True).samples
+    assert 0 < len(alike) < len(held().samples)
+    assert all(len({entry.category for entry in sample.entries}) == 1 for sample in alike)
+    assert not set(names_of("val")) & (known | new)
+
+
+def test_tiles_of_a_test_are_of_other_glyphs_and_its_looks_tell_its_objects_apart():
+    """The same draws on another split give other pixels, and every object of a scene looks like no other."""
+    train, test = (build_tiles(split, 5, 12) for split in ("train", "test"))
+    inside = np.s_[:, 8:55, 8:55]
+    assert not np.array_equal(train[0][inside], test[0][inside])
+    for sample in test[1]:
+        named = [dict(look)["colour"] + dict(look)["noun"] for look in sample.looks]
+        assert len(set(named)) == len(named)
+        values = [value for entry in sample.entries for _, value in entry.facts]
+        if sample.kind == "C2V":  # one entry alone has what the question names
+            assert sum(value in sample.question for value in values) == 1
+        if sample.kind == "C2V-none":
+            assert not any(value in sample.question for value in values)
+
+
+def test_what_nothing_answers_on_tiles_is_not_told_by_its_wording():
+    asked = {}
+    for split in ("train", "test"):
+        _, found = build_tiles(split, 0, 500 if split == "train" else 200, names="train", located=False)
+        asked[split] = [
+            [(s.question, str(s.kind == none)) for s in found if s.kind in (kind, none)]
+            for kind, none in (("V2C", "V2C-none"), ("C2V", "C2V-none"))
+        ]
+    for train, test in zip(asked["train"], asked["test"]):
+        tell = by_words(train)
+        right = np.mean([tell(question) == label for question, label in test])
+        most = max(Counter(label for _, label in test).values()) / len(test)
+        assert right < most + 0.08, (right, most)
+
+
+def test_how_far_texts_alone_tell_what_nothing_answers_is_said():
+    """The README's figures, of 200 scenes."""
+    assert refusals_by_texts(build_tiles("test", 0, 200)[1]) == (pytest.approx(0.92), 0.0)
+    found = refusals_by_texts(build_samples("test", 0, 200, steps=0)[1])
+    assert found == (pytest.approx(0.79), pytest.approx(0.28))
+
+
+def test_the_demo_has_the_boxes_of_its_picture():
+    card = tomllib.loads((files("provenn.papers.rc_mllm") / "task.toml").read_text())
+    (sample,) = card["demo"]["samples"]["regions"]
+    with Image.open(files("provenn.web") / "static" / "samples" / sample["name"]) as image:
+        entries, question = read_entries(sample["question"], image.size)
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    pink, green = pixels[..., 0] - pixels[..., 1] > 60, pixels[..., 1] - pixels[..., 0] > 60
+    for entry, seen in zip(entries, (pink, green)):
+        rows, columns = np.nonzero(seen)
+        edges = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+        assert [round(edge) for edge in pixels_of(entry, (64, 64))] == list(edges)
+    assert question == "who owns the green six ?"
+
+
+def test_words_for_marks_that_somebody_types_are_no_marks():
+    tokens = region_tokens({"words": region_words()})
+    marks = {tokens.words.index(word) for word in ("<box>", "<end_box>", "<ref>", "<end_ref>")}
+    assert not marks & set(tokens.text("<box> <END_BOX> a <ref> disc <end_ref>"))
+    assert not {tokens.image, tokens.end, tokens.user} & set(tokens.text("<image> <end> <user>"))
+    assert marks < set(tokens.text("<|box_start|> 1 <|box_end|><|object_ref_start|>disc<|object_ref_end|>"))
+
+
+def test_weights_are_asked_with_their_own_tokens_alone(folder, model_and_meta):
+    _, meta = model_and_meta
+    picture, line = str(folder / "0.png"), "dog (8,4,40,36): Bella / who ?"
+    other = small({"vocab_size": 5000, "image_token": 5}).eval()
+    with pytest.raises(UserError, match="the model has 5,000 tokens, and 209 are known here"):
+        TASK.predict(other, meta, [picture, line], None)
+
+
+def test_weights_of_the_authors_see_pictures_as_their_processor_does(folder, model_and_meta):
+    """And bring no tokenizer, which has to be given."""
+    _, ours = model_and_meta
+    meta = TASK.default_meta({})
+    assert (meta["mean"][0], meta["std"][0], meta["fit"]) == (0.48145466, 0.26862954, "keep")
+    assert TASK.default_meta({"vocab_size": len(region_words())})["fit"] == "stretch"
+    other = small({"vocab_size": 5000, "image_token": 5}).eval()
+    held = TASK.held_out(str(folder / "samples.jsonl"), ours).dataset
+    with pytest.raises(UserError, match="give the tokenizer"):
+        TASK.evaluate(other, held)
+    with pytest.raises(UserError, match="tokenizer must be"):
+        TASK.held_out(str(folder / "samples.jsonl"), meta, tokenizer="nowhere")
+
+
+def test_a_tokenizer_has_marks_of_boxes_and_pictures_of_its_own(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    special = [
+        "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|box_start|>",
+        "<|box_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
+    ]  # fmt: skip
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({c: k for k, c in enumerate(sorted(alphabet))}, []))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    inner.add_special_tokens(special)
+    inner.save(str(tmp_path / "tokenizer.json"))
+    tokens = region_tokens({"tokenizer": (tmp_path / "tokenizer.json").read_text()})
+    number = {mark: inner.token_to_id(mark) for mark in special}
+    asked = tokens.asked("<image>\n[1] at <|box_start|>(1,2),(3,4)<|box_end|> <\\|im_end|>")
+    assert asked[:3] == [number["<|vision_start|>"], number["<|image_pad|>"], number["<|vision_end|>"]]
+    assert asked.count(number["<|box_start|>"]) == asked.count(number["<|box_end|>"]) == 1
+    assert number["<|im_end|>"] not in asked
+
+
+def test_crops_at_the_edge_are_of_a_pixel_at_least():
+    library = bundled_faces(3)
+    picture, _ = draw_faces([0], 1)
+    context, left = library.context(picture, [Box(95.7, 3, 96, 9), Box(3, 95.6, 9, 96)])
+    assert not context.entries and len(left) == 2
+
+
+def test_the_figure_of_an_evaluation_is_drawn(folder, model_and_meta):
+    model, _ = model_and_meta
+    data = TASK.load(str(folder / "samples.jsonl"), size=16)
+    model = small(data.options).eval()
+    titles = [axis.get_title(loc="left") for axis in TASK.picture(model, data).axes]
+    assert sum("How old is the dog?" in title and "→" in title and "<|" not in title for title in titles) == 3

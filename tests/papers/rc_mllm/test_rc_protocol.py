@@ -90,6 +90,8 @@ def test_texts_with_numbers_in_brackets_and_braces_survive():
         (README.replace("(755,417)", "(991,417)"), "no area"),
         (README.replace("(755,417)", "(1755,417)"), "qwen2-vl has 0 to 1000"),
         (README.replace("(755,417),(991,885)", "here"), "no box"),
+        (README.replace("(755,417),(991,885)", "(755.1,417),(755.4,885)"), r"in whole thousandths .* no area"),
+        (README.replace("[2]:", f"[{'9' * 5000}]:"), r"stands where \[2\]"),
     ],
 )
 def test_bad_prompts_are_refused_in_a_line(text, said):
@@ -107,6 +109,13 @@ def test_prompts_that_cannot_be_built_are_refused():
         build_prompt([Entry("dog", (0, 0, 5, 5), "")], "Who?")
     with pytest.raises(UserError, match=r"entry 1 .* no area"):
         build_prompt([Entry("dog", (5, 0, 5, 5), "x")], "Who?")
+    for question, said in (
+        ("<image> who?", "leave it out"),
+        (f"{CITE}\nWho?", "begins with a line of the prompt"),
+        (README.partition("\n")[0] + "\nWho?", "begins with a line of the prompt"),
+    ):
+        with pytest.raises(UserError, match=said):
+            build_prompt(ENTRIES, question)
     with pytest.raises(UserError, match="outside"):
         RegionContext((100, 50)).add((0, 0, 101, 5), "dog", "x")
 
@@ -148,6 +157,43 @@ def test_statements_and_words_of_an_answer():
     assert citations(said) == [2, 1, 12]
     assert statements("Mira owns it [2][1]. It is red") == [("Mira owns it", (2, 1)), ("It is red", ())]
     assert without_citations(said) == "Mira owns it, and Leo \\[3] saw it. Nobody."
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        ("It cost 3.5 coins [1]", [("It cost 3.5 coins", (1,))]),
+        ("Mira owns it. [2] It is red.", [("Mira owns it", (2,)), ("It is red", ())]),
+        ("Mira owns it.[2]\nLeo too [1].", [("Mira owns it", (2,)), ("Leo too", (1,))]),
+        ("- Mira [1]\n- Leo [2]", [("- Mira", (1,)), ("- Leo", (2,))]),
+        ("see \\[3] and {a} [b] [1]", [("see \\[3] and {a} [b]", (1,))]),
+        ("[2]", [("", (2,))]),
+        ("", []),
+    ],
+)
+def test_statements_end_where_sentences_do(said, found):
+    assert statements(said) == found
+
+
+def test_a_number_of_any_length_is_one_that_is_not_there():
+    said = f"ada [{'9' * 5000}] [1]"
+    assert len(citations(said)) == 2 and citations(said)[1] == 1 and citations(said)[0] > 10**17
+    answer = RegionContext((9, 9)).add((0, 0, 9, 9), "dog", "x").ask(lambda prompt: said, "who?")
+    assert len(answer.unknown) == 1 and len(answer.cited) == 1
+    assert reorder(sample(), [1, 0, 2]).answer == "dog 3 [2] and dog 2 [3], not [9]"
+
+
+def test_boxes_are_left_out_of_entries_alone():
+    entry = Entry("dog", (0, 0, 9, 9), "it is located at home")
+    asked = "what is located at <|box_start|>(1,2),(3,4)<|box_end|> ?"
+    bare = without_boxes(build_prompt([entry, entry], asked))
+    assert bare.endswith(asked) and bare.count("<|box_start|>") == 1 and bare.count("located at home") == 2
+
+
+def test_a_question_about_the_picture_alone_is_a_message_too():
+    one = Sample("a.jpg", (), "What is there?", "a dog")
+    assert to_messages(one)[0]["content"][1]["text"] == "What is there?"
+    assert to_sharegpt([one])[0]["conversations"][0]["value"] == "<image>\nWhat is there?"
 
 
 def test_formats_hold_the_prompt():

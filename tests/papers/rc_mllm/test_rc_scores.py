@@ -85,6 +85,7 @@ def test_citations_are_right_where_their_statement_tells_their_fact():
     bare = check_citations("the red seven belongs to ada stone", SAMPLE)
     assert (bare.right, bare.given, bare.bare) == (0, 0, 1)
     assert check_citations("ada stone [1][2]", SAMPLE).precision == 0.5
+    assert check_citations("ada stone and ben hill [1]", SAMPLE)[:3] == (0, 1, 2)  # a fact of an entry not cited
     assert check_citations("ada stone [7]", SAMPLE).right == 0 and check_citations("", SAMPLE) == CitationCounts()
 
 
@@ -94,6 +95,75 @@ def test_citations_of_short_answers_are_compared_by_number():
     assert count_citations("ada stone [99999999999999]", one).precision == 0
     total = count_citations("ada stone [1]", one) + count_citations("ada stone [2]", one)
     assert (total.precision, total.recall, total.f1) == (0.5, 0.5, 0.5)
+
+
+def test_a_citation_given_twice_counts_once():
+    one = Sample(0, ENTRIES, "who ?", "ada stone [1]", "V2C")
+    assert count_citations("ada stone [1] [1] [2]", one).given == 2
+
+
+def test_marks_and_boxes_of_an_answer_change_no_score():
+    """A box is neither a fact nor a citation, though all are numbers."""
+    facts = ((("owner", "ada stone"), ("age", "25")), (("owner", "ben hill"), ("age", "400")))
+    entries = tuple(entry._replace(facts=some) for entry, some in zip(ENTRIES, facts))
+    one = Sample(0, entries, "describe the image .", "", "RCID", LOOKS)
+    judge = FactJudge(["25", "400", "ada stone", "ben hill"])
+    said = "the {}red seven{} belongs to ada stone [1] . the {}blue disc{} is 400 [2]"
+    ref, end = "<|object_ref_start|>", "<|object_ref_end|><|box_start|>(25,25),(400,400)<|box_end|>"
+    plain, marked = said.format(*[""] * 4), said.format(ref, end, ref, end)
+    assert judge.judge(marked, one) == judge.judge(plain, one) and judge.judge(plain, one).consistent == 2
+    assert check_citations(marked, one) == check_citations(plain, one)
+    asked = Sample(0, ENTRIES, "who owns the red seven ?", f"{ref}red seven{end} [1] ada stone", "V2C")
+    for answer in ("ada stone [1]", "[1] Ada Stone.", f"{ref}blue disc{end} [2] ada stone"):
+        assert is_right(answer, asked)
+    for answer in ("red seven [1]", f"{ref}red seven{end} [1]", f"{ref}red seven ada stone", "cannot be answered", ""):
+        assert not is_right(answer, asked)
+    assert count_citations(f"{ref}blue disc{end} [2] ada stone", asked).right == 0
+    choice = as_choice(asked, ["ben hill", "red seven"], (1, 0, 2))
+    assert choice.options[:3] == ("ben hill", "ada stone", "red seven")
+    assert read_choice(asked.answer, choice) == 1 and read_choice(f"{ref}red seven{end} [1] (C)", choice) == 2
+
+
+def test_a_box_alone_is_compared_as_a_box():
+    boxed = "<|object_ref_start|>red disc<|object_ref_end|><|box_start|>({},2),(3,4)<|box_end|>"
+    one = Sample(0, ENTRIES, "where ?", boxed.format(1), "look-box")
+    assert is_right(boxed.format(1), one) and not is_right(boxed.format(2), one)
+
+
+def test_a_refusal_in_words_of_the_sample_is_one():
+    one = Sample(0, ENTRIES, "who ?", "I do not know.", "V2C-none")
+    scores = summarise(score_answers(["i do not know", "ada stone [1]"], [one, one]))
+    assert scores["refusal_recall"] == scores["V2C-none"] == 0.5 and "false_refusal" not in scores
+    assert not is_right("cannot be answered", Sample(0, ENTRIES, "?", "I do not know.", "V2C"))
+    assert refusal_rates(["i do not know"], [one]) == (1.0, 0.0)
+
+
+def test_what_no_sample_asks_for_has_no_metric():
+    bare = Sample(0, ENTRIES, "who ?", "ada stone")
+    scores = summarise(score_answers(["ada stone", "ben"], [bare, bare]))
+    assert set(scores) == {"accuracy", "false_refusal", "order_spread"} and scores["accuracy"] == 0.5
+    scores = summarise(score_answers([RIGHT], [SAMPLE]))
+    assert scores["accuracy"] == scores["RCID"] == scores["rcid_score"] == 1 and "refusal_recall" not in scores
+    asked = [Sample(0, ENTRIES, "?", "ada stone [1]", kind) for kind in ("", "V2C", "box-fact")]
+    scores = summarise(score_answers(["ada stone [1]", "no", "no"], asked))
+    assert scores["accuracy"] == 0.5 and scores["box-fact"] == 0  # a sample of no kind counts, a single step does not
+    assert scores["false_refusal"] == 0
+
+
+def test_refusals_of_descriptions_are_not_counted():
+    samples = [SAMPLE, Sample(0, ENTRIES, "?", "ada stone [1]", "V2C")]
+    assert summarise(score_answers(["cannot be answered", "ada stone"], samples))["false_refusal"] == 0
+
+
+def test_refusals_of_single_steps_are_false_ones_too():
+    samples = [Sample(0, ENTRIES, "?", "ada stone [1]", kind) for kind in ("V2C", "box-fact")]
+    assert summarise(score_answers(["ada stone", "cannot be answered"], samples))["false_refusal"] == 0.5
+
+
+def test_f1_is_the_harmonic_mean_of_both():
+    counts = CitationCounts(right=2, given=3, wanted=8)
+    both = counts.precision, counts.recall
+    assert counts.f1 == pytest.approx(2 * both[0] * both[1] / sum(both))
 
 
 def test_refusals_are_counted_both_ways():

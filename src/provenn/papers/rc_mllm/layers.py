@@ -171,8 +171,8 @@ class Qwen2VLTower(nn.Module):
 class PlacedProjector(nn.Module):
     """W₂ GELU(W₁ LN(x_i) + b₁) + b₂ + p_i, with a learned p_i of each place. (ours, for the small model)
 
-    A small tower's tokens say what is in a patch, and hardly where it lies. They are also long beside a decoder's words:
-    without the norm, what is added to them would not be seen.
+    A small tower's tokens say what is in a patch, and hardly where it lies. They are also long beside a decoder's
+    words: without the norm, what is added to them would not be seen.
 
     Args:
         in_dim, dim: width of the tower's tokens and of the decoder's.

@@ -206,7 +206,8 @@ def rc_mllm_small(
         source: Any = pretrained("tiny-vlm")
         if image_size != IMAGE_SIZE:
             raise ValueError(
-                f"the tower of tiny-vlm reads {IMAGE_SIZE} pixels, got image_size={image_size}: start=none"
+                f"the tower of tiny-vlm reads {IMAGE_SIZE} pixels, got image_size={image_size}: take pictures of "
+                f"that size (--set size={IMAGE_SIZE}), or start=none"
             )
         model.model.vision.load_state_dict(source.model.vision.state_dict())
         model.model.vision.requires_grad_(not frozen_vision)

@@ -29,8 +29,18 @@ LINE = re.compile(
     r"\[(\d+)\]: The information of the (.*?) located at (<\|box_start\|>.*?<\|box_end\|>) in the image: (.*)",
     re.DOTALL,
 )
+LOCATED = re.compile(r"^(\[\d+\]: The information of the .*?) located at <\|box_start\|>.*?<\|box_end\|>", re.MULTILINE)
 GROUNDED = re.compile(r"(<\|object_ref_start\|>.*?<\|object_ref_end\|>|<\|box_start\|>.*?<\|box_end\|>)\s*")
+REFERENCE = re.compile(r"<\|object_ref_start\|>(.*?)<\|object_ref_end\|>", re.DOTALL)
+MARK = re.compile(r"<\|(?:object_ref|box)_(?:start|end)\|>")  # one that lacks its other, as where an answer is cut
+BOXED = re.compile(r"<\|box_start\|>.*?<\|box_end\|>", re.DOTALL)
+POINTED = re.compile(  # what an object is called, its box, or both
+    r"<\|object_ref_start\|>(.*?)<\|object_ref_end\|>\s*(<\|box_start\|>.*?<\|box_end\|>)?"
+    r"|(<\|box_start\|>.*?<\|box_end\|>)",
+    re.DOTALL,
+)
 CITATION = re.compile(r"(?<!\\)\[(\d+)\]")
+STATEMENT = re.compile(r"((?:\\\[|[^\[.;]|(?<=\d)\.(?=\d)|\[(?!\d+\]))*)((?:[.;,]?(?:\s*(?<!\\)\[\d+\])+)?)[.;,]?")
 KINDS = ("V2C", "C2V", "V2C-none", "C2V-none", "RCID", "MCCG")
 UNANSWERABLE = ("V2C-none", "C2V-none")
 REFUSALS = ("cannot be answered", "not in the image", "not enough information")
@@ -130,7 +140,8 @@ def build_prompt(entries: Sequence[Entry], question: str, *, cite: bool = True) 
         cite: whether the line that asks for citations stands before the question.
 
     Raises:
-        UserError: no entry, no question, an entry without text, or a box that is none.
+        UserError: no entry, no question or one that begins like the prompt's own lines, an entry without text, or a box
+            that is none.
 
     >>> print(build_prompt([Entry("dog", (214, 424, 583, 884), "Bella is two.")], "How old is it?", cite=False))
     [1]: The information of the dog located at <|box_start|>(214,424),(583,884)<|box_end|> in the image: Bella is two.
@@ -140,6 +151,11 @@ def build_prompt(entries: Sequence[Entry], question: str, *, cite: bool = True) 
         raise UserError("a prompt needs at least one entry: add an object with its box and text")
     if not question.strip():
         raise UserError("the question is empty: expected words")
+    if PLACEHOLDER in question:
+        raise UserError(f"the question {question[:60]!r} has {PLACEHOLDER}: leave it out, one picture stands before it")
+    first = question.partition("\n")[0]
+    if first == CITE or LINE.fullmatch(first):
+        raise UserError(f"the question begins with a line of the prompt, {first[:60]!r}: leave that line out")
     lines = []
     for number, entry in enumerate(entries, 1):
         if not entry.category.strip() or not entry.text.strip():
@@ -161,13 +177,13 @@ def parse_prompt(text: str) -> Prompt:
     lines = text.removeprefix(PLACEHOLDER).lstrip("\n").split("\n")
     entries: list[Entry] = []
     while lines and (found := LINE.fullmatch(lines[0])) is not None:
-        number, category, box, said = int(found[1]), found[2], found[3], found[4]
+        number, category, box, said = _number(found[1]), found[2], found[3], found[4]
         if number <= len(entries):
             raise UserError(f"two entries have the number [{number}]: number them from 1, each once")
         if number != len(entries) + 1:
             raise UserError(f"entry [{number}] stands where [{len(entries) + 1}] was expected: number them from 1")
-        edges = tuple(round(edge) for edge in read_box(box, WHOLE, CONVENTION))
-        entries.append(Entry(unescape(category), edges, unescape(said)))  # type: ignore[arg-type]  # four of them
+        edges = _thousandths(read_box(box, WHOLE, CONVENTION), f"the box of entry {number}")
+        entries.append(Entry(unescape(category), edges, unescape(said)))
         lines = lines[1:]
     if not entries:
         raise UserError(
@@ -181,23 +197,32 @@ def parse_prompt(text: str) -> Prompt:
     return Prompt(tuple(entries), question, cite)
 
 
+def _number(digits: str) -> int:
+    """The number of an entry; one of more digits than any has is cut, and stays one that no entry has."""
+    return int(digits[:18])
+
+
 def citations(answer: str) -> list[int]:
     """Numbers of the entries that an answer cites, in its order; `\\[2]` is text.
 
     >>> citations("Bella [2] is with Lily [1][2], see \\\\[9]")
     [2, 1, 2]
     """
-    return [int(number) for number in CITATION.findall(answer)]
+    return [_number(digits) for digits in CITATION.findall(answer)]
 
 
 def statements(answer: str) -> list[tuple[str, tuple[int, ...]]]:
     """An answer's statements, each with what it cites: the words before a run of citations, or up to a full stop.
 
-    >>> statements("Mira owns it [2] [1]. It is red.")
-    [('Mira owns it', (2, 1)), ('It is red', ())]
+    Citations that come after the stop are of the sentence before it. A point within a number ends nothing.
+
+    >>> statements("Mira owns it [2] [1]. It is red. [3]")
+    [('Mira owns it', (2, 1)), ('It is red', (3,))]
+    >>> statements("It cost 3.5 coins [1]")
+    [('It cost 3.5 coins', (1,))]
     """
     found = []
-    for part in re.finditer(r"((?:\\\[|[^\[.;]|\[(?!\d+\]))*)((?:\s*(?<!\\)\[\d+\])*)[.;,]?", answer):
+    for part in STATEMENT.finditer(answer):
         words = part[1].strip(" ,\n")
         if words or part[2]:
             found.append((words, tuple(citations(part[2]))))
@@ -220,6 +245,52 @@ def what_is_said(answer: str) -> str:
     'Mira'
     """
     return GROUNDED.sub("", without_citations(answer)).strip()
+
+
+def without_places(answer: str) -> str:
+    """An answer whose marks and boxes are taken out; what is called something stays.
+
+    >>> without_places("<|object_ref_start|>red disc<|object_ref_end|><|box_start|>(1,2),(3,4)<|box_end|> [2] Mira")
+    'red disc [2] Mira'
+    """
+    bare = MARK.sub(" ", BOXED.sub(" ", REFERENCE.sub(r"\1 ", answer)))
+    return re.sub(r" {2,}", " ", bare).strip()
+
+
+def readable(answer: str, size: tuple[int, int]) -> tuple[str, list[str]]:
+    """An answer for people: its words and citations, and what it points at, with boxes in pixels.
+
+    Args:
+        answer: as a model wrote it.
+        size: width and height of the picture.
+
+    Returns:
+        The words, in which no marks are left, and a line for each object that is named or boxed in it.
+
+    >>> said = "<|object_ref_start|>red disc<|object_ref_end|><|box_start|>(0,0),(500,250)<|box_end|> [2] Mira"
+    >>> readable(said, (64, 64))
+    ('Mira [2]', ['red disc at (0, 0, 32, 16)'])
+    """
+    pointed = [_pointed(found[1] or "", found[2] or found[3] or "", size) for found in POINTED.finditer(answer)]
+    shown = [line for line in pointed if line]
+    begins = POINTED.match(answer.lstrip())
+    rest = without_places(answer.lstrip()[begins.end() :]) if begins else ""
+    cited = re.fullmatch(r"((?:\[\d+\]\s*)+)(\S.*)", rest, re.DOTALL)
+    if cited:  # an object, its entry, and then what was asked
+        return f"{cited[2]} {cited[1].strip()}", shown
+    return rest if refuses(rest) else without_places(answer), shown
+
+
+def _pointed(named: str, box: str, size: tuple[int, int]) -> str:
+    """What is called something, and where it is."""
+    if not box:
+        return f"{named.strip()}, without a place" if named.strip() else ""
+    try:
+        edges = ", ".join(f"{edge:.0f}" for edge in read_box(box, size, CONVENTION))
+        return f"{named.strip() or 'something'} at ({edges})"
+    except UserError:
+        shown = box.removeprefix("<|box_start|>").removesuffix("<|box_end|>")
+        return f"{named.strip() or 'something'} at {shown!r}, which is no box in the picture"
 
 
 def refuses(answer: str) -> bool:
@@ -252,7 +323,7 @@ def reorder(sample: Sample, order: Sequence[int]) -> Sample:
 
 
 def _renumbered(text: str, place: Mapping[int, int]) -> str:
-    return CITATION.sub(lambda found: f"[{place.get(int(found[1]), int(found[1]))}]", text)
+    return CITATION.sub(lambda found: f"[{place[n]}]" if (n := _number(found[1])) in place else found[0], text)
 
 
 def without_boxes(prompt: str) -> str:
@@ -261,7 +332,7 @@ def without_boxes(prompt: str) -> str:
     >>> without_boxes("[1]: The information of the dog located at <|box_start|>(1,2),(3,4)<|box_end|> in the image: x")
     '[1]: The information of the dog in the image: x'
     """
-    return re.sub(r" located at <\|box_start\|>.*?<\|box_end\|>", "", prompt)
+    return LOCATED.sub(r"\1", prompt)
 
 
 def with_permuted_boxes(sample: Sample, shift: int = 1) -> Sample:
@@ -275,6 +346,13 @@ def by_place(sample: Sample) -> Sample:
     """The control in which order alone says where: entries from left to right, to be asked without boxes."""
     order = sorted(range(len(sample.entries)), key=lambda k: sample.entries[k].box)
     return reorder(sample, order)
+
+
+def _thousandths(box: Box, what: str) -> tuple[int, int, int, int]:
+    """A box in whole thousandths that has an area still."""
+    left, top, right, bottom = (round(edge) for edge in check_box(box, WHOLE, what))
+    check_box((left, top, right, bottom), WHOLE, f"{what}, in whole thousandths")
+    return left, top, right, bottom
 
 
 # Formats and back ends
@@ -303,7 +381,7 @@ def to_messages(sample: Sample) -> list[dict[str, Any]]:
     """A sample as messages of a chat template, as in the authors' README."""
     content = [
         {"type": "image", "image": str(sample.image)},
-        {"type": "text", "text": build_prompt(sample.entries, sample.question, cite=sample.cite)},
+        {"type": "text", "text": sample.prompt.removeprefix(f"{PLACEHOLDER}\n")},
     ]
     return [{"role": "user", "content": content}]
 
@@ -348,8 +426,8 @@ class RegionContext:
         written = write_box(
             check_box(box, self.size, f"the box of entry {len(self.entries) + 1}"), self.size, CONVENTION
         )
-        edges = tuple(round(edge) for edge in read_box(written, WHOLE, CONVENTION))
-        self.entries.append(Entry(category, edges, text, tuple((facts or {}).items())))  # type: ignore[arg-type]  # four
+        edges = _thousandths(read_box(written, WHOLE, CONVENTION), f"the box of entry {len(self.entries) + 1}")
+        self.entries.append(Entry(category, edges, text, tuple((facts or {}).items())))
         return self
 
     def prompt(self, question: str, *, cite: bool = True) -> str:

@@ -19,6 +19,7 @@ from provenn.papers.rc_mllm.protocol import (
     statements,
     what_is_said,
     without_citations,
+    without_places,
 )
 
 
@@ -80,7 +81,7 @@ class FactJudge:
             (number, key): _words(value) for number, entry in enumerate(sample.entries, 1) for key, value in entry.facts
         }
         told, counted, supported, consistent = set(), 0, 0, 0
-        for words, cited in statements(description):
+        for words, cited in statements(without_places(description)):
             said = _words(words)
             facts = {value for value in {*known.values(), *self.values} if _holds(said, value)}
             if not facts:
@@ -177,7 +178,7 @@ def check_citations(answer: str, sample: Sample) -> CitationCounts:
     """
     facts = [{_words(value) for _, value in entry.facts} for entry in sample.entries]
     right = given = wanted = 0
-    for words, cited in statements(answer):
+    for words, cited in statements(without_places(answer)):
         said = _words(words)
         # Where several entries have a fact, citing one of them is enough.
         told = [
@@ -196,22 +197,38 @@ def check_citations(answer: str, sample: Sample) -> CitationCounts:
     return CitationCounts(right, given, wanted, answers, int(answers and not given))
 
 
+def is_unanswerable(sample: Sample) -> bool:
+    """Whether the right answer to a sample is that there is none: by its kind, or by the words of its answer."""
+    return sample.kind in UNANSWERABLE or refuses(sample.answer)
+
+
+def refuses_as(answer: str, sample: Sample) -> bool:
+    """Whether an answer refuses, in words that are known or in those of a sample that nothing answers.
+
+    >>> refuses_as("I do not know.", Sample(0, (), "who ?", "I do not know", "V2C-none"))
+    True
+    """
+    same = is_unanswerable(sample) and _words(what_is_said(answer)) == _words(what_is_said(sample.answer))
+    return refuses(answer) or same
+
+
 def is_right(answer: str, sample: Sample) -> bool:
     """Whether an answer says what the right one says, citations, boxes and marks aside; a refusal is right by refusing.
 
     An answer that is nothing but boxes is compared by them.
     """
-    if sample.kind in UNANSWERABLE or refuses(sample.answer):
-        return refuses(answer)
+    if is_unanswerable(sample):
+        return refuses_as(answer, sample)
     strip = what_is_said if what_is_said(sample.answer) else without_citations
     return not refuses(answer) and _words(strip(answer)) == _words(strip(sample.answer))
 
 
 def refusal_rates(answers: Sequence[str], samples: Sequence[Sample]) -> tuple[float, float]:
     """Of unanswerable questions the share that is refused, and of answerable ones the share that is refused too."""
-    refused = [[refuses(said) for said, one in zip(answers, samples) if refuses(one.answer) is wanted] for wanted in (
-        True, False
-    )]  # fmt: skip
+    refused = [
+        [refuses_as(said, one) for said, one in zip(answers, samples) if is_unanswerable(one) is wanted]
+        for wanted in (True, False)
+    ]
     first, second = (sum(each) / len(each) if each else 0.0 for each in refused)
     return first, second
 
@@ -276,11 +293,12 @@ def read_choice(answer: str, choice: Choice) -> int | None:
     >>> read_choice("(B)", Choice("?", ("a cat", "a dog"), 0)), read_choice("it is a cat", Choice("?", ("a cat",), 0))
     (1, 0)
     """
-    letters = answer.strip().lstrip("([").upper()
+    bare = what_is_said(answer) or without_citations(answer)
+    letters = bare.lstrip("([").upper()
     last = chr(64 + len(choice.options))
     if letters[:1] and "A" <= letters[0] <= last and not letters[1:2].isalpha() and letters[1:2] != " ":
         return ord(letters[0]) - 65
-    said = _words(without_citations(answer))
+    said = _words(bare)
     named = [k for k, option in enumerate(choice.options) if _holds(said, _words(option))]
     return named[0] if len(named) == 1 else None
 

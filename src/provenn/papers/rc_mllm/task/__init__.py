@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from provenn.core import progress
 from provenn.core.errors import UserError
 from provenn.core.inputs import parse_json
 from provenn.data.captions import Images
+from provenn.data.chat_tokens import ChatTokens
 from provenn.data.composed import SIDE as SCENE
 from provenn.data.composed import Split
 from provenn.data.conversations import Conversation, Exchange
@@ -26,7 +27,6 @@ from provenn.data.images import size_of
 from provenn.data.tables import check_table, write_table
 from provenn.data.vocabulary import words_of
 from provenn.papers.rc_mllm.protocol import (
-    CITATION,
     KINDS,
     PLACEHOLDER,
     WHOLE,
@@ -34,11 +34,15 @@ from provenn.papers.rc_mllm.protocol import (
     Entry,
     RegionContext,
     Sample,
+    build_prompt,
     by_place,
     check_box,
+    citations,
     parse_prompt,
     pixels_of,
+    readable,
     refuses,
+    reorder,
     what_is_said,
     with_permuted_boxes,
     without_boxes,
@@ -48,9 +52,11 @@ from provenn.papers.rc_mllm.scores import (
     check_citations,
     count_citations,
     is_right,
+    is_unanswerable,
     rcid_score,
+    refuses_as,
 )
-from provenn.papers.rc_mllm.task.builder import NO_FACT, ORDERS, about_places, build_samples, build_tiles, values
+from provenn.papers.rc_mllm.task.builder import NO_FACT, ORDERS, STEPS, about_places, build_samples, build_tiles, values
 from provenn.papers.rc_mllm.task.library import read_library, read_pixels_rgb
 from provenn.papers.rc_mllm.task.tokens import RegionWords, region_tokens, region_words
 from provenn.tasks import multimodal_chat
@@ -59,9 +65,14 @@ from provenn.tasks.demos import Trial, save_shown
 from provenn.tasks.multimodal_chat import SIZE, Talks, divide, say_unknown, write
 from provenn.tasks.visual_question_answering import ANSWERED_AT_ONCE, VisualQuestionAnswering, answers, by_words
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 SCENES = {"train": 1500, "val": 24, "test": 32}
 TILED = {"train": 3000, "val": 12, "test": 40}
 LONGEST, ANSWER = 420, 64
+KEPT, READS = 1120, {"longest": 8192, "answer": 512}  # of the large presets: pixels of the longer side, and tokens
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TURNS = 4  # questions about each scene of tiles that a conversation of the training has
 TURN = 60  # tokens of a further question and its answer at most
 BOXES = ("pixels", "coco", "thousandths")
@@ -200,7 +211,8 @@ class RegionQuestions(VisualQuestionAnswering):
             turns: of tiles, how many questions about a scene one conversation of the training has. Default: 4.
         """
         named = self._named(source)
-        _check(boxes=boxes, control=control, steps=steps or 0, turns=1 if turns is None else turns)
+        few, asked = 1 if examples is None else examples, 1 if turns is None else turns
+        _check(boxes=boxes, control=control, steps=steps or 0, turns=asked, examples=few)
         multimodal_chat._check_options(fit=fit, longest=longest, answer=answer, at_least=at_least, size=size)
         reading: dict[str, Any] = {"fit": fit, "longest": longest, "answer": answer}
         if tokenizer not in multimodal_chat.TOKENIZERS:
@@ -238,9 +250,12 @@ class RegionQuestions(VisualQuestionAnswering):
             **reading,
             "size": size or SIZE,
         }
-        sets = {split: Regions(some, meta, None, control) for split, some in parts.items()}
+        sets = {
+            split: Regions(_in_orders(some, seed) if split == "test" else some, meta, None, control)
+            for split, some in parts.items()
+        }
         train, val, test = (f"{len(sets[split]):,} samples to" for split in ("train", "val", "test"))
-        about = f"{train} train on, {val} validate, {test} test."
+        about = f"{train} train on, {val} validate, {test} test, where each stands in {ORDERS} orders of its entries."
         return self._data(str(named), sets, meta, {"image_size": meta["size"]}, about)  # type: ignore[arg-type]  # they are talks
 
     def _scenes(
@@ -287,6 +302,7 @@ class RegionQuestions(VisualQuestionAnswering):
         steps: int = 0,
         cite: bool = True,
         located: bool = True,
+        tokenizer: str | None = None,
     ) -> HeldOut:
         """As in `Task`. Of the scenes, pictures and names may be those of another split, each by itself.
 
@@ -297,9 +313,11 @@ class RegionQuestions(VisualQuestionAnswering):
             names: of the scenes: test, or train for known ones. Default: as the pictures.
             same_category: of the scenes: those alone in which every entry has one category.
             steps: of regions: single steps about each.
+            tokenizer: as in `predict`.
         """
         _check(boxes=boxes, control=control, steps=steps, names=names)
         named = self._named(source)
+        meta = meta if tokenizer is None else with_tokenizer(meta, tokenizer)
         if isinstance(named, str):
             if pictures not in NAMES[1:]:
                 raise UserError(f"pictures must be one of {', '.join(NAMES[1:])}, got {pictures!r}")
@@ -317,11 +335,13 @@ class RegionQuestions(VisualQuestionAnswering):
         samples = read_samples(named, boxes)
         if not whole:
             samples = _parted(samples, val_share, seed, named)["test"]
-        return HeldOut(Regions(samples, meta, None, control), f"all of {named}" if whole else f"the test of {named}")
+        about = f"all of {named}" if whole else f"the test of {named}"
+        return HeldOut(Regions(_in_orders(samples, seed), meta, None, control), about, ORDERS)
 
     def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = ANSWERED_AT_ONCE) -> Scores:
         """Of each question what `score_answers` says of its answer."""
         regions: Regions = dataset  # type: ignore[assignment]  # a data set of this task
+        _check_vocabulary(model, regions.chat_tokens)
         said: list[str] = []
         starts = range(0, len(regions), batch_size)
         for start in progress.track(starts, "answering") if len(starts) > 4 else starts:
@@ -332,12 +352,20 @@ class RegionQuestions(VisualQuestionAnswering):
         """Accuracy of questions that have an answer, of each kind; citations, refusals, RCIDScore and spread."""
         return summarise(scores)
 
+    def picture(self, model: nn.Module, data: TaskData) -> "Figure | None":
+        """Pictures of the test with their boxes, a question, what is answered and what is right."""
+        return evaluated(model, data.test, {})
+
     def dummy_baseline(self, data: TaskData) -> float:
         """The best of rules that look at no picture and read no box: see `shortcuts`."""
         return max(shortcuts(data).values())
 
     def default_meta(self, options: dict[str, Any]) -> dict[str, Any]:
-        return {**super().default_meta(options), "words": region_words(), "longest": LONGEST, "answer": ANSWER}
+        meta = {**super().default_meta(options), "words": region_words(), "longest": LONGEST, "answer": ANSWER}
+        if options.get("vocab_size") == len(meta["words"]):
+            return meta
+        # The authors' weights: pictures as Qwen2-VL's processor has them. Their tokenizer has to be given.
+        return {**meta, "fit": "keep", "size": KEPT, "mean": list(CLIP_MEAN), "std": list(CLIP_STD), **READS}
 
     def predict(  # type: ignore[override]  # names its options
         self,
@@ -348,17 +376,21 @@ class RegionQuestions(VisualQuestionAnswering):
         *,
         context: Path | None = None,
         library: Path | None = None,
+        tokenizer: Path | None = None,
         answer: int | None = None,
     ) -> str:
-        """What a model answers about a picture, what it cites, and where that lies.
+        """What a model answers about a picture, what it points at, what it cites, and where that lies.
+
+        Marks that the model writes, such as `<|box_start|>`, are not shown: a box is told in pixels of the picture.
 
         Args:
             model, meta: as in `Task.predict`.
             inputs: a picture and questions. A question may be a whole prompt, or entries and a question in a line:
                 `dog (10,20,200,300): Bella is two / how old is the dog ?`.
-            output: a table (.csv) of questions, answers and citations.
+            output: a table (.csv) of questions, answers, what these cite and what they point at.
             context: a .json of entries with category, box in pixels, and text; without a text it is looked up.
             library: a .json of things with name, picture and text, for boxes without a text.
+            tokenizer: a tokenizer.json or a folder that holds one, for weights of the authors, which bring none.
             answer: tokens of an answer at most. Default: as many as in training.
         """
         files, questions = divide(inputs)
@@ -367,6 +399,9 @@ class RegionQuestions(VisualQuestionAnswering):
         if answer is not None and answer < 1:
             raise UserError(f"answer must be at least 1 token, got {answer}")
         check_table(output, files)
+        if tokenizer is not None:
+            meta = with_tokenizer(meta, str(tokenizer))
+        _check_vocabulary(model, region_tokens(meta))
         size = _size(files[0])
         given, notes = _context(Path(context), files[0], library) if context is not None else (None, [])
         if library is not None and context is None:
@@ -376,20 +411,53 @@ class RegionQuestions(VisualQuestionAnswering):
         for question in questions:
             entries, asked = (given, question) if given is not None else read_entries(question, size)
             said = _answer(model, meta, image, entries, asked, size, answer or int(meta["answer"]))
-            rows.append((str(files[0]), asked, said.text, " ".join(entry.category for entry in said.cited)))
-            lines += [said.text, *_cited(said, size)]
+            words, pointed = readable(said.text, size)
+            cited = _cited(said, size)
+            rows.append((str(files[0]), asked, words, "; ".join(cited), "; ".join(pointed)))
+            lines += [
+                words or "(an empty answer)",
+                *(f"  it points at {each}" for each in pointed),
+                *(f"  {each}" for each in cited),
+            ]
         if output is not None:
-            write_table(output, ["picture", "question", "answer", "cites"], rows)
+            write_table(output, ["picture", "question", "answer", "cites", "points at"], rows)
             lines.append(f"wrote {output}")
         return "\n".join(lines)
 
 
-def _check(boxes: str = "pixels", control: str = "", steps: int = 0, names: str = "", turns: int = 1) -> None:
+def with_tokenizer(meta: dict[str, Any], name: str) -> dict[str, Any]:
+    """What weights say of themselves, and the tokenizer of a file or a folder."""
+    return {**meta, "tokenizer": multimodal_chat.read_pieces(name).tokenizer}
+
+
+def _check_vocabulary(model: nn.Module, tokens: ChatTokens) -> None:
+    """Are these the tokens of the model?
+
+    Raises:
+        UserError: of a model of images and text whose vocabulary is smaller, or is not that of the words.
+    """
+    decoder = getattr(model, "decoder", None)
+    if decoder is None:
+        return
+    rows, known = len(decoder.embed.weight), len(tokens)
+    # A large model's table has rows to spare behind its tokenizer's last piece.
+    if known > rows or (isinstance(tokens, RegionWords) and tokens.words and known != rows):
+        raise UserError(
+            f"the model has {rows:,} tokens, and {known:,} are known here: give the tokenizer that it was trained "
+            "with, by --tokenizer FOLDER"
+        )
+
+
+def _check(
+    boxes: str = "pixels", control: str = "", steps: int = 0, names: str = "", turns: int = 1, examples: int = 1
+) -> None:
     for name, value, known in (("boxes", boxes, BOXES), ("control", control, CONTROLS), ("names", names, NAMES)):
         if value not in known:
             raise UserError(f"{name} must be one of {', '.join(filter(None, known))}, got {value!r}")
     if not 0 <= steps <= 3:
         raise UserError(f"steps must be from 0 to 3, got {steps}")
+    if examples < 1:
+        raise UserError(f"examples must be at least 1, got {examples}")
     if not 1 <= turns <= 20:
         raise UserError(f"turns must be from 1 to 20, got {turns}")
 
@@ -456,15 +524,18 @@ def read_samples(file: Path, boxes: str = "pixels") -> list[Sample]:
         if "conversations" in entry:
             samples.append(_of_conversation(entry, images, where))
             continue
-        lacking = [key for key in ("image", "entries", "question", "answer") if not entry.get(key)]
+        lacking = [key for key in ("image", "entries", "question", "answer") if entry.get(key) in (None, "", [])]
         if lacking or not isinstance(entry["entries"], list):
             raise UserError(
                 f"{where}: expected image, entries, question and answer; {', '.join(lacking) or 'entries'} lacks"
             )
-        picture = images.find(str(entry["image"]), where)
+        picture = images.find(_said(entry, "image", where), where)
         context = _entries_of(entry["entries"], _size(picture), boxes, where)
-        kind = str(entry.get("kind", ""))
-        samples.append(Sample(picture, tuple(context.entries), str(entry["question"]), str(entry["answer"]), kind))
+        kind = str(entry.get("kind") or "")
+        if kind and kind not in (*KINDS, *STEPS):
+            raise UserError(f"{where}: kind must be one of {', '.join((*KINDS, *STEPS))}, or be left out, got {kind!r}")
+        question, answer = _said(entry, "question", where), _said(entry, "answer", where)
+        samples.append(_checked(Sample(picture, tuple(context.entries), question, answer, kind), where))
     if not samples:
         raise UserError(f"{file} is empty: expected a sample a line")
     return samples
@@ -484,30 +555,59 @@ def _of_conversation(entry: dict[str, Any], images: Images, where: str) -> Sampl
     if len(names) != 1 or not isinstance(names[0], str):
         raise UserError(f"{where}: expected one picture, got {names}")
     try:
-        prompt = parse_prompt(str(turns[0].get("value", "")))
+        prompt = parse_prompt(_said(turns[0], "value", where))
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    picture = images.find(names[0], where)
-    return Sample(picture, prompt.entries, prompt.question, str(turns[1].get("value", "")), cite=prompt.cite)
+    if entry.get("system"):
+        raise UserError(f"{where}: system is not read here: leave it out")
+    picture, answer = images.find(names[0], where), _said(turns[1], "value", where)
+    return _checked(Sample(picture, prompt.entries, prompt.question, answer, cite=prompt.cite), where)
+
+
+def _said(entry: dict[str, Any], key: str, where: str) -> str:
+    """The words of a key; a number is taken as it is written.
+
+    Raises:
+        UserError: no words.
+    """
+    value = entry.get(key)
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
+        raise UserError(f"{where}: {key} must be words, got {str(value)[:60]!r}")
+    return str(value)
+
+
+def _checked(sample: Sample, where: str) -> Sample:
+    """A sample whose prompt can be built."""
+    try:
+        build_prompt(sample.entries, sample.question, cite=sample.cite)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return sample
 
 
 def _entries_of(given: Sequence[Any], size: tuple[int, int], boxes: str, where: str) -> RegionContext:
     context = RegionContext(size)
     for number, each in enumerate(given, 1):
-        wanted = isinstance(each, dict) and isinstance(each.get("box"), list) and each.get("text")
-        if not wanted:
-            raise UserError(f"{where}, entry {number}: expected category, box and text")
+        of_entry = f"{where}, entry {number}"
+        if not isinstance(each, dict) or not isinstance(each.get("box"), list) or not each.get("text"):
+            raise UserError(f"{of_entry}: expected category, box and text")
+        facts = each.get("facts") or {}
+        if not isinstance(facts, dict):
+            raise UserError(
+                f'{of_entry}: facts must be keys and values, such as {{"owner": "Mira"}}, got {facts!r:.60}'
+            )
         context.add(
-            _pixels(each["box"], size, boxes, f"{where}, entry {number}"),
-            str(each.get("category", "object")),
-            str(each["text"]),
-            {str(key): str(value) for key, value in dict(each.get("facts") or {}).items()},
+            _pixels(each["box"], size, boxes, of_entry),
+            _said({"category": "object", **each}, "category", of_entry),
+            _said(each, "text", of_entry),
+            {str(key): _said(facts, key, of_entry) for key in facts},
         )
     return context
 
 
 def _pixels(box: list[Any], size: tuple[int, int], boxes: str, where: str) -> tuple[float, float, float, float]:
-    if len(box) != 4 or not all(isinstance(edge, int | float) for edge in box):
+    numbers = all(isinstance(edge, int | float) and not isinstance(edge, bool) for edge in box)
+    if len(box) != 4 or not numbers or any(abs(edge) > 1e9 for edge in box):
         raise UserError(f"{where}: a box must be four numbers, got {str(box)[:60]}")
     left, top, right, bottom = (float(edge) for edge in box)
     if boxes == "coco":
@@ -532,11 +632,17 @@ def _parted(samples: Sequence[Sample], share: float | int, seed: int, file: Path
     return {split: [s for s in samples if numbers[str(s.image)] == split] for split in ("train", "val", "test")}
 
 
+def _in_orders(samples: Sequence[Sample], seed: int) -> list[Sample]:
+    """Each sample in several orders of its entries, which are drawn, one after the other."""
+    rng = np.random.default_rng([seed, len(samples), 2508])
+    return [reorder(one, rng.permutation(len(one.entries)).tolist()) for one in samples for _ in range(ORDERS)]
+
+
 # Scores
 
 
 def score_answers(said: Sequence[str], samples: Sequence[Sample]) -> Scores:
-    """Of each answer columns of numbers: see `summarise`.
+    """Of each answer columns of numbers: see `summarise`. What no sample asks for has no column.
 
     An answer that cites an entry that is not there has one wrong citation more; nothing else happens.
 
@@ -545,6 +651,9 @@ def score_answers(said: Sequence[str], samples: Sequence[Sample]) -> Scores:
         samples: what was asked; in runs of three where each stands in three orders.
     """
     judge = FactJudge(values())
+    kinds = [kind for kind in (*KINDS, *STEPS) if any(sample.kind == kind for sample in samples)]
+    counted = [sample.kind in ANSWERED or not sample.kind for sample in samples]
+    counted = counted if any(counted) else [True] * len(samples)
     rows: list[dict[str, float]] = []
     for number, (answer, sample) in enumerate(zip(said, samples)):
         described = sample.kind in ("RCID", "MCCG")
@@ -553,24 +662,29 @@ def score_answers(said: Sequence[str], samples: Sequence[Sample]) -> Scores:
         rows.append(
             {
                 "right": counts.f1 if described else float(is_right(answer, sample)),
-                "asked": float(sample.kind in ANSWERED or not sample.kind),
-                "refused": float(refuses(answer)),
-                "unanswerable": float(refuses(sample.answer)),
+                "asked": float(counted[number]),
+                "refused": float(refuses_as(answer, sample)),
+                "unanswerable": float(not described and is_unanswerable(sample)),
+                "answerable": float(not described and not is_unanswerable(sample)),
                 **{f"cited {name}": float(value) for name, value in counts._asdict().items()},
                 **dict(zip(("coverage", "accuracy", "consistency"), rcid or (0.0,) * 3)),
                 "rcid": rcid.score if rcid else 0.0,
                 "order": float(number % ORDERS),
             }
         )
-    kinds = [kind for kind in KINDS if any(sample.kind == kind for sample in samples)]
     scores = {name: np.array([row[name] for row in rows]) for name in (rows[0] if rows else {})}
-    return {**scores, **{f"is {kind}": np.array([float(s.kind == kind) for s in samples]) for kind in kinds}}
+    absent: set[str] = {name for name in ("unanswerable", "answerable") if name in scores and not scores[name].any()}
+    if not any(row["cited given"] or row["cited wanted"] for row in rows):
+        absent |= {name for name in scores if name.startswith("cited ")}
+    kept = {name: column for name, column in scores.items() if name not in absent}
+    return {**kept, **{f"is {kind}": np.array([float(s.kind == kind) for s in samples]) for kind in kinds}}
 
 
 def summarise(scores: Scores) -> dict[str, float]:
-    """Metrics of answers.
+    """Metrics of answers; what nothing asks for is left out.
 
-    - `accuracy` of the questions that have an answer, V2C and C2V, and each kind by itself
+    - `accuracy` of the questions that have an answer, V2C and C2V, and each kind by itself; of samples that are all of
+      other kinds, that of all
     - `citation_precision`, `citation_recall`, `citation_f1` and `uncited`, of answers that were to cite
     - `refusal_recall` of unanswerable questions and `false_refusal` of answerable ones
     - RCIDScore with its parts
@@ -582,20 +696,21 @@ def summarise(scores: Scores) -> dict[str, float]:
         return float(values[chosen].mean()) if chosen.any() else 0.0
 
     kinds = {name.removeprefix("is "): column > 0 for name, column in scores.items() if name.startswith("is ")}
-    total = {name: float(scores[f"cited {name}"].sum()) for name in ("right", "given", "wanted", "answers", "bare")}
-    described = sum((kinds[name] for name in ("RCID", "MCCG") if name in kinds), np.zeros(len(right), bool))
-    open_, none = (~described & (scores["unanswerable"] == value) for value in (0, 1))
     by_order = [mean(right, asked & (scores["order"] == order)) for order in range(ORDERS)]
     found = {"accuracy": mean(right, asked), **{kind: mean(right, chosen) for kind, chosen in kinds.items()}}
-    found |= {
-        "citation_precision": total["right"] / total["given"] if total["given"] else 0.0,
-        "citation_recall": total["right"] / total["wanted"] if total["wanted"] else 0.0,
-        "citation_f1": 2 * total["right"] / both if (both := total["given"] + total["wanted"]) else 0.0,
-        "uncited": total["bare"] / total["answers"] if total["answers"] else 0.0,
-        "refusal_recall": mean(scores["refused"], none),
-        "false_refusal": mean(scores["refused"], open_),
-        "order_spread": max(by_order) - min(by_order),
-    }
+    if "cited right" in scores:
+        total = {name: float(scores[f"cited {name}"].sum()) for name in ("right", "given", "wanted", "answers", "bare")}
+        found |= {
+            "citation_precision": total["right"] / total["given"] if total["given"] else 0.0,
+            "citation_recall": total["right"] / total["wanted"] if total["wanted"] else 0.0,
+            "citation_f1": 2 * total["right"] / both if (both := total["given"] + total["wanted"]) else 0.0,
+            "uncited": total["bare"] / total["answers"] if total["answers"] else 0.0,
+        }
+    if "unanswerable" in scores:
+        found["refusal_recall"] = mean(scores["refused"], scores["unanswerable"] > 0)
+    if "answerable" in scores:
+        found["false_refusal"] = mean(scores["refused"], scores["answerable"] > 0)
+    found["order_spread"] = max(by_order) - min(by_order)
     if "RCID" in kinds:
         parts = {"rcid_score": "rcid", **{f"rcid_{name}": name for name in ("coverage", "accuracy", "consistency")}}
         found |= {name: mean(scores[column], kinds["RCID"]) for name, column in parts.items()}
@@ -632,6 +747,26 @@ def shortcuts(data: TaskData) -> dict[str, float]:
         "the commonest answer": share([_commonest(train.samples)] * len(samples)),
         "an entry of the named category": share([_fact_of(sample, _named_entry(sample)) for sample in samples]),
     }
+
+
+def refusals_by_texts(samples: Sequence[Sample]) -> tuple[float, float]:
+    """How far texts alone tell what nothing answers, by one rule that sees no picture and reads no box.
+
+    It refuses a question to a text where fewer than two entries tell a fact of the kind that is asked for.
+
+    Args:
+        samples: with facts; V2C and V2C-none are looked at.
+
+    Returns:
+        Of V2C-none the share that it refuses, and of V2C the share that it refuses too.
+    """
+    refused: dict[str, list[bool]] = {"V2C-none": [], "V2C": []}
+    for sample in samples:
+        if sample.kind in refused:
+            told = sum(_key_asked(sample) in dict(entry.facts) for entry in sample.entries)
+            refused[sample.kind].append(told < 2)
+    first, second = (sum(some) / len(some) if some else 0.0 for some in refused.values())
+    return first, second
 
 
 def _commonest(samples: Sequence[Sample]) -> str:
@@ -707,7 +842,7 @@ def read_entries(text: str, size: tuple[int, int]) -> tuple[tuple[Entry, ...], s
     Raises:
         UserError: neither.
     """
-    if "[1]:" in text:
+    if text.removeprefix(PLACEHOLDER).lstrip().startswith("[") and "]: The information of the " in text:
         prompt = parse_prompt(text)
         return prompt.entries, prompt.question
     *parts, question = (part.strip() for part in text.split(" / "))
@@ -749,13 +884,50 @@ def _answer(
 
 
 def _cited(answer: Answer, size: tuple[int, int]) -> list[str]:
-    numbers = list(dict.fromkeys(int(number) for number in CITATION.findall(answer.text)))
-    known = [number for number in numbers if number not in answer.unknown]
+    """A line for each entry that is cited, with its box in pixels."""
+    known = [number for number in dict.fromkeys(citations(answer.text)) if number not in answer.unknown]
     lines = []
     for number, entry in zip(known, answer.cited):
         edges = ", ".join(f"{edge:.0f}" for edge in pixels_of(entry, size))
-        lines.append(f"  [{number}] {entry.category} at ({edges}): {entry.text}")
-    return [*lines, *(f"  [{number}] is cited, and no entry has that number" for number in answer.unknown)]
+        lines.append(f"[{number}] {entry.category} at ({edges}): {entry.text}")
+    return [*lines, *(f"[{number}] is cited, and no entry has that number" for number in answer.unknown)]
+
+
+@torch.no_grad()
+def evaluated(model: nn.Module, dataset: Dataset, scores: Scores) -> "Figure":
+    """Questions in even steps through the test: the picture with its numbered boxes, the answer, and what is right.
+
+    Args:
+        model, dataset: what was evaluated.
+        scores: not needed.
+    """
+    import textwrap
+
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    regions: Regions = dataset  # type: ignore[assignment]  # a data set of this task
+    chosen = torch.linspace(0, len(regions) - 1, min(8, len(regions))).long().tolist()
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    axes = figure.subplots(2, 4).flatten()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, row, said in zip(axes, chosen, answers(model, regions, chosen)):
+        sample, image = regions.samples[row], regions.image(regions.samples[row].image)
+        mean, std = (torch.tensor(regions.meta[key])[:, None, None] for key in ("mean", "std"))
+        height, width = image.shape[1:]
+        axis.imshow((image * std + mean).clamp(0, 1).permute(1, 2, 0).numpy(), extent=(0, width, height, 0))
+        for number, entry in enumerate(sample.entries, 1):
+            left, top, right, bottom = pixels_of(entry, (width, height))
+            axis.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor="white"))
+            axis.text(left, top, f"[{number}]", color="white", fontsize=7)
+        good = is_right(said, sample)
+        told, wanted = (readable(answer, (width, height))[0] for answer in (said, sample.answer))
+        lines = [*textwrap.wrap(sample.question, 42)[:2], *textwrap.wrap(f"→ {told}", 42)[:2]]
+        if not good:
+            lines += textwrap.wrap(f"right: {wanted}", 42)[:2]
+        axis.set_title("\n".join(lines), fontsize=8, color="#2a8f3c" if good else "#b00020", loc="left")
+    return figure
 
 
 def show_answer(trial: Trial) -> dict[str, Any]:

@@ -10,10 +10,10 @@ place and a price; two of the three stand in its text, in words that are drawn. 
 
 Answerable and unanswerable questions have the same wording. Names of a split are in no other.
 
-Tiles are simpler scenes for a small model. (ours) Objects lie in a grid of 3×3, and each text tells one fact. In half of
-the scenes all facts are of one key; in the others one object's is of another. No question is
-answered by what alone is of its key. A scene has several questions, which training reads as one conversation. Answers
-say first which object is meant, as Qwen2-VL writes it, and which entry:
+Tiles are simpler scenes for a small model. (ours) Objects lie in a grid of 3×3, and each text tells one fact. In half
+of the scenes all facts are of one key; in the others one object's is of another. No question is answered by what alone
+is of its key. A scene has several questions, which training reads as one conversation. Answers say first which object
+is meant, as Qwen2-VL writes it, and which entry:
 `<|object_ref_start|>red disc<|object_ref_end|><|box_start|>(125,375),(359,609)<|box_end|> [2] ada stone`. Each step of
 the way is then a step of writing: from a name to a box, from the box to its entry.
 """

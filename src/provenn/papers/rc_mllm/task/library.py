@@ -93,8 +93,10 @@ class Library:
         size = picture.shape[1], picture.shape[0]
         found, left = RegionContext(size), []
         for box in boxes:
-            edges = [round(edge) for edge in check_box(box, size)]
-            match = self.match(picture[edges[1] : max(edges[3], edges[1] + 1), edges[0] : max(edges[2], edges[0] + 1)])
+            left_edge, top, right, bottom = check_box(box, size)
+            # Whole pixels, at least one of them, inside the picture.
+            x, y = min(round(left_edge), size[0] - 1), min(round(top), size[1] - 1)
+            match = self.match(picture[y : max(round(bottom), y + 1), x : max(round(right), x + 1)])
             if match is None:
                 left.append(box)
             else:
@@ -117,10 +119,13 @@ def read_library(file: Path) -> Library:
         wanted = ("name", "picture", "text")
         if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) and entry[key] for key in wanted):
             raise UserError(f"{where}: expected name, picture and text, all of them words")
+        category = entry.get("category") or "object"
+        if not isinstance(category, str):
+            raise UserError(f"{where}: category must be words, got {str(category)[:60]!r}")
         picture = file.parent / entry["picture"]
         if not picture.is_file():
             raise UserError(f"{where}: no picture at {picture}")
-        items.append(Item(entry["name"], str(entry.get("category", "object")), entry["text"], read_pixels_rgb(picture)))
+        items.append(Item(entry["name"], category, entry["text"], read_pixels_rgb(picture)))
     return Library(items)
 
 

@@ -31,8 +31,10 @@ BOX = {  # as words of a closed vocabulary
     "<|object_ref_start|>": "<ref>",
     "<|object_ref_end|>": "<end_ref>",
 }
+VISION = ("<|vision_start|>", "<|vision_end|>")
 WRITTEN = re.compile(r"(<\|box_start\|>) \( (\d+) , (\d+) \) , \( (\d+) , (\d+) \) (<\|box_end\|>)")
 REFERRED = re.compile(r"(<\|object_ref_start\|>) ?(.*?) ?(<\|object_ref_end\|>)")
+TYPED = re.compile("<(" + "|".join(word[1:-1] for word in BOX.values()) + ")>", re.IGNORECASE)
 MARKED = re.compile("(" + "|".join(map(re.escape, BOX)) + ")")
 
 
@@ -66,6 +68,11 @@ def spelled(text: str, whole: Collection[str] = ()) -> str:
     return re.sub(r" *([(),]) *", r" \1 ", text).rstrip(" ") if text else text
 
 
+def _typed(text: str) -> str:
+    """A text in which our own words for marks, where somebody typed them, are no marks."""
+    return TYPED.sub(r"< \1 >", text)
+
+
 class RegionWords(ChatTokens):
     """Words of a closed vocabulary, digits one by one.
 
@@ -86,7 +93,7 @@ class RegionWords(ChatTokens):
     def text(self, text: str) -> list[int]:
         if not self.words:
             return super().text(text)
-        said, numbers = words_of(spelled(text, self._numbers)), list[int]()
+        said, numbers = words_of(spelled(_typed(text), self._numbers)), list[int]()
         place = 0
         while place < len(said):
             phrases = self._phrases.get(said[place], ())
@@ -97,7 +104,7 @@ class RegionWords(ChatTokens):
         return numbers
 
     def unknown_words(self, texts: Iterable[str]) -> list[str]:
-        return super().unknown_words(spelled(text, self._numbers) for text in texts) if self.words else []
+        return super().unknown_words(spelled(_typed(text), self._numbers) for text in texts) if self.words else []
 
     def decode(self, numbers: Iterable[int]) -> str:
         said = super().decode(numbers)
@@ -123,12 +130,16 @@ class RegionBytes(ChatTokens):
 
 
 class RegionPieces(PieceTokens):
-    """Pieces of a tokenizer; the marks of a box are its special tokens, where it has them."""
+    """Pieces of a tokenizer; the marks of a box are its special tokens, where it has them.
+
+    Where it has `<|vision_start|>` and `<|vision_end|>`, a picture stands between them, as in the template of Qwen2-VL.
+    """
 
     def __init__(self, tokenizer: str, source: str = "the tokenizer"):
         super().__init__(tokenizer, source)
         numbers = self._inner.get_vocab(with_added_tokens=True)
         self._boxes = {mark: numbers[mark] for mark in BOX if mark in numbers}
+        self._around = tuple(numbers[mark] for mark in VISION if mark in numbers)
 
     def text(self, text: str) -> list[int]:
         if not getattr(self, "_boxes", None):
@@ -137,6 +148,13 @@ class RegionPieces(PieceTokens):
         for part in MARKED.split(text):
             numbers += [self._boxes[part]] if part in self._boxes else super().text(part) if part else []
         return numbers
+
+    def asked(self, text: str) -> list[int]:
+        if len(getattr(self, "_around", ())) < len(VISION):
+            return super().asked(text)
+        before, after = self._around
+        first, *parts = (self.text(part) for part in text.split(PLACEHOLDER))
+        return [*first, *(number for part in parts for number in (before, self.image, after, *part))]
 
 
 def region_tokens(meta: dict[str, Any]) -> ChatTokens:
