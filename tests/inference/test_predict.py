@@ -42,6 +42,9 @@ def test_what_a_model_writes_depends_on_no_memory_that_was_never_written(slug, p
         points = [f"{i % 5}.5 {i % 3}.25 {i % 2} {4 * i} 90 {9 * i % 256}" for i in range(60)]
         (tmp_path / "room.ply").write_text("\n".join([*header, *points]) + "\n")
         given = [tmp_path / "room.ply", "what is there"]
+    if task == "region-context-questions":
+        Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
+        given = [tmp_path / "a.png", "digit (5,5,20,20): it cost 25 coins . / what did the red two cost ?"]
     few = {"tokens": 24} if "tokens" in arguments_of(get_task(task).predict) else {}
     assert provenn.predict(slug, given, preset=preset, overrides=few)
 
