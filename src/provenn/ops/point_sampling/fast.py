@@ -38,8 +38,8 @@ def nearest(
 def smallest(x: Float[Tensor, "*rows numbers"], count: int) -> Int64[Tensor, "*rows count"]:
     """Places of the smallest numbers of each row, smallest first.
 
-    What is among them lies in a block whose least number is among the `count` least of all blocks. So two short searches
-    find them: for blocks, and within those. Of numbers that are alike, any may come first.
+    What is among them lies in a block whose least number is among the `count` least of all blocks. So two short
+    searches find them: for blocks, and within those. Of numbers that are alike, any may come first.
 
     >>> smallest(torch.tensor([[5.0, 1.0, 4.0, 0.0, 3.0]]), 2).tolist()
     [[3, 1]]
