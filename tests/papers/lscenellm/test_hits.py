@@ -51,7 +51,8 @@ def planted(data: TaskData, regions: Regions, opens: str) -> nn.Module:
     """A reader that opens the target's region, all others, or all, whatever it attends to."""
     reader = network(Variant(opens="all" if opens == "all" else "attention"), 44, FEATURES).eval()
     asked: Any = data.test
-    read, pad, kept = reader.read, asked.chat_tokens.pad, []
+    read, pad = reader.read, asked.chat_tokens.pad
+    kept: list[Tensor] = []
 
     def noted(tokens: Tensor, scenes: Tensor, **options: Any) -> Any:
         kept[:] = scenes

@@ -229,6 +229,7 @@ def test_a_selection_may_be_fixed_with_a_cache_too() -> None:
     assert torch.allclose(model.decoder.logits(last.hidden[:, 0]), whole[:, -1], atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:threshold=")  # what differs from the training is said
 def test_weights_that_ship_open_fewer_regions_at_a_higher_threshold() -> None:
     torch.manual_seed(0)
     scenes, words = torch.randn(2, 200, 58), torch.randint(8, 40, (2, 6))
