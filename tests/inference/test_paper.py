@@ -271,3 +271,9 @@ def test_train_takes_every_option_of_hardware_and_saving_and_no_other(tmp_path):
     with pytest.raises(UserError, match="strategy must be one of auto, ddp, fsdp, got 'dp'"):
         provenn.train("tiny_gate", "digits", out=tmp_path / "run", strategy="dp")
     assert not (tmp_path / "run").exists()
+
+
+def test_what_may_be_set_at_use_is_an_argument_of_the_preset():
+    for paper in provenn.papers():
+        for preset in paper.card.presets:
+            assert set(preset.at_use) <= set(arguments_of(paper.card.resolve(preset.build))), preset.name

@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from provenn.ops import point_sampling
-from provenn.ops.point_sampling import farthest_by_table, farthest_points, fast, nearest_by_table, nearest_points
+from provenn.ops.point_sampling import (
+    farthest_by_table,
+    farthest_points,
+    fast,
+    nearest_by_table,
+    nearest_points,
+    smallest,
+)
 
 
 def cloud(batch: int, points: int, axes: int = 3, seed: int = 0) -> torch.Tensor:
@@ -42,17 +49,31 @@ def test_pieces_of_the_table_of_distances_change_nothing(monkeypatch):
 
 def test_a_million_points_need_memory_for_one_table_at_a_time(monkeypatch):
     """The largest table of distances that is asked for has `TABLE` entries, or one centre's."""
-    sizes, cdist = [], torch.cdist
+    sizes, search = [], fast.smallest
 
-    def counted(a, b, **options):
-        sizes.append(a.shape[0] * a.shape[1] * b.shape[1])
-        return cdist(a, b, **options)
+    def counted(distances, count):
+        sizes.append(distances.numel())
+        return search(distances, count)
 
-    monkeypatch.setattr(torch, "cdist", counted)
+    monkeypatch.setattr(fast, "smallest", counted)
     p = torch.rand(1, 1_000_000, 3)
     chosen = farthest_points(p, 4)
     nearest_points(p, p[:, chosen[0]].repeat(1, 10, 1), 8)
     assert max(sizes) <= fast.TABLE and len(sizes) > 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 400), st.integers(1, 3), st.integers(0, 2**31), st.data())
+def test_two_short_searches_find_what_one_does(numbers, rows, seed, data):
+    count = data.draw(st.integers(1, max(1, numbers // 9)))
+    x = torch.randn(rows, numbers, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(smallest(x, count), x.argsort(dim=1)[:, :count])
+    few = (4 * x).round()  # many are alike
+    assert torch.equal(few.gather(1, smallest(few, count)), few.sort(dim=1).values[:, :count])
+
+
+def test_no_centres_have_no_neighbours():
+    assert nearest_points(torch.rand(2, 9, 3), torch.rand(2, 0, 3), 4).shape == (2, 0, 4)
 
 
 def test_points_that_lie_on_each_other_are_still_chosen_in_order():

@@ -365,6 +365,16 @@ def test_a_conversation_goes_on_and_questions_stand_alone(root, monkeypatch, tas
         assert asked == [TOKENS.prompt(asks((each, ""))) for each in (first, f"<image> {second}")]
 
 
+def test_an_empty_answer_is_said_to_be_empty(root, tmp_path, monkeypatch):
+    monkeypatch.setattr("provenn.tasks.multimodal_chat.write", lambda *args, **draw: [""])
+    table = tmp_path / "said.csv"
+    told = VQA.predict(chat(), META, [str(root / "1.png"), "what is it ?"], table)
+    assert told.splitlines()[0] == "(an empty answer)"
+    assert table.read_text().splitlines()[1].endswith(",what is it ?,")
+    told = CHAT.predict(chat(), META, ["what ?", "and now ?"], None)
+    assert told.splitlines() == ["what ? (an empty answer)", "and now ? (an empty answer)"]
+
+
 @pytest.mark.parametrize(
     ("inputs", "options", "message"),
     [

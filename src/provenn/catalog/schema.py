@@ -64,7 +64,8 @@ class Preset(Facts):
 
     `task` is the paper's where it is left out; "" says that there is nothing to train or to predict: a procedure.
     `reads` is how the user's own files are read for it, where `--set` does not say. `stages` names a function of model,
-    task, data and recipe that gives the stages of its training, where there are several.
+    task, data and recipe that gives the stages of its training, where there are several. `at_use` names options that
+    shape no parameter: trained weights may be used with other values than those of their training.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Preset(Facts):
     data: str | None = None
     reads: dict[str, Any] = {}
     stages: str | None = None
+    at_use: list[str] = []
     summary: str = ""
 
     @field_validator("input", mode="before")

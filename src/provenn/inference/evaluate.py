@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from provenn.inference.evaluation import Evaluation
     from provenn.tasks.base import Task
     from provenn.training.weights import Label
-from provenn.inference.overrides import unasked
+from provenn.inference.overrides import of_system
 from provenn.inference.paper import paper
 from provenn.inference.predict import source_of
 
@@ -45,7 +45,7 @@ def evaluate(
         device: auto, cpu, cuda, mps or a torch device.
         batch_size: examples at a time.
         overrides: how the data are read, such as {"length": 512}; of an author's file also what it does not say, as in
-            `from_official`, such as {"chunk": 64}.
+            `from_official`, such as {"chunk": 64}; and of ours what `Paper.load` takes.
 
     Raises:
         UserError: weights or data that cannot be read, or that do not fit each other.
@@ -54,22 +54,19 @@ def evaluate(
     from provenn.core.finite import finite_outputs
     from provenn.inference import evaluation
     from provenn.tasks import get_task
-    from provenn.training import weights as files
 
     if not 1 <= batch_size <= LARGEST:
         raise UserError(f"batch size must be from 1 to {LARGEST}, got {batch_size}")
     if seed is not None and not 0 <= seed < 2**32:
         raise UserError(f"seed must be a whole number from 0 to {2**32 - 1}, got {seed}")
     chosen, overrides = paper(slug), dict(overrides or {})
-    of_system: dict[str, Any] = {}
-    if chosen.is_parameter_free(preset) if weights is None else files.label_of(weights) is None:
-        of_system = {name: overrides.pop(name) for name in unasked(chosen.card, overrides, "held_out")}
-    model, label = chosen.load(weights, preset=preset, options=of_system)
+    names = of_system(chosen, overrides, weights, preset, "held_out")
+    model, label = chosen.load(weights, preset=preset, options={name: overrides.pop(name) for name in names})
     kind = get_task(label.task)
     known = held_out_options(kind)
     for name in overrides:
         if name not in known:
-            there = ", ".join(known) or "nothing"
+            there = ", ".join([*known, *chosen.card.preset(label.preset).at_use]) or "nothing"
             raise UserError(f"an evaluation of {label.task} has no {name!r}; what can be set: {there}")
     source = datasets.resolve(data)
     data = source.data

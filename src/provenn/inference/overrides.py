@@ -9,7 +9,9 @@ from provenn.core.names import meant
 from provenn.core.settings import arguments_of, typed
 
 if TYPE_CHECKING:
-    pass
+    from pathlib import Path
+
+    from provenn.inference.paper import Paper
 
 
 def divided(overrides: dict[str, Any], *takers: Callable) -> list[dict[str, Any]]:
@@ -37,3 +39,24 @@ def unasked(card: catalog.Card, overrides: dict[str, Any], method: str = "predic
 
     takers = [arguments_of(getattr(get_task(name), method), but=()) for name in card.tasks]
     return [name for name in overrides if not any(name in taker for taker in takers)]
+
+
+def of_system(
+    paper: "Paper",
+    overrides: dict[str, Any],
+    weights: "str | Path | None",
+    preset: str | None = None,
+    method: str = "predict",
+) -> list[str]:
+    """Names among the overrides that `Paper.load` takes.
+
+    Ours say themselves what they were trained with, but for options that may be other ones in use (`Preset.at_use`).
+    An author's file, and a preset without parameters, leave the rest open.
+    """
+    from provenn.training import weights as files
+
+    names = unasked(paper.card, overrides, method)
+    if paper.is_parameter_free(preset) if weights is None else files.label_of(weights) is None:
+        return names
+    free = {name for each in paper.card.presets for name in each.at_use}
+    return [name for name in names if name in free]

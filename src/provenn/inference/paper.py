@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,8 +94,8 @@ class Paper:
         Args:
             weights: the file, or the folder of a run; by default what ships with the package. A preset without
                 parameters has none, and is taken as it is built.
-            preset, options: of an author's file, as in `from_official`, and of a preset without parameters; ours say
-                themselves what they are.
+            preset, options: of an author's file, as in `from_official`, and of a preset without parameters. Ours say
+                themselves what they are; of their options those in `Preset.at_use` may be other ones.
 
         Raises:
             UserError: weights of another paper, or of none.
@@ -115,8 +115,6 @@ class Paper:
             return self._official(file, preset, options or {})
         if label.paper != self.card.slug:
             raise UserError(f"{file} holds weights of {label.paper}, not of {self.card.slug}")
-        if options:
-            raise UserError(f"{file} names its own options: leave {', '.join(options)} out")
         if preset not in (None, label.preset):
             raise UserError(f"{file} holds weights of {label.preset}, not of {preset}")
         if label.meta:  # of weights that were saved for Python alone there may be none
@@ -127,9 +125,33 @@ class Paper:
                     "give other weights, these are damaged"
                 )
             get_task(label.task).check_meta(label.meta, str(file))
+        label = replace(label, options={**label.options, **self._at_use(label, options or {}, file)})
         model = self.build(label.preset, **label.options)
         files.load_into(model, state, str(file))
         return model.eval(), label
+
+    def _at_use(self, label: "Label", options: dict[str, Any], file: Path) -> dict[str, Any]:
+        """The options with which weights of ours are used, typed; what differs from the training's is said."""
+        import inspect
+
+        from provenn.core import progress
+        from provenn.core.settings import arguments_of, typed
+
+        facts = self.card.preset(label.preset)
+        closed = [name for name in options if name not in facts.at_use]
+        if closed:
+            free = f"; {', '.join(facts.at_use)} may be set" if facts.at_use else ""
+            raise UserError(f"{file} names its own options: leave {', '.join(closed)} out{free}")
+        if not options:
+            return {}
+        function = self.card.resolve(facts.build)
+        known, parameters = arguments_of(function), inspect.signature(function).parameters
+        wanted = {name: typed(name, value, known[name]) for name, value in options.items()}
+        for name, value in wanted.items():
+            trained = {**facts.options, **label.options}.get(name, parameters[name].default)
+            if value != trained:
+                progress.say(f"{name}={value} where the training had {name}={trained}")
+        return wanted
 
     def is_parameter_free(self, preset: str | None = None) -> bool:
         """Whether a preset has nothing to train and no weights come with it: it is used as it is built.

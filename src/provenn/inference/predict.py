@@ -12,7 +12,7 @@ from provenn.core.settings import arguments_of, typed
 if TYPE_CHECKING:
     from provenn.catalog.schema import Card
     from provenn.training.weights import Label
-from provenn.inference.overrides import unasked
+from provenn.inference.overrides import of_system
 from provenn.inference.paper import Paper, paper
 
 
@@ -35,18 +35,16 @@ def predict(
         preset: whose weights, where those of several ship; or of an author's file that does not name it.
         output: where the result goes.
         overrides: what the task's `predict` takes by name, such as {"reference": Path("sharp.png")} or {"tokens": 100};
-            of an author's file also what it does not say, as in `from_official`, such as {"chunk": 64}.
+            of an author's file also what it does not say, as in `from_official`, such as {"chunk": 64}. Of ours also
+            what `Paper.load` takes.
         log: is given the result piece by piece, by tasks whose result comes so.
     """
     from provenn.core.finite import finite_outputs
     from provenn.tasks import get_task
-    from provenn.training import weights as files
 
     chosen, overrides = paper(slug), dict(overrides or {})
-    of_system: dict[str, Any] = {}
-    if chosen.is_parameter_free(preset) if weights is None else files.label_of(weights) is None:
-        of_system = {name: overrides.pop(name) for name in unasked(chosen.card, overrides)}
-    model, label = chosen.load(weights, preset=of_system.pop("preset", preset), options=of_system)
+    said = {name: overrides.pop(name) for name in of_system(chosen, overrides, weights, preset)}
+    model, label = chosen.load(weights, preset=said.pop("preset", preset), options=said)
     kind = get_task(label.task)
     if not kind.takes_words:
         missing = next((file for file in inputs if not Path(file).exists()), None)
@@ -63,7 +61,8 @@ def predict(
     logging = {} if known.pop("log", None) is None or log is None else {"log": log}
     for name in overrides:
         if name not in known:
-            there = f"{', '.join(known) or 'nothing'}{_of_another_task(chosen.card, name)}"
+            names = [*known, *chosen.card.preset(label.preset).at_use]
+            there = f"{', '.join(names) or 'nothing'}{_of_another_task(chosen.card, name)}"
             raise UserError(f"a prediction of {label.task} has no {name!r}; what can be set: {there}")
     options = {name: typed(name, value, known[name]) for name, value in overrides.items()}
     path = None if output is None else Path(output)

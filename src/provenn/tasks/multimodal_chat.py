@@ -440,10 +440,12 @@ class MultimodalChat(Task):
             shown = " ".join(map(str, files))
             columns = ["pictures", "question", "answer", *(["probability"] if choices else [])]
             write_table(output, columns, [(shown, asked, told, *more) for asked, told, *more in rows])
-        lines = [f"{asked} {told}" + "".join(f" ({share:.1%})" for share in more) for asked, told, *more in rows]
-        return "\n".join(
-            [*(lines if len(lines) > 1 or choices else [rows[0][1]]), *([f"wrote {output}"] if output else [])]
-        )
+        told = [spoken(answer) for _, answer, *_ in rows]
+        lines = [
+            f"{asked} {said}" + "".join(f" ({share:.1%})" for share in more)
+            for (asked, _, *more), said in zip(rows, told, strict=True)
+        ]
+        return "\n".join([*(lines if len(lines) > 1 or choices else told), *([f"wrote {output}"] if output else [])])
 
     def _answered(
         self,
@@ -606,6 +608,15 @@ def write(
     steps = generate(rows.to(device), count, _moved(images, device), mask=mask.to(device), ends=(tokens.end,), **draw)
     written = torch.stack(list(steps), 1).tolist()
     return [tokens.decode(row) for row in written]
+
+
+def spoken(answer: str) -> str:
+    """An answer as it is printed, where an empty one would look as if nothing had come.
+
+    >>> spoken("red"), spoken(" ")
+    ('red', '(an empty answer)')
+    """
+    return answer if answer.strip() else "(an empty answer)"
 
 
 @torch.no_grad()

@@ -49,7 +49,7 @@ from provenn.tasks.base import (
 )
 from provenn.tasks.demos import Trial
 from provenn.tasks.meta import Meta
-from provenn.tasks.multimodal_chat import padded, say_unknown
+from provenn.tasks.multimodal_chat import padded, say_unknown, spoken
 from provenn.tasks.visual_question_answering import by_words
 
 if TYPE_CHECKING:
@@ -378,7 +378,7 @@ class SceneQuestionAnswering(Task):
         if output is not None:
             rows = [(str(file), asked, told) for asked, told in zip(questions, said)]
             write_table(output, ["scene", "question", "answer"], rows)
-        lines = [f"{asked} {told}" for asked, told in zip(questions, said)] if len(said) > 1 else said
+        lines = [f"{asked} {spoken(told)}" if len(said) > 1 else spoken(told) for asked, told in zip(questions, said)]
         return "\n".join([*lines, *([f"wrote {output}"] if output else [])])
 
     def answered(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import provenn
 from provenn.core.errors import UserError
 from provenn.papers.lscenellm.layers import SceneMagnifier
 from provenn.papers.lscenellm.model import FourierPositions, LSceneLLM, Prompts, lscenellm_7b, lscenellm_rooms
@@ -226,6 +227,27 @@ def test_a_selection_may_be_fixed_with_a_cache_too() -> None:
     reading, _ = model.read(words[:, :4], scenes, state=model.decoder.init_state(1))
     last = model.decoder.read(model.decoder.embed(words[:, 4:]), state=reading.state)
     assert torch.allclose(model.decoder.logits(last.hidden[:, 0]), whole[:, -1], atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:threshold=")  # what differs from the training is said
+def test_weights_that_ship_open_fewer_regions_at_a_higher_threshold() -> None:
+    torch.manual_seed(0)
+    scenes, words = torch.randn(2, 200, 58), torch.randint(8, 40, (2, 6))
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    paper = provenn.paper("lscenellm")
+    models = [paper.load(options={"threshold": threshold})[0] for threshold in (64, "160", 255)]
+    shares = [opened_share(model, words, scenes, mask) for model in models]
+    assert shares[0] > shares[1] > shares[2] == 0
+    assert paper.load(options={"threshold": 160})[1].options["threshold"] == 160
+    assert "threshold" not in paper.load()[1].options
+    for options, says in (
+        ({"threshold": 300}, "between 0 and 255, got 300"),
+        ({"heads": 2}, "leave heads out; threshold"),
+    ):
+        with pytest.raises(UserError, match=says):
+            paper.load(options=options)
+    with pytest.raises(UserError, match=r"has no 'heads'; what can be set: .*threshold"):
+        provenn.evaluate("lscenellm", "rooms", overrides={"heads": 2})
 
 
 def test_scene_tokens_may_be_given() -> None:

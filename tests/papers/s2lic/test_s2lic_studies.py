@@ -247,10 +247,38 @@ def test_latents_are_those_of_the_shipped_encoder():
         torch.testing.assert_close(studies.frozen()(x)[0], data.test[0][0])
 
 
-def test_without_a_shared_quality_the_nearest_are_compared(monkeypatch):
+def test_without_a_shared_quality_there_is_no_bd_rate(monkeypatch):
     monkeypatch.setattr(
         studies,
         "estimate",
         lambda model, pixels: Coded(255 - pixels, through_pillow(pixels, "JPEG", quality=1).bits * 2),
     )
-    assert studies.against_jpeg(psnr)(nn.Identity(), studies.folds(0, True)) == pytest.approx(100)
+    assert math.isnan(studies.against_jpeg(psnr)(nn.Identity(), studies.folds(0, True)))
+
+
+@pytest.mark.parametrize("part", studies.BEGUN)
+def test_codecs_begin_with_the_transform_that_ships_and_a_drawn_entropy_model(part):
+    torch.manual_seed(0)
+    one, other = studies.begun(part), studies.begun(part)
+    x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(one.encoder.eval()(x), studies.frozen()(x))
+    equal = [
+        torch.equal(value, other.coder.state_dict()[name])
+        for name, value in one.coder.state_dict().items()
+        if name.endswith("weight") and value.dim() == 4
+    ]
+    assert sum(equal) < len(equal) / 2  # offsets begin at zero
+    assert all(torch.equal(v, other.decoder.state_dict()[k]) for k, v in one.decoder.state_dict().items())
+
+
+def test_what_the_shipped_transform_saw_is_not_tested():
+    data = studies.unseen(0, False)
+    assert len(data.test) == 6 and len(data.train.photos) == len(studies.TRAIN)
+    for index, name in enumerate(name for name in studies.TEST for _ in range(2)):
+        square, photo = data.test[index].permute(1, 2, 0).numpy(), photograph(name)
+        windows = np.lib.stride_tricks.sliding_window_view(photo[..., 0], (256, 256))
+        places = np.argwhere(windows[:, :, 0, 0] == square[0, 0, 0])
+        assert any(np.array_equal(photo[y : y + 256, x : x + 256], square) for y, x in places)
+    assert not {*studies.TEST} & {*studies.TRAIN, *studies.VALIDATE}
+    assert data.fingerprint != studies.unseen(1, False).fingerprint

@@ -3,7 +3,7 @@
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from .fast import farthest, nearest
+from .fast import farthest, nearest, smallest
 from .reference import farthest_by_table, nearest_by_table
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "nearest",
     "nearest_by_table",
     "nearest_points",
+    "smallest",
 ]
 
 
@@ -56,7 +57,7 @@ def nearest_points(
         centres: anywhere.
         count: how many of each centre, at most N.
 
-    Memory: 2²⁴ distances at a time. Of points that are equally far, any may come first.
+    Memory: 2²⁰ distances at a time, or those of one centre. Of points that are equally far, any may come first.
 
     Raises:
         ValueError: more than there are points.

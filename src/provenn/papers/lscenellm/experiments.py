@@ -20,6 +20,8 @@ from provenn.papers.lscenellm.studies import (
     RECIPE,
     accuracy_of,
     by_rooms,
+    hit,
+    hit_over_lot,
     opened,
     rooms_data,
     scans_data,
@@ -37,7 +39,13 @@ SHARED: dict[str, Any] = {
     "build": network,
 }
 OF_KINDS: dict[str, Any] = {kind: partial(accuracy_of, kind) for kind in KINDS}
-PROBES: dict[str, Any] = {**OF_KINDS, "small less large": small_less_large, "opened": opened}
+PROBES: dict[str, Any] = {
+    **OF_KINDS,
+    "small less large": small_less_large,
+    "opened": opened,
+    "hit": hit,
+    "hit over lot": hit_over_lot,
+}
 ABOUT = "questions about colours in scenes of three composed rooms, 340 points and 6 sparse tokens a room"
 
 SIZES = Study(
@@ -114,6 +122,7 @@ EXPERIMENTS: dict[str, Any] = {
     "own_over_scorer": ROOMS.against("magnified", ("scorer", "cosine"), metric="small", shown=("all",)),
     "own_over_lot": ROOMS.against("magnified", "random", metric="small"),
     "opened_share": ROOMS.figure("magnified", metric="opened", shown=("threshold 64", "threshold 127")),
+    "region_found": ROOMS.figure("magnified", metric="hit over lot", shown=("random", "cosine", "scorer")),
     "over_equal_budget": ROOMS.against("magnified", "equal", metric="small", shown=("sparse", "all")),
     "more_on_small": ROOMS.against("magnified", "equal", metric="small less large", shown=("sparse",)),
     "over_sparse": ROOMS.against("magnified", "sparse", metric="small"),

@@ -6,7 +6,7 @@ which object it is: no segmenter stands between.
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -174,13 +174,18 @@ def network(variant: Variant, vocab_size: int, features: int, dim: int = 64, lay
 
 def opened_share(model: nn.Module, tokens: Tensor, scenes: Tensor, mask: Tensor) -> float:
     """The mean share of sparse tokens that the last token of a question opens, over layers that magnify; else 0."""
+    opened = opened_by_last(model, tokens, scenes, mask)
+    return 0.0 if opened is None else float(opened.float().mean())
+
+
+def opened_by_last(
+    model: nn.Module, tokens: Tensor, scenes: Tensor, mask: Tensor
+) -> Bool[Tensor, "layers batch parents"] | None:
+    """Which sparse tokens the last token of each question opens, in layers that magnify; None without a magnifier."""
     if not isinstance(model, LSceneLLM) or model.magnifier is None:
-        return 0.0
+        return None
     reading, place = model.read(tokens, scenes, mask=mask)
     last = place.gather(1, mask.sum(1, keepdim=True) - 1)
-    shares: list[Any] = []
     opened = model.magnifier.opened(reading)
-    for number in sorted(opened)[:-1]:  # nobody reads what the last layer opens
-        rows = opened[number].gather(1, last[..., None].expand(-1, -1, opened[number].shape[2]))
-        shares.append(rows.float().mean())
-    return float(torch.stack(shares).mean())
+    read = [opened[number] for number in sorted(opened)[:-1]]  # nobody reads what the last layer opens
+    return torch.stack([rows.gather(1, last[..., None].expand(-1, -1, rows.shape[2]))[:, 0] for rows in read])

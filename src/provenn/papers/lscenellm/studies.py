@@ -7,11 +7,15 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from provenn.papers.lscenellm.rivals import ROOM, opened_share
+from provenn.data.rooms import THINGS, Room
+from provenn.ops.point_sampling import nearest_points
+from provenn.papers.lscenellm.rivals import ROOM, opened_by_last, opened_share
 from provenn.tasks import Task, TaskData, fingerprint, get_task
 from provenn.tasks.base import device_of
+from provenn.tasks.multimodal_chat import padded
 from provenn.tasks.scene_question_answering import Scenes, answers, exact_match, join_scenes
 from provenn.training import Fit, Hardware, Recipe, fit
 
@@ -135,11 +139,92 @@ def small_in_own_rooms(model: nn.Module, data: TaskData) -> float:
 def opened(model: nn.Module, data: TaskData) -> float:
     """Mean share of regions that the last token of a question opens."""
     asked: Any = data.test
-    here = device_of(model)
-    rows = [asked[row] for row in range(min(ASKED_AT_ONCE, len(asked)))]
-    tokens = asked.chat_tokens
-    prompts = [tokens.prompt(talk) for talk in asked.conversations[: len(rows)]]
-    width = max(map(len, prompts))
-    texts = torch.tensor([[*prompt, *[tokens.pad] * (width - len(prompt))] for prompt in prompts])
-    mask = torch.arange(width) < torch.tensor([len(prompt) for prompt in prompts])[:, None]
-    return opened_share(model, texts.to(here), torch.stack([scene for scene, *_ in rows]).to(here), mask.to(here))
+    return opened_share(model, *(part.to(device_of(model)) for part in _prompts(asked, range(ASKED_AT_ONCE))))
+
+
+def _prompts(asked: Any, rows: range) -> tuple[Tensor, Tensor, Tensor]:
+    """Questions without their answers: tokens, scenes, and where the tokens are no padding."""
+    rows = rows[: max(0, len(asked) - rows.start)]
+    prompts = [asked.chat_tokens.prompt(asked.conversations[row]) for row in rows]
+    texts, mask = padded(prompts, asked.chat_tokens.pad)
+    return texts, torch.stack([asked.scene(row) for row in rows]), mask
+
+
+def target(asked: str, kind: str, rooms: Sequence[Room]) -> int:
+    """Number of the thing that a question asks about, as the points of its scene say of which thing they are.
+
+    A lid is of its box. The room is named by its floor, and where the floor is asked for by its ball.
+
+    Raises:
+        ValueError: no room of the scene is named so.
+    """
+    thing = {"small": "ball", "part": "box", "large": "box", "floor": "floor"}[kind]
+    names = [f"{room.ball} ball" if kind == "floor" else room.named for room in rooms]
+    number = next((k for k, name in enumerate(names) if f" room with the {name} ?" in asked), None)
+    if number is None:
+        raise ValueError(f"no room of {', '.join(names)} is named in {asked!r}")
+    return number * len(THINGS) + THINGS.index(thing)
+
+
+def showing(
+    labels: Int[Tensor, "batch points"],
+    points: Float[Tensor, "batch points 3"],
+    centres: Float[Tensor, "batch parents 3"],
+    wanted: Int[Tensor, " batch"],
+    neighbourhood: int,
+) -> Int[Tensor, " batch"]:
+    """The region that shows most of a thing: most of its points are among the nearest of that sparse token.
+
+    Args:
+        labels: of which thing each point is.
+        points, centres: of each scene, and of its sparse tokens.
+        wanted: which thing.
+        neighbourhood: how many nearest points dense tokens are made of.
+    """
+    around = nearest_points(points, centres, min(neighbourhood, points.shape[1]))
+    seen = labels[:, None].expand(-1, around.shape[1], -1).gather(2, around)
+    return (seen == wanted[:, None, None]).sum(2).argmax(1)
+
+
+def found(model: nn.Module, data: TaskData) -> dict[str, float]:
+    """How often a question opens the region that shows what it asks about, and which share of regions it opens.
+
+    `hit` is the share of questions whose last token has that region open, the mean over layers that magnify. Opened by
+    lot, a region is open as often as the `share` of regions is. Both are 0 of a reader that opens nothing, or whose
+    sparse tokens have no places.
+    """
+    asked: Any = data.test
+    reader: Any = model
+    hits: list[Tensor] = []
+    shares: list[Tensor] = []
+    for start in range(0, len(asked), ASKED_AT_ONCE):
+        texts, scenes, mask = (
+            part.to(device_of(model)) for part in _prompts(asked, range(start, start + ASKED_AT_ONCE))
+        )
+        seen = opened_by_last(model, texts, scenes, mask)
+        centres = reader.tokenise(scenes).centres
+        if seen is None or seen.shape[2] != centres.shape[1]:
+            return {"hit": 0.0, "share": 0.0}
+        talks = asked.conversations[start : start + ASKED_AT_ONCE]
+        wanted = torch.tensor(
+            [
+                target(talk.exchanges[0].asked, talk.exchanges[0].kind, asked.clouds[talk.images[0]].rooms)
+                for talk in talks
+            ],
+            device=scenes.device,
+        )
+        region = showing(scenes[..., -1].long(), scenes[..., :3], centres, wanted, reader.sizes["neighbourhood"])
+        hits.append(seen[:, torch.arange(len(talks), device=region.device), region].float().mean(0))
+        shares.append(seen.float().mean((0, 2)))
+    return {"hit": float(torch.cat(hits).mean()), "share": float(torch.cat(shares).mean())}
+
+
+def hit(model: nn.Module, data: TaskData) -> float:
+    """Share of questions that open the region of what they ask about."""
+    return found(model, data)["hit"]
+
+
+def hit_over_lot(model: nn.Module, data: TaskData) -> float:
+    """The same less the share of regions that is open, which is what a lot would reach."""
+    both = found(model, data)
+    return both["hit"] - both["share"]

@@ -10,6 +10,7 @@ from provenn.core.cost import count_parameters
 from provenn.evidence import Measurement, Run, Study, Table, Timing, measures
 from provenn.papers.s2lic.model import SMALL, LatentCoder, Sizes, s2lic
 from provenn.papers.s2lic.studies import (
+    BEGUN,
     CODECS,
     CODERS,
     ONE,
@@ -18,10 +19,12 @@ from provenn.papers.s2lic.studies import (
     Serial,
     Side,
     Sweeping,
+    begun,
     codec,
     folds,
     latents,
     swept,
+    unseen,
 )
 from provenn.training import Recipe
 
@@ -38,21 +41,38 @@ ENTROPY = Study(
     columns={"parameters": lambda part: count_parameters(part())},
     note="The transform is frozen: all entropy models code the same latents.",
 )
-CODECS_AT_RATES = Study(
-    "codecs",
+TRANSFORMS = Study(
+    "transforms",
     Sweeping(),
     data=folds,
-    variants=CODECS,
+    variants={part: CODECS[part] for part in ("full", "convolutions", "no dense")},
     build=codec,
+    recipe=Recipe(epochs=16, batch_size=4, optimizer="adam", schedule="onecycle", clip=1.0),
+    lrs=(3e-4, 1e-3, 3e-3),
+    smoke=Recipe(epochs=1, max_steps=2, batch_size=2, optimizer="adam"),
+    kind="codec",
+    about="crops of 64×64 pixels of six photographs to train on, squares of 256×256 of two others to test",
+    columns={"parameters": lambda part: count_parameters(codec(part))},
+    note="λ 0.013.",
+)
+CODECS_AT_RATES = Study(
+    "codecs upon one transform",
+    Sweeping(),
+    data=unseen,
+    variants=BEGUN,
+    build=begun,
     recipe=Recipe(epochs=4, batch_size=4, optimizer="adam", schedule="onecycle", clip=1.0),
     lrs=(3e-4, 1e-3, 3e-3),
     smoke=Recipe(epochs=1, max_steps=2, batch_size=2, optimizer="adam"),
     probes=PROBES,
     trained=swept,
     kind="codec",
-    about="crops of 64×64 pixels of six photographs to train on, squares of 256×256 of two others to test",
-    columns={"parameters": lambda part: count_parameters(codec(part))},
-    note="λ 0.013; for the BD-rates, whose anchor is JPEG, copies are tuned for 100 steps to 0.004 and 0.04.",
+    about=(
+        "crops of 64×64 pixels of five photographs to train on, two squares of 256×256 of each of three others to test"
+    ),
+    columns={"parameters": lambda part: count_parameters(begun(part))},
+    note="All begin with the transform that ships, and learn it further with an entropy model that is drawn. λ 0.013; "
+    "copies are tuned for 100 steps to 0.004 and 0.001. The anchor is JPEG.",
 )
 
 
@@ -116,8 +136,8 @@ EXPERIMENTS = {
     "decodes_faster_than_serial": STEPS_TIME.against("two passes a slice", "serial context"),
     "faster_at_paper_size": FULL_TIME.against("S2LIC", "channel-only"),
     "faster_than_serial_at_paper_size": FULL_TIME.against("S2LIC", "serial context"),
-    "swin_over_convolutions": CODECS_AT_RATES.against("full", "convolutions"),
-    "dense_block_helps": CODECS_AT_RATES.against("full", "no dense"),
+    "swin_over_convolutions": TRANSFORMS.against("full", "convolutions"),
+    "dense_block_helps": TRANSFORMS.against("full", "no dense"),
     "bd_rate_psnr": CODECS_AT_RATES.against("full", "channel", metric="BD-rate in PSNR"),
     "bd_rate_ms_ssim": CODECS_AT_RATES.against("full", "channel", metric="BD-rate in MS-SSIM"),
 }
