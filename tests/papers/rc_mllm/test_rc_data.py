@@ -21,6 +21,7 @@ from provenn.papers.rc_mllm.scores import is_right
 from provenn.papers.rc_mllm.task import (
     TASK,
     Regions,
+    builder,
     grounding,
     read_entries,
     read_samples,
@@ -547,12 +548,17 @@ def test_known_and_new_names_and_pictures_are_chosen_each_by_itself():
     assert not set(names_of("val")) & (known | new)
 
 
-def test_tiles_of_a_test_are_of_other_glyphs_and_its_looks_tell_its_objects_apart():
-    """The same draws on another split give other pixels, and every object of a scene looks like no other."""
-    train, test = (build_tiles(split, 5, 12) for split in ("train", "test"))
-    inside = np.s_[:, 8:55, 8:55]
-    assert not np.array_equal(train[0][inside], test[0][inside])
-    for sample in test[1]:
+def test_tiles_of_a_split_are_painted_with_its_glyphs(monkeypatch):
+    painted, paint = [], builder._scene
+    monkeypatch.setattr(builder, "_scene", lambda split, *rest: painted.append(split) or paint(split, *rest))
+    for split in ("train", "val", "test"):
+        build_tiles(split, 71, 3)
+        assert set(painted) == {split}
+        painted.clear()
+
+
+def test_objects_of_tiles_differ_and_what_is_not_there_is_in_no_text():
+    for sample in build_tiles("test", 0, 200)[1]:
         named = [dict(look)["colour"] + dict(look)["noun"] for look in sample.looks]
         assert len(set(named)) == len(named)
         values = [value for entry in sample.entries for _, value in entry.facts]

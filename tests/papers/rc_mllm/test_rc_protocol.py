@@ -132,6 +132,7 @@ def test_entries_in_another_order_are_cited_as_before(order):
         named = [entries_[number - 1].text for number in citations(answer) if number <= 3]
         assert named == ["dog 3", "dog 2"]
     assert second.entries[second.about - 1].text == "dog 3" and citations(second.answer)[-1] == 9
+    assert second.entries[citations(second.question)[0] - 1].text == "dog 1"  # the question names entries too
     back = reorder(second, [list(order).index(k) for k in range(3)])
     assert back == first
 
@@ -148,6 +149,7 @@ def test_controls_change_boxes_alone():
     moved = with_permuted_boxes(one)
     assert [entry.box for entry in moved.entries] == [one.entries[k].box for k in (1, 2, 0)]
     assert [entry.text for entry in moved.entries] == [entry.text for entry in one.entries]
+    assert (moved.about, moved.answer, moved.question) == (one.about, one.answer, one.question)
     assert [entry.text for entry in by_place(one).entries] == ["dog 1", "dog 2", "dog 3"]
     assert citations(by_place(one).answer)[:2] == [3, 2]
 
