@@ -233,3 +233,35 @@ def test_an_untuned_model_sees_pictures_alone(data, monkeypatch):
     seen.clear()
     fit = in_stages(lambda: Binder(Variant("boxes", tuned=False)), TASK, data, recipe)
     assert [name for name, *_ in seen] == ["pictures alone"] and fit.metrics == {"accuracy": 0.25}
+
+
+def test_the_rule_of_counts_refuses_where_fewer_than_two_texts_tell():
+    def row(text):
+        tokens = [studies.IMAGE] * 2 + [studies.CHARACTERS.index(c) for c in text]
+        return torch.tensor(tokens + [studies.PAD] * (60 - len(tokens)))
+
+    texts = ("[1](2547)ab$3;[2](0134)cd;[3](6189)$7;?4n=", "[1](2547)$3;[2](0134)cd;[3](6189)$7;?4n=")
+    prices = ("[1](2547)ab;[2](0134)cd;[3](6189)$7;?4$=",)
+    for some, share in ((texts[:1], 0.0), (texts[1:], 1.0), (texts, 0.5), (prices, 1.0)):
+        assert studies.refused_by_counts(TensorDataset(torch.stack([row(text) for text in some]))) == share
+
+
+def test_refusals_that_only_count_texts_gain_nothing(monkeypatch):
+    data = studies.binding_data(0, True)
+    rule = {kind: studies.refused_by_counts(studies._probed(kind, data)) for kind in ("V2C-none", "V2C")}
+    assert rule["V2C-none"] > rule["V2C"]
+    for shares, gain in ((rule, 0.0), ({"V2C-none": 1.0, "V2C": 1.0}, rule["V2C"] - rule["V2C-none"])):
+        asked = iter((shares["V2C-none"], shares["V2C"]))
+        monkeypatch.setattr(studies, "refused", lambda model, rows, asked=asked: next(asked))
+        assert studies.refusals_over_counts(None, data) == pytest.approx(gain)
+
+
+@pytest.mark.parametrize(("word", "share"), [("!", 1.0), ("[", 0.0)])
+def test_a_refusal_is_told_by_its_first_word(word, share):
+    class Says(torch.nn.Module):
+        def forward(self, tokens, *rest):
+            return torch.nn.functional.one_hot(torch.full_like(tokens, CHARACTERS.index(word)), len(CHARACTERS)).float()
+
+    model = Says()
+    model.register_parameter("none", torch.nn.Parameter(torch.zeros(1)))
+    assert studies.refused(model, studies._probed("V2C", binding_data(0, True))) == share

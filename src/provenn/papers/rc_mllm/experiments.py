@@ -24,6 +24,7 @@ from provenn.papers.rc_mllm.studies import (
     in_stages,
     lookup_gain,
     network,
+    refusals_over_counts,
     spread_of_orders,
 )
 from provenn.papers.rc_mllm.task.tokens import RegionWords
@@ -48,6 +49,7 @@ BINDING = Study(
         "citation F1": citation_f1,
         "spread of orders": spread_of_orders,
         "false answers": answered_falsely,
+        "refusals over counts": refusals_over_counts,
         "look-up over text": lookup_gain,
     },
     trained=in_stages,
@@ -64,6 +66,7 @@ EXPERIMENTS: dict[str, Any] = {
     "follows_moved_boxes": BINDING.figure("boxes", metric="boxes moved"),
     "order_matters_little": BINDING.figure("boxes", metric="spread of orders"),
     "no_boxes_no_binding": BINDING.figure("boxes", metric="boxes left out"),
+    "refuses_over_counts": BINDING.figure("boxes", metric="refusals over counts", shown=("crops",)),
     "tuned_v2c": BINDING.against("boxes", "before", metric="V2C", may_guess="an untuned model never saw an entry"),
     "tuned_c2v": BINDING.against("boxes", "before", metric="C2V", may_guess="an untuned model never saw an entry"),
     "tuned_v2c_none": BINDING.against(

@@ -13,6 +13,7 @@ Training reads twelve questions about each scene after its entries. A test asks 
 no other.
 """
 
+import re
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -55,6 +56,8 @@ RECIPE = Recipe(
 )  # fmt: skip
 PLAIN_SHARE = 0.25  # of the epochs: on the picture alone, before the tuning
 ONE_CPU = Hardware()
+TOLD = re.compile(r"\[(\d)\]\(.{4}\)([a-m]{2})?(\$\d)?;")  # an entry's number, name and price
+KEY = re.compile(r"\?\d([n$])=")  # what is asked of a text
 
 
 class Variant(NamedTuple):
@@ -542,6 +545,32 @@ def spread_of_orders(model: Any, data: TaskData) -> float:
 def answered_falsely(model: Any, data: TaskData) -> float:
     """The share of unanswerable questions that are answered."""
     return 1 - float(np.mean([accuracy_of(kind, "", model, data) for kind in ("V2C-none", "C2V-none")]))
+
+
+@torch.no_grad()
+def refused(model: Any, rows: TensorDataset) -> float:
+    """The share of questions to which the first word is a refusal."""
+    inputs = [part.to(device_of(model)) for part in rows.tensors[:6]]
+    first = (inputs[1] != IGNORED).int().argmax(dim=1)
+    told = model(*inputs).argmax(dim=-1)[torch.arange(len(first), device=first.device), first]
+    return float((told == CHARACTERS.index("!")).double().mean())
+
+
+def refused_by_counts(rows: TensorDataset) -> float:
+    """Likewise of a rule that sees no picture and no box: it refuses where fewer than two texts tell what is asked."""
+    said = ["".join(CHARACTERS[n] for n in row if n < len(CHARACTERS)) for row in rows.tensors[0].tolist()]
+    told = [
+        [name if key == "n" else price for _, name, price in TOLD.findall(text)]
+        for text in said
+        for key in KEY.findall(text)
+    ]
+    return float(np.mean([sum(map(bool, each)) < 2 for each in told]))
+
+
+def refusals_over_counts(model: Any, data: TaskData) -> float:
+    """The share of unanswerable questions to texts that is refused, less that of others, beyond what the rule has."""
+    none, asked = _probed("V2C-none", data), _probed("V2C", data)
+    return refused(model, none) - refused(model, asked) - (refused_by_counts(none) - refused_by_counts(asked))
 
 
 @torch.no_grad()
