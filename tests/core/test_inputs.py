@@ -114,6 +114,7 @@ OPENS = {
     "data/cifar.py": "np.fromfile, behind check_file",
     "papers/lambda_pnn/task/rasters.py": "rasterio and NumPy, behind check_file",
     "papers/ms_guided_attention/task/volumes.py": "nibabel and pydicom, behind check_file; 132 bytes of a file",
+    "papers/rc_mllm/task/library.py": "NumPy, the faces that scikit-image ships",
     "papers/s2lic/task/metrics.py": "what Pillow wrote to memory",
     "papers/temporal_residual_diffusion/task/files.py": "NumPy, HDF5 and lines, behind check_file",
     "papers/temporal_residual_diffusion/task/sequences.py": "NumPy, behind check_file",
