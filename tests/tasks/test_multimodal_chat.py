@@ -28,6 +28,7 @@ from provenn.tasks.multimodal_chat import (
     fitted,
     join_chats,
     likelihoods,
+    spoken,
     write,
 )
 from provenn.tasks.visual_question_answering import answer, answers, by_words, floors
@@ -332,7 +333,7 @@ def test_questions_are_answered_in_words_or_among_choices(root, capsys):
     model, file = chat(), str(root / "1.png")
     said = CHAT.predict(model, META, [file, "What is it?"], root / "told.csv")
     rows = list(csv.DictReader((root / "told.csv").open()))
-    assert rows[0]["question"] == "What is it?" and rows[0]["answer"] == said.split("\n")[0]
+    assert rows[0]["question"] == "What is it?" and spoken(rows[0]["answer"]) == said.split("\n")[0]
     first = VQA.predict(model, META, [file, "What?", "Is it red?"], None)
     assert len(first.splitlines()) == 2
     # Each question of the scored form stands by itself, of a conversation it goes on.
