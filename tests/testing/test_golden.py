@@ -43,8 +43,8 @@ def test_every_official_repository_has_a_case_of_its_newest_commit_with_code():
         assert {f"{repository}@{commit}" for repository, commit in newest.items()} <= sources, file.name
 
 
-# Whose repository holds a README alone (37dc80b, its one commit); its own tests compare it with transformers'.
-NO_CODE = {"dimap"}
+# Whose repositories hold a README and figures alone; their own tests compare outputs and gradients with transformers'.
+NO_CODE = {"dimap", "rc_mllm"}
 
 
 def test_every_paper_that_takes_official_weights_has_golden_values():

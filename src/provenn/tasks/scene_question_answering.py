@@ -32,6 +32,8 @@ from provenn.data.clouds import SUFFIXES, Cloud, cloud_of, read_cloud
 from provenn.data.conversations import Conversation, Exchange
 from provenn.data.point_features import FEATURES as FEATURES
 from provenn.data.point_features import point_features, sampled
+from provenn.data.rooms import THINGS as THINGS
+from provenn.data.rooms import Room as Room
 from provenn.data.rooms import Rooms, composed_rooms, room_words
 from provenn.data.scene_questions import read_scene_questions
 from provenn.data.tables import check_table, read_table, write_table

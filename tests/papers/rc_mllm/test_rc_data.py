@@ -16,7 +16,7 @@ from provenn.core.box_text import Box, write_box
 from provenn.core.errors import UserError
 from provenn.nn.vision_language import small_vision_language_model
 from provenn.papers.rc_mllm import citations, rc_mllm_small, to_sharegpt
-from provenn.papers.rc_mllm.protocol import pixels_of, what_is_said
+from provenn.papers.rc_mllm.protocol import KINDS, pixels_of, what_is_said
 from provenn.papers.rc_mllm.scores import is_right
 from provenn.papers.rc_mllm.task import (
     TASK,
@@ -82,7 +82,7 @@ def test_what_cannot_be_answered_is_not_told_by_its_wording():
     """Counts of words of the question, which see no context, are at chance."""
     asked = {}
     for split in ("train", "test"):
-        _, found = build_samples(split, count=400 if split == "train" else 200, names="train", steps=0)
+        _, found = build_samples(split, count=400 if split == "train" else 200, names="train", kinds=KINDS)
         pairs = (("V2C", "V2C-none"), ("C2V", "C2V-none"))
         asked[split] = [
             [(s.question, str(s.kind == none)) for s in found if s.kind in (kind, none)] for kind, none in pairs
@@ -95,7 +95,7 @@ def test_what_cannot_be_answered_is_not_told_by_its_wording():
 
 
 def test_orders_hold_the_same_question():
-    _, found = build_samples("test", count=5, steps=0, orders=3)
+    _, found = build_samples("test", count=5, kinds=KINDS, orders=3)
     for start in range(0, len(found), 3):
         one, *others = found[start : start + 3]
         assert all(other.question == one.question for other in others)
@@ -165,7 +165,7 @@ def test_digits_and_marks_are_tokens_of_their_own():
 
 
 def test_scored_tokens_do_not_depend_on_the_prompt():
-    _, found = build_samples("val", count=4, steps=0)
+    _, found = build_samples("val", count=4, kinds=KINDS)
     meta = {
         "words": region_words(),
         "longest": 420,
@@ -586,7 +586,7 @@ def test_what_nothing_answers_on_tiles_is_not_told_by_its_wording():
 def test_how_far_texts_alone_tell_what_nothing_answers_is_said():
     """The README's figures, of 200 scenes."""
     assert refusals_by_texts(build_tiles("test", 0, 200)[1]) == (pytest.approx(0.92), 0.0)
-    found = refusals_by_texts(build_samples("test", 0, 200, steps=0)[1])
+    found = refusals_by_texts(build_samples("test", 0, 200, kinds=KINDS)[1])
     assert found == (pytest.approx(0.79), pytest.approx(0.28))
 
 

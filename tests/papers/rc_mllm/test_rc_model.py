@@ -81,14 +81,14 @@ def theirs():
     return model
 
 
-@torch.no_grad()
-def test_logits_are_those_of_transformers():
+def test_logits_and_gradients_are_those_of_transformers():
     model = theirs()
     state = {name: value for name, value in model.state_dict().items() if name != "lm_head.weight"}
     name, options, ours = convert(state, heads=2, vision_heads=2, sections=(2, 3, 3), image_token=50)
     assert name == "rc_qwen2_vl_2b" and (options["vision_dim"], options["kv_heads"]) == (16, 1)
     system = rc_qwen2_vl_2b(**options, min_pixels=64, max_pixels=64 * 64).eval()
     system.load_state_dict(ours)
+    system.requires_grad_(True)
     pictures = torch.randn(2, 3, 16, 24)
     patches, grids = cut_patches(list(pictures), 4, min_pixels=64)
     count = int(grids[0].prod()) // 4
@@ -98,6 +98,14 @@ def test_logits_are_those_of_transformers():
     expected = model(tokens, pixel_values=patches, image_grid_thw=grids, mm_token_type_ids=types).logits
     got = system.model(tokens, patches, grids=grids)
     assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4)
+    by = torch.randn(expected.shape)
+    for logits in (expected, got):
+        (logits * by).sum().backward()
+    wanted = {name: p.grad for name, p in model.named_parameters() if name != "lm_head.weight"}
+    _, _, wanted = convert(wanted, heads=2, vision_heads=2, sections=(2, 3, 3), image_token=50)
+    for name, parameter in system.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.allclose(parameter.grad, wanted[name], rtol=1e-3, atol=1e-3 * wanted[name].abs().max()), name
     # With one placeholder a picture, which is how conversations have it.
     short = torch.tensor([[1, 2, 51, 50, 52, 3, 4], [7, 51, 50, 52, 8, 9, 5]])
     assert torch.allclose(system(short, pictures)[:, -2:], expected[:, -2:], rtol=1e-4, atol=1e-4)

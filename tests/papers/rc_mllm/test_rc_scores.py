@@ -17,6 +17,7 @@ from provenn.papers.rc_mllm import (
     refusal_rates,
     reorder,
 )
+from provenn.papers.rc_mllm.protocol import KINDS
 from provenn.papers.rc_mllm.scores import CitationCounts, is_right
 from provenn.papers.rc_mllm.task import score_answers, summarise
 from provenn.papers.rc_mllm.task.builder import build_samples, values
@@ -60,7 +61,7 @@ def test_a_citation_ties_what_names_no_object():
 
 
 def test_every_builder_sample_has_an_oracle_in_any_order():
-    _, samples = build_samples("val", count=12, steps=0)
+    _, samples = build_samples("val", count=12, kinds=KINDS)
     described = [sample for sample in samples if sample.kind == "RCID"]
     assert len(described) == 12
     for sample in described:
@@ -178,7 +179,7 @@ def test_refusals_are_counted_both_ways():
 
 
 def test_options_in_another_order_change_no_oracles_score():
-    _, samples = build_samples("val", count=12, steps=0, kinds=("V2C", "V2C-none"))
+    _, samples = build_samples("val", count=12, kinds=("V2C", "V2C-none"))
     for order in ((0, 1, 2), (2, 0, 1)):
         choices = [as_choice(sample, ["nobody", "the cellar"], order) for sample in samples]
         told = [f"({chr(65 + choice.right)})" for choice in choices]
@@ -190,7 +191,7 @@ def test_options_in_another_order_change_no_oracles_score():
 
 
 def test_scores_of_a_test_are_those_of_the_oracle_and_of_silence():
-    _, samples = build_samples("test", count=6, steps=0, orders=3)
+    _, samples = build_samples("test", count=6, kinds=KINDS, orders=3)
     perfect = summarise(score_answers([sample.answer for sample in samples], samples))
     ones = {name: value for name, value in perfect.items() if value != 1}
     assert ones == {"uncited": 0.0, "false_refusal": 0.0, "order_spread": 0.0}
@@ -203,6 +204,6 @@ def test_scores_of_a_test_are_those_of_the_oracle_and_of_silence():
 
 
 def test_the_spread_is_of_the_three_orders():
-    _, samples = build_samples("test", count=8, steps=0, orders=3, kinds=("V2C",))
+    _, samples = build_samples("test", count=8, kinds=("V2C",), orders=3)
     said = [sample.answer if number % 3 else "no" for number, sample in enumerate(samples)]
     assert summarise(score_answers(said, samples))["order_spread"] == 1

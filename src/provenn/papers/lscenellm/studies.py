@@ -10,13 +10,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from provenn.data.rooms import THINGS, Room
 from provenn.ops.point_sampling import nearest_points
 from provenn.papers.lscenellm.rivals import ROOM, opened_by_last, opened_share
 from provenn.tasks import Task, TaskData, fingerprint, get_task
 from provenn.tasks.base import device_of
 from provenn.tasks.multimodal_chat import padded
-from provenn.tasks.scene_question_answering import Scenes, answers, exact_match, join_scenes
+from provenn.tasks.scene_question_answering import THINGS, Room, Scenes, answers, exact_match, join_scenes
 from provenn.training import Fit, Hardware, Recipe, fit
 
 KINDS = ("small", "part", "large", "floor")  # whose answers are one word

@@ -478,7 +478,7 @@ def _drawn(
         seed,
         SCENES[split] if count is None else count,
         names=names or None,
-        steps=0 if tested and orders is None else steps,
+        kinds=KINDS if tested and orders is None else (*KINDS, *STEPS[:steps]),
         cite=cite,
         same_category=same_category,
         orders=orders or (ORDERS if split == "test" else 1),

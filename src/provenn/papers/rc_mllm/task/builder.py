@@ -117,24 +117,22 @@ def build_samples(
     count: int | None = None,
     *,
     names: Split | None = None,
-    steps: int = 2,
+    kinds: tuple[str, ...] = (*KINDS, *STEPS[:2]),
     cite: bool = True,
     same_category: bool = False,
     orders: int = 1,
-    kinds: tuple[str, ...] = KINDS,
 ) -> tuple[UInt8[np.ndarray, "scenes side side 3"], tuple[Sample, ...]]:
     """Scenes as pixels, and samples of every kind about each, with their entries in an order that is drawn.
 
     Args:
         split, seed, count: of the scenes, as in `composed_scenes`. Their pairs of words are those of the training.
         names: whose names are used. Default: `split`.
-        steps: single steps about each scene.
+        kinds: of the questions about each scene; single steps are such a kind.
         cite: whether answers cite, and prompts ask for it.
         same_category: keep the scenes alone in which every entry has the same category.
         orders: how many orders of the entries each sample is given in, one after the other.
-        kinds: of the questions.
 
-    >>> pixels, samples = build_samples("val", count=2, steps=0)
+    >>> pixels, samples = build_samples("val", count=2)
     >>> len(pixels), samples[0].kind, len(samples[0].entries) > 1
     (2, 'V2C', True)
     """
@@ -148,7 +146,7 @@ def build_samples(
         if same_category and len({entry.category for entry in entries}) > 1:
             continue
         others = [each for k, some in enumerate(facts) if k != number for each in some]
-        made = [_sample(kind, number, scene, facts[number], entries, others, rng) for kind in (*kinds, *STEPS[:steps])]
+        made = [_sample(kind, number, scene, facts[number], entries, others, rng) for kind in kinds]
         for sample in made:
             if sample is None:
                 continue
