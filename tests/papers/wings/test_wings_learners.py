@@ -12,6 +12,7 @@ from provenn.core.finite import is_finite
 from provenn.nn.decoder import Decoder, RotaryPositions
 from provenn.nn.positions import rotation, turn
 from provenn.nn.vision_language import MLPProjector, VisionLanguageModel
+from provenn.papers.wings import layers
 from provenn.papers.wings.adapter import (
     add_textual,
     attach,
@@ -357,6 +358,17 @@ def test_a_row_keeps_its_image_while_another_gets_one():
     assert torch.allclose(reading.hidden[0], whole.hidden[0, -6:], atol=1e-10)
 
 
+def test_what_an_earlier_reading_lacked_stays_out_where_all_get_an_image():
+    model, given = make(), images(3)
+    tokens, mask = tokens_of("ab****cd****", "abcdefgh****")
+    with torch.no_grad():
+        first = model.read(tokens[:, :6], given[:1], mask=mask[:, :6], state=model.decoder.init_state(2))
+        both = model.read(tokens[:, 6:], given[1:], mask=mask[:, 6:], state=first.state)
+        first = model.read(tokens[1:, :6], state=model.decoder.init_state(1))
+        alone = model.read(tokens[1:, 6:], given[2:], state=first.state)
+    assert torch.allclose(both.hidden[1:], alone.hidden, atol=1e-10)
+
+
 def test_caches_of_short_texts_hold_no_leftovers_of_memory():
     """A check for finite answers sees their free room: a question of a few words was refused by chance."""
     model, before = make(), torch.are_deterministic_algorithms_enabled()
@@ -386,6 +398,29 @@ def test_long_texts_are_read_in_pieces_of_masks():
     tokens[0, 280:284] = IMAGE
     whole = model(tokens, images(1))
     assert torch.allclose(model(tokens[:, :500], images(1)), whole[:, :500], atol=1e-10)
+
+
+@pytest.mark.parametrize("released", [False, True])
+@pytest.mark.parametrize("system", [0, 2])
+@pytest.mark.parametrize(
+    "rows", [("abc****defghijk****lmn", "gh****ij.............."), ("abcdefghij", "klm......."), ("****abcdef",)]
+)
+def test_pieces_of_any_length_give_the_same_answers_and_gradients(monkeypatch, rows, system, released):
+    """What a piece of the queries cannot see is not multiplied, in a batch whose rows see differently far."""
+    tokens, mask = tokens_of(*rows)
+    count = sum(row.count("*") for row in rows) // FEATURES
+    found = []
+    for length in (1, 2, 3, 5, 100):
+        monkeypatch.setattr(layers, "ROWS", length)
+        model = make(system_length=system, as_released=released)
+        logits = model(tokens, images(count) if count else None, mask=mask)[mask]
+        weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        learned = [each for each in learner_parameters(model).values() if each.requires_grad]
+        gradients = torch.autograd.grad((logits * weights).sum(), learned, materialize_grads=True)
+        found.append([logits.detach(), *gradients])
+    for other in found[:-1]:
+        for one, expected in zip(other, found[-1], strict=True):
+            torch.testing.assert_close(one, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_fixed_routing_is_a_half_each():

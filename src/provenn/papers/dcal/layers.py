@@ -6,7 +6,9 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
+from provenn.nn.attention import split_heads
 from provenn.nn.vit import Block, Tokens
 from provenn.ops.softmax_attention import softmax_attention
 
@@ -59,6 +61,8 @@ class GlobalLocalBlock(Block):
         u ← u + W_o softmax(Q(u) K(x)ᵀ / √d) V(x);   u ← u + MLP(LN u)
 
     A query sees no other query. So what a token becomes here does not depend on which others were chosen beside it.
+    Where there is but one, no key or value is made: with q · (K x + b) = (Kᵀ q) · x + q · b, whose last part no softmax
+    sees, and Σ_i α_i (V x_i + b) = V (Σ_i α_i x_i) + b, each map is applied once in the place of once a token.
 
     Args: as in `Block`.
 
@@ -66,8 +70,20 @@ class GlobalLocalBlock(Block):
     """
 
     def forward(self, u: Float[Tensor, "batch chosen dim"], x: Tokens) -> Float[Tensor, "batch chosen dim"]:  # type: ignore[override]  # of two inputs
-        u = u + self.keep(self.attn(self.norm1(u), self.norm1(x)))
+        attend = self._attend_once if u.shape[1] == 1 else self.attn
+        u = u + self.keep(attend(self.norm1(u), self.norm1(x)))
         return u + self.keep(self.mlp(self.norm2(u)))
+
+    def _attend_once(self, u: Float[Tensor, "batch 1 dim"], x: Tokens) -> Float[Tensor, "batch 1 dim"]:
+        attn, heads, dim = self.attn, self.attn.heads, u.shape[-1]
+        to_query, to_key, to_value = attn.qkv.weight.split(dim)
+        query_bias, _, value_bias = attn.qkv.bias.split(dim)
+        q = split_heads(F.linear(u, to_query, query_bias), heads)
+        asked = (q @ to_key.unflatten(0, (heads, -1)))[:, :, 0]  # dim numbers a head
+        weights = (asked @ x.mT * q.shape[-1] ** -0.5).softmax(dim=-1)
+        seen = weights @ x
+        values = (seen[:, :, None] @ to_value.unflatten(0, (heads, -1)).mT)[:, :, 0]
+        return attn.proj(values.flatten(1) + value_bias)[:, None]
 
 
 class Parts(NamedTuple):

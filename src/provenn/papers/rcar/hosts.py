@@ -39,10 +39,12 @@ HOSTS: tuple[str, ...] = get_args(Host)
 COSINE = ("mean", "max", "sum", "lse")  # SCAN's aggregations of cosines
 GLOBAL = ("sgr", "saf")  # SGRAF's, which have an alignment of the whole besides
 Regulators = Literal["rar", "rcr", "rcar"]
-# Numbers that a tensor of pairs holds where no gradient is wanted: 16 MiB, about a processor's cache, and 512 on a GPU.
-NUMBERS = {"cpu": 2**22}
+# Numbers that a tensor of pairs holds where no gradient is wanted: 4 MiB, which a processor's cache holds, and 512 on a
+# GPU. Padding of alignments is dear there, so fewer texts of like length are scored at a time.
+NUMBERS = {"cpu": 2**20}
 NUMBERS_ELSEWHERE = 2**27
-TOGETHER = 32  # texts of like length that are scored at a time
+ALIGNED_TOGETHER = {"cpu": 8}
+TOGETHER = 32
 OF_SGRAF = 9.0  # λ
 GRAPH_STEPS = 3
 
@@ -104,7 +106,7 @@ class Similarity(nn.Module):
         regions: R of each image, which SGRAF's batch norm wants to know.
         dropout: of RAR and SGRAF.
         numbers: that a tensor of pairs may hold where no gradient is wanted; the rest is done part by part. Default:
-            2²² on a CPU, and 2²⁷ elsewhere.
+            2²⁰ on a CPU, and 2²⁷ elsewhere.
 
     Shapes: regions (images, R, d), words (texts, W, d) to scores (images, texts).
 
@@ -222,15 +224,18 @@ class Similarity(nn.Module):
         """Images, texts, and the longest of these texts: texts of like length together, so that little is padding."""
         device = word_mask.device
         room = self.numbers or NUMBERS.get(device.type, NUMBERS_ELSEWHERE)
+        together = ALIGNED_TOGETHER.get(device.type, TOGETHER) if len(self.align) else TOGETHER
         places = torch.arange(1, word_mask.shape[1] + 1, device=device)
         lengths = (word_mask * places).amax(1) if len(places) else word_mask.sum(1)
         order = lengths.argsort(stable=True)
         images, known = torch.arange(len(region_mask), device=device), lengths[order].tolist()
-        for start in range(0, len(order), TOGETHER):
-            texts = order[start : start + TOGETHER]
+        for start in range(0, len(order), together):
+            texts = order[start : start + together]
             longest = max(1, known[start + len(texts) - 1])
-            queries = len(texts) * longest if self.mode == "t2i" else len(texts) * region_mask.shape[1]
-            step = max(1, room // (queries * self.embed_dim))
+            per_text = (longest, region_mask.shape[1]) if self.mode == "t2i" else (region_mask.shape[1], longest)
+            # Without alignments no tensor of pairs is as wide as a token: their scores are the largest.
+            width = self.embed_dim if len(self.align) else max(1, per_text[1])
+            step = max(1, room // max(1, len(texts) * per_text[0] * width))
             for first in range(0, len(images), step):
                 yield images[first : first + step], texts, longest
 

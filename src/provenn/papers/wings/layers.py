@@ -11,7 +11,6 @@ The vectors are those that the first layer reads, not hidden states, and keep th
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -105,8 +104,9 @@ class LowRankResidualAttention(nn.Module):
 
         Args:
             q, k, v: of `queries` and `keys_and_values`.
-            visible: which keys the queries from a first up to a last may attend to, (batch, queries or 1, other); by
-                default all. So no mask of tokens × keys exists at once.
+            visible: which keys the queries from a first up to a last may attend to, (batch, queries or 1, first keys);
+                none of them sees a key behind those. By default they see all. So no mask of tokens × keys exists at
+                once, and no score is made of keys that a part of the queries cannot see.
         """
         if visible is None:
             y = softmax_attention(q, k, v)
@@ -116,7 +116,8 @@ class LowRankResidualAttention(nn.Module):
                 mask = visible(start, min(start + ROWS, q.shape[2]))[:, None]
                 some = mask.any(dim=-1, keepdim=True)
                 # A softmax over nothing is NaN, in its gradient too: such a query sees all, and the answer is dropped.
-                part = softmax_attention(q[:, :, start : start + ROWS], k, v, mask=mask | ~some)
+                rows, seen = slice(start, start + ROWS), mask.shape[-1]
+                part = softmax_attention(q[:, :, rows], k[:, :, :seen], v[:, :, :seen], mask=mask | ~some)
                 parts.append(part.masked_fill(~some, 0))
             y = torch.cat(parts, dim=2)
         return self.out(y.transpose(1, 2).flatten(2))
@@ -205,6 +206,8 @@ class Gathered(NamedTuple):
         order: the number of each among all of its kind in its row, those before this reading too.
         there: False behind a row's last.
         turns: cosines and sines of their positions.
+        whole: whether all of them are there.
+        reach: how many of them stand before the end of each `ROWS` tokens, in the row that has most.
     """
 
     features: Float[Tensor, "batch kind dim"]
@@ -212,6 +215,8 @@ class Gathered(NamedTuple):
     order: Int[Tensor, "batch kind"]
     there: Bool[Tensor, "batch kind"]
     turns: Turns
+    whole: bool
+    reach: tuple[int, ...]
 
 
 class Streams(NamedTuple):
@@ -289,7 +294,12 @@ def _gather(x: Tensor, turns: Turns, flags: Tensor, places: Tensor | None = None
         part.expand(places.shape[0], -1, -1, -1).gather(2, index.expand(-1, -1, -1, part.shape[3])) for part in turns
     )
     order = there.cumsum(dim=1) - 1
-    return Gathered(features.masked_fill(~there[..., None], 0), places, order, there, (cos, sin))
+    # Places rise along a row, so what a row needs up to an end are its first.
+    ends = torch.arange(ROWS, x.shape[1] + ROWS, ROWS, device=x.device)
+    before = (there[..., None] & (places[..., None] < ends)).sum(dim=1).amax(dim=0)
+    *reach, missing = torch.cat([before, (~there).sum()[None]]).tolist()  # one transfer from a device
+    features = features.masked_fill(~there[..., None], 0)
+    return Gathered(features, places, order, there, (cos, sin), not missing, tuple(reach))
 
 
 class LearnerState(NamedTuple):
@@ -470,23 +480,33 @@ class WingsBlock(nn.Module):
         if keys is None or there is None:
             return None, state
 
-        # The authors' mask counts words where it means places: behind an image it shows words to come.
-        at = None if not causal or tokens is None else tokens.order if self.as_released else tokens.places
-        visible = partial(_visible, there, at)
+        visible = self._visible(tokens, there, causal)
         return learner.attend(learner.queries(x, context.shared.turns), *keys, visible), state
 
+    def _visible(
+        self, tokens: Gathered | None, there: Tensor, causal: bool
+    ) -> Callable[[int, int], Bool[Tensor, "batch rows first"]] | None:
+        """Which of the first keys queries may attend to: those that are there, and whose place has come; None for all.
 
-def _visible(there: Tensor, at: Tensor | None, start: int, end: int) -> Tensor:
-    """Which keys the queries from `start` up to `end` may attend to: those that are there, and whose place has come.
+        Args:
+            tokens: of which the last keys are; those before them were read earlier.
+            there: which keys are there.
+            causal: whether places matter.
+        """
+        if not causal or tokens is None:
+            return None if tokens is not None and tokens.whole and there is tokens.there else lambda *_: there[:, None]
+        # The authors' mask counts words where it means places: behind an image it shows words to come.
+        at = tokens.order if self.as_released else tokens.places
+        before = there.shape[1] - at.shape[1]
 
-    `at` are the places of the last keys; those before them were read earlier. None where places do not matter.
-    """
-    if at is None:
-        return there[:, None]
-    queries = torch.arange(start, end, device=there.device)[:, None]
-    before = there.shape[1] - at.shape[1]
-    come = F.pad(at[:, None] <= queries, (before, 0), value=True)
-    return there[:, None] & come
+        def visible(start: int, end: int) -> Tensor:
+            count = min(end, at.shape[1]) if self.as_released else tokens.reach[start // ROWS]
+            queries = torch.arange(start, end, device=there.device)[:, None]
+            come = F.pad(at[:, None, :count] <= queries, (before, 0), value=True)
+            # One key at least: a softmax over none is NaN.
+            return (there[:, None, : before + count] & come) if before + count else there.new_zeros(1, 1, 1)
+
+        return visible
 
 
 def _has_images(visual: Gathered | None, state: WingsState | None) -> Bool[Tensor, " batch"] | None:
