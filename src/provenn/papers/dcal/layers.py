@@ -61,8 +61,8 @@ class GlobalLocalBlock(Block):
         u ← u + W_o softmax(Q(u) K(x)ᵀ / √d) V(x);   u ← u + MLP(LN u)
 
     A query sees no other query. So what a token becomes here does not depend on which others were chosen beside it.
-    Where there is but one, no key or value is made: with q · (K x + b) = (Kᵀ q) · x + q · b, whose last part no softmax
-    sees, and Σ_i α_i (V x_i + b) = V (Σ_i α_i x_i) + b, each map is applied once in the place of once a token.
+    Where there is but one, no key or value is made, and each map is applied once in the place of once a token. For
+    q · (K x + b) = (Kᵀ q) · x + q · b, whose last part no softmax sees, and Σ_i α_i (V x_i + b) = V (Σ_i α_i x_i) + b.
 
     Args: as in `Block`.
 
