@@ -102,7 +102,7 @@ def _files(path: Path) -> dict[str, Path]:
 
 def _read(file: Path, images: Images, layout: str | None) -> Iterator[Conversation]:
     count = 0
-    for where, entry in _entries(file):
+    for where, entry in entries_of(file):
         if not isinstance(entry, dict):
             raise UserError(f"{where}: expected an object with a conversation or a question, got {str(entry)[:60]!r}")
         found = _layout_of(entry)
@@ -116,7 +116,12 @@ def _read(file: Path, images: Images, layout: str | None) -> Iterator[Conversati
         raise UserError(f"{file} is empty: expected a conversation a line")
 
 
-def _entries(file: Path) -> Iterator[tuple[str, Any]]:
+def entries_of(file: Path) -> Iterator[tuple[str, Any]]:
+    """Each entry of a list in JSON, or of lines of JSON, behind where it stands in words.
+
+    Raises:
+        UserError: no JSON, with the line.
+    """
     text = read_text(file)
     if text.lstrip().startswith("["):
         for number, entry in enumerate(parse_json(text, str(file)), 1):

@@ -5,7 +5,7 @@ Each question of a test stands there in three orders of its entries.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from provenn.data.captions import Images
 from provenn.data.chat_tokens import ChatTokens
 from provenn.data.composed import SIDE as SCENE
 from provenn.data.composed import Split
-from provenn.data.conversations import Conversation, Exchange
+from provenn.data.conversations import Conversation, Exchange, entries_of
 from provenn.data.images import size_of
 from provenn.data.tables import check_table, write_table
 from provenn.data.vocabulary import words_of
@@ -518,7 +518,7 @@ def read_samples(file: Path, boxes: str = "pixels") -> list[Sample]:
     if file.is_dir() or file.suffix.lower() not in (".jsonl", ".json"):
         raise UserError(f"{file}: expected a .jsonl, a line a sample")
     images, samples = Images(file.parent), []
-    for where, entry in multimodal_entries(file):
+    for where, entry in entries_of(file):
         if not isinstance(entry, dict):
             raise UserError(f"{where}: expected an object with image, entries, question and answer")
         if "conversations" in entry:
@@ -539,13 +539,6 @@ def read_samples(file: Path, boxes: str = "pixels") -> list[Sample]:
     if not samples:
         raise UserError(f"{file} is empty: expected a sample a line")
     return samples
-
-
-def multimodal_entries(file: Path) -> Iterator[tuple[str, Any]]:
-    """Each object of a .jsonl or of a list, and where it stands."""
-    from provenn.data.conversations import _entries
-
-    yield from _entries(file)
 
 
 def _of_conversation(entry: dict[str, Any], images: Images, where: str) -> Sample:
