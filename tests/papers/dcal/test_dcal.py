@@ -150,6 +150,16 @@ def test_the_choice_of_patches_reaches_the_class_token_from_the_second_block_on(
     assert not torch.equal(model.streams(x).chosen, system(depth=depth, ratio=0.3).streams(x).chosen)
 
 
+def test_one_query_alone_is_what_it_is_beside_another_with_its_gradients():
+    local, x = stirred(GlobalLocalBlock(12, 3).double()), torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True)
+    alone, beside = local(x[:, :1], x), local(x[:, :2], x)[:, :1]
+    torch.testing.assert_close(alone, beside, rtol=1e-12, atol=1e-12)
+    inputs, weights = [x, *local.parameters()], torch.randn_like(alone)
+    ours, theirs = (torch.autograd.grad((u * weights).sum(), inputs) for u in (alone, beside))
+    for one, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, expected, rtol=1e-10, atol=1e-10)
+
+
 def test_lean_leaves_out_the_queries_alone():
     whole = system()
     lean = DCAL(copy.deepcopy(whole.backbone), lean=True)
