@@ -11,6 +11,7 @@ The vectors are those that the first layer reads, not hidden states, and keep th
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -281,7 +282,15 @@ class SplitStreams:
 
 
 def _gather(x: Tensor, turns: Turns, flags: Tensor, places: Tensor | None = None) -> Gathered | None:
-    """The tokens that are flagged, those of each row one after the other; None where there is none."""
+    """The tokens that are flagged, those of each row one after the other; None where there is none.
+
+    Args:
+        x, turns: of all tokens.
+        flags: True where a token is of the kind.
+        places: of all tokens from a first one on, where those before it are not flagged: nothing then depends on what
+            a device holds. By default the flagged ones are looked for.
+    """
+    looked_for = places is None
     if places is None:
         count = int(flags.sum(dim=1).max()) if flags.numel() else 0
         if not count:
@@ -295,9 +304,13 @@ def _gather(x: Tensor, turns: Turns, flags: Tensor, places: Tensor | None = None
     )
     order = there.cumsum(dim=1) - 1
     # Places rise along a row, so what a row needs up to an end are its first.
-    ends = torch.arange(ROWS, x.shape[1] + ROWS, ROWS, device=x.device)
-    before = (there[..., None] & (places[..., None] < ends)).sum(dim=1).amax(dim=0)
-    *reach, missing = torch.cat([before, (~there).sum()[None]]).tolist()  # one transfer from a device
+    length, count = x.shape[1], places.shape[1]
+    ends = range(ROWS, length + ROWS, ROWS)
+    if looked_for:
+        before = (there[..., None] & (places[..., None] < torch.tensor(ends, device=x.device))).sum(dim=1).amax(dim=0)
+        *reach, missing = torch.cat([before, (~there).sum()[None]]).tolist()  # one transfer from a device
+    else:
+        reach, missing = [min(max(0, end - length + count), count) for end in ends], True
     features = features.masked_fill(~there[..., None], 0)
     return Gathered(features, places, order, there, (cos, sin), not missing, tuple(reach))
 
@@ -480,33 +493,34 @@ class WingsBlock(nn.Module):
         if keys is None or there is None:
             return None, state
 
-        visible = self._visible(tokens, there, causal)
+        visible: Callable[[int, int], Tensor] | None = partial(_visible, there, None, None)
+        if causal and tokens is not None:
+            # The authors' mask counts words where it means places: behind an image it shows words to come.
+            at, reach = (tokens.order, None) if self.as_released else (tokens.places, tokens.reach)
+            visible = partial(_visible, there, at, reach)
+        elif tokens is not None and tokens.whole and there is tokens.there:
+            visible = None
         return learner.attend(learner.queries(x, context.shared.turns), *keys, visible), state
 
-    def _visible(
-        self, tokens: Gathered | None, there: Tensor, causal: bool
-    ) -> Callable[[int, int], Bool[Tensor, "batch rows first"]] | None:
-        """Which of the first keys queries may attend to: those that are there, and whose place has come; None for all.
 
-        Args:
-            tokens: of which the last keys are; those before them were read earlier.
-            there: which keys are there.
-            causal: whether places matter.
-        """
-        if not causal or tokens is None:
-            return None if tokens is not None and tokens.whole and there is tokens.there else lambda *_: there[:, None]
-        # The authors' mask counts words where it means places: behind an image it shows words to come.
-        at = tokens.order if self.as_released else tokens.places
-        before = there.shape[1] - at.shape[1]
+def _visible(there: Tensor, at: Tensor | None, reach: tuple[int, ...] | None, start: int, end: int) -> Tensor:
+    """Which of the first keys the queries from `start` up to `end` may attend to: (batch, queries or 1, first keys).
 
-        def visible(start: int, end: int) -> Tensor:
-            count = min(end, at.shape[1]) if self.as_released else tokens.reach[start // ROWS]
-            queries = torch.arange(start, end, device=there.device)[:, None]
-            come = F.pad(at[:, None, :count] <= queries, (before, 0), value=True)
-            # One key at least: a softmax over none is NaN.
-            return (there[:, None, : before + count] & come) if before + count else there.new_zeros(1, 1, 1)
-
-        return visible
+    Args:
+        there: which keys are there.
+        at: places of the last keys; those before them were read earlier. None where places do not matter.
+        reach: how many of the last keys each `ROWS` queries can see. Default: all.
+        start, end: of the queries.
+    """
+    if at is None:
+        return there[:, None]
+    before = there.shape[1] - at.shape[1]
+    count = at.shape[1] if reach is None else reach[start // ROWS]
+    if not before + count:
+        return there.new_zeros(1, 1, 1)  # one key that none sees: a softmax over none is NaN
+    queries = torch.arange(start, end, device=there.device)[:, None]
+    come = F.pad(at[:, None, :count] <= queries, (before, 0), value=True)
+    return there[:, None, : before + count] & come
 
 
 def _has_images(visual: Gathered | None, state: WingsState | None) -> Bool[Tensor, " batch"] | None:
