@@ -82,7 +82,10 @@ class Judged:
         phrases = list(dict.fromkeys(filter(None, (scale_of(f) for f in self.shown if self.role(f) is Role.DECIDES))))
         others = len(phrases) - MOST_SCALES
         more = [f"{others} other{'s' * (others > 1)}"] if others > 0 else []
-        return "; ".join(phrases[:MOST_SCALES] + more)
+        said = phrases[0].split(" · ") if phrases else []
+        # What the first has said is not repeated.
+        rest = [" · ".join(part for part in each.split(" · ") if part not in said) for each in phrases[1:MOST_SCALES]]
+        return "; ".join(phrases[:1] + rest + more)
 
     def role(self, finding: Finding) -> Role:
         """What an experiment is to this claim."""
