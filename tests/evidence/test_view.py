@@ -43,7 +43,7 @@ def test_what_each_finding_is_to_the_claim():
     roles = [each.role(one) for one in each.findings]
     assert roles == [Role.DECIDES, Role.DECIDES, Role.ALSO, Role.AGAINST, Role.DECIDES]
     assert [one.experiment.id for one in each.deciding] == ["hit", "miss", "absent"]
-    assert each.scale == "miss · 5 seeds; hit · 5 seeds"
+    assert each.scale == "miss · 5 seeds; hit"
 
 
 def test_the_headline_stands_in_brackets():
