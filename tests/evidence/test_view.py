@@ -43,7 +43,20 @@ def test_what_each_finding_is_to_the_claim():
     roles = [each.role(one) for one in each.findings]
     assert roles == [Role.DECIDES, Role.DECIDES, Role.ALSO, Role.AGAINST, Role.DECIDES]
     assert [one.experiment.id for one in each.deciding] == ["hit", "miss", "absent"]
-    assert each.scale == "miss · 5 seeds; hit"
+    assert each.scale == "miss · 5 seeds; hit · 5 seeds"
+
+
+@pytest.mark.parametrize(
+    "miss, hit, scale",
+    [
+        ("A · one thread · 1 picture", "A · one thread · 8 pictures", "A · one thread · 1 picture; 8 pictures"),
+        ("A · one thread", "A", "A · one thread; A"),
+        ("A · one thread", "B · one thread", "A · one thread; B · one thread"),
+    ],
+)
+def test_what_scales_begin_with_alike_is_said_once(monkeypatch, miss, hit, scale):
+    monkeypatch.setattr(view, "scale_of", lambda finding: {"miss": miss, "hit": hit}[finding.experiment.id])
+    assert judged(("hit", "miss")).scale == scale
 
 
 def test_the_headline_stands_in_brackets():

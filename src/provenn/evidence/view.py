@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import takewhile
 from math import isfinite, isinf
 from pathlib import Path
 
@@ -82,9 +83,11 @@ class Judged:
         phrases = list(dict.fromkeys(filter(None, (scale_of(f) for f in self.shown if self.role(f) is Role.DECIDES))))
         others = len(phrases) - MOST_SCALES
         more = [f"{others} other{'s' * (others > 1)}"] if others > 0 else []
-        said = phrases[0].split(" · ") if phrases else []
-        # What the first has said is not repeated.
-        rest = [" · ".join(part for part in each.split(" · ") if part not in said) for each in phrases[1:MOST_SCALES]]
+        first = phrases[0].split(" · ") if phrases else []
+        rest = []
+        for parts in (phrase.split(" · ") for phrase in phrases[1:MOST_SCALES]):
+            shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, parts)))
+            rest.append(" · ".join(parts[shared:] or parts))  # what both begin with is said once
         return "; ".join(phrases[:1] + rest + more)
 
     def role(self, finding: Finding) -> Role:

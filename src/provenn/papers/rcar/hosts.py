@@ -40,7 +40,7 @@ COSINE = ("mean", "max", "sum", "lse")  # SCAN's aggregations of cosines
 GLOBAL = ("sgr", "saf")  # SGRAF's, which have an alignment of the whole besides
 Regulators = Literal["rar", "rcr", "rcar"]
 # Numbers that a tensor of pairs holds where no gradient is wanted: 4 MiB, which a processor's cache holds, and 512 on a
-# GPU. Padding of alignments is dear there, so fewer texts of like length are scored at a time.
+# GPU. On a processor the padding of alignments is dear, so that fewer texts of like length are scored at a time.
 NUMBERS = {"cpu": 2**20}
 NUMBERS_ELSEWHERE = 2**27
 ALIGNED_TOGETHER = {"cpu": 8}
