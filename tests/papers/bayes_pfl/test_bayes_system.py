@@ -238,12 +238,13 @@ def learned(model: nn.Module, stage: int) -> set[str]:
 
 def test_exactly_these_learn_in_each_stage():
     model = small()
-    everything = {name for name, _ in model.named_parameters()}
+    cancelled = {"fuse.weigh.bias"}  # a softmax takes what all scores share away: its gradient is rounding alone
+    everything = {name for name, _ in model.named_parameters()} - cancelled
     late = {name for name in everything if name.startswith(("fuse.", "image_mapping."))}
-    first = learned(small(), 1)
+    first = learned(small(), 1) - cancelled
     assert everything - first == late | {name for name in everything if name.startswith("clip.")}
     mapped = {name for name in everything if name.startswith("text_mapping.")}
-    assert learned(model, 2) == late | mapped
+    assert learned(model, 2) - cancelled == late | mapped
     assert model.stage == 2
 
 
