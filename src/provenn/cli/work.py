@@ -29,8 +29,8 @@ CLASSES_SHOWN = 20
 Weights = Annotated[
     Path | None,
     typer.Option(
-        help="A weight file, ours or the authors', or the folder of a run. Default: the weights that ship. A run's "
-        "folder may also be given instead of the paper."
+        help="A weight file, ours or the authors', or a folder: of a run, or of Hugging Face. Default: the weights "
+        "that ship. A run's folder may also be given instead of the paper."
     ),
 ]
 NumNodes = Annotated[

@@ -78,7 +78,7 @@ class Paper:
         """Our model with the weights of the authors' checkpoint.
 
         Args:
-            file: the checkpoint.
+            file: the checkpoint, or a folder of Hugging Face: config.json, and weights in one file or in shards.
             preset, options: what follows from neither its shapes nor its config, such as `chunk=64` for RAT.
 
         Raises:
@@ -110,7 +110,7 @@ class Paper:
             model = self.build(facts.name, **built_with).eval()
             return model, files.Label(self.card.slug, facts.name, work, built_with, meta)
         file = self.card.shipped_weights(preset) if weights is None else files.locate(weights)
-        state, label = files.read(file)
+        state, label = files.read(file) if files.label_of(file) else ({}, None)
         if label is None:
             return self._official(file, preset, options or {})
         if label.paper != self.card.slug:

@@ -18,6 +18,7 @@ from provenn.core.errors import UserError
 from provenn.core.files import atomic_write
 from provenn.core.finite import DAMAGED, check_type, impossible_value
 from provenn.core.inputs import check_file
+from provenn.nn.folders import CONFIG, PICKLED, WEIGHTS, read_config, read_tensors
 
 FILE = "weights.safetensors"
 KEY = "provenn"
@@ -77,13 +78,16 @@ def save(model: nn.Module, file: Path, label: Label) -> None:
 
 
 def locate(path: str | Path) -> Path:
-    """The weight file at a path: itself, or the one in a run's folder."""
+    """The weight file at a path: itself, or the one in a run's folder; a folder of Hugging Face, which holds several."""
     location = Path(path)
     if location.is_dir():
         inside = location / FILE
+        if is_foreign(location):
+            return location
         if not inside.exists():
             raise UserError(
-                f"{location} holds no {FILE}: give the folder of a finished `provenn train`, or a weight file"
+                f"{location} holds no {FILE} and no {CONFIG}: give the folder of a finished `provenn train`, a weight "
+                "file, or a folder of Hugging Face"
             )
         check_file(inside)
         return inside
@@ -91,6 +95,11 @@ def locate(path: str | Path) -> Path:
         raise UserError(f"no weights at {location}: give a weight file, or the folder of a finished `provenn train`")
     check_file(location)
     return location
+
+
+def is_foreign(path: str | Path) -> bool:
+    """Whether this is a folder with a config.json that no training of ours wrote."""
+    return (Path(path) / CONFIG).is_file() and not (Path(path) / FILE).exists()
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], Label | None]:
@@ -103,14 +112,18 @@ def read_contents(path: str | Path) -> Contents:
 
     A `.safetensors` file is read as such; any other as a torch checkpoint with `weights_only=True`, so that no code in
     it runs, and unwrapped to the state dict inside. An `EasyDict` or a `Namespace` becomes a plain dictionary: its
-    class is neither imported nor called.
+    class is neither imported nor called. Of a folder of Hugging Face all shards are read, and its config.json; the
+    config beside one of its files is read with that file too.
 
     Raises:
         UserError: the file is damaged, no checkpoint, or holds more than tensors and plain values.
     """
     file = locate(path)
+    if file.is_dir():
+        return Contents(read_tensors(file), None, read_config(file))
+    beside = read_config(file.parent) if file.name in (WEIGHTS, PICKLED) and is_foreign(file.parent) else {}
     if file.suffix == ".safetensors":
-        return Contents(*_read_safetensors(file), {})
+        return Contents(*_read_safetensors(file), beside)
     try:
         # An ordered dictionary takes in both what such a class keeps as items and what it keeps as attributes.
         with warnings.catch_warnings(), torch.serialization.safe_globals([(OrderedDict, name) for name in HOLDERS]):
@@ -138,7 +151,7 @@ def read_contents(path: str | Path) -> Contents:
     # DistributedDataParallel's prefix.
     shared = "module." if all(name.startswith("module.") for name in names) else ""
     state = {name.removeprefix(shared): value for name, value in content.items()}
-    return Contents(state, None, _plain(configs[0]) if configs else {})
+    return Contents(state, None, _plain(configs[0]) if configs else beside)
 
 
 def read_official(

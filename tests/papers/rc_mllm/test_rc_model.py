@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from provenn import from_official
 from provenn.core.box_text import smart_resize
 from provenn.core.errors import UserError
 from provenn.nn.shipped import pretrained
@@ -109,6 +110,27 @@ def test_logits_and_gradients_are_those_of_transformers():
     # With one placeholder a picture, which is how conversations have it.
     short = torch.tensor([[1, 2, 51, 50, 52, 3, 4], [7, 51, 50, 52, 8, 9, 5]])
     assert torch.allclose(system(short, pictures)[:, -2:], expected[:, -2:], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_folder_of_transformers_says_all_sizes_itself(tmp_path, tied):
+    model = theirs()
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = tied
+    if not tied:
+        model.lm_head.weight = torch.nn.Parameter(torch.randn(60, 32))
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    system = from_official("rc_mllm", tmp_path)
+    assert (system.model.decoder.head is None) == tied
+    tokens = torch.tensor([[1, 2, 3, 4]])
+    expected = model(tokens).logits
+    assert torch.allclose(system(tokens), expected, rtol=1e-4, atol=1e-4)
+    # A state dict of torch holds a tied head twice.
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    again = from_official("rc_mllm", tmp_path / "pytorch_model.bin")
+    assert (again.model.decoder.head is None) == tied
+    assert torch.equal(again(tokens), system(tokens))
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from provenn.core.errors import UserError
@@ -63,7 +64,10 @@ def convert(
     layers = len({name.split(".")[3] for name in ours if name.startswith("model.decoder.blocks.")})
     known = PRESETS.get((layers, dim, vocab))
     name = known or preset or "rc_qwen2_vl_2b"
-    tied = "model.decoder.head.weight" not in ours
+    head = ours.get("model.decoder.head.weight")
+    tied = head is None or (head.shape == (vocab, dim) and torch.equal(head, ours["model.decoder.embed.weight"]))
+    if tied:
+        ours.pop("model.decoder.head.weight", None)
     made: dict[str, Any] = {}
     if known is None:
         depth = len({key.split(".")[3] for key in ours if key.startswith("model.vision.blocks.")})
@@ -86,7 +90,7 @@ def convert(
     if known is None:
         if "heads" not in made or "vision_heads" not in made:
             raise UserError(
-                f"no preset has {layers} layers of width {dim}: say heads and vision_heads, or give config.json too"
+                f"no preset has {layers} layers of width {dim}: say heads and vision_heads, or put config.json beside the weights"
             )
         made["kv_heads"] = keys * made["heads"] // dim
     return name, made, ours
