@@ -267,6 +267,7 @@ def test_bad_samples_are_refused_with_their_line(folder, before, after, said):
         ({"size": 80}, "leave size out"),
         ({"steps": 9}, "steps must be"),
         ({"longest": 40, "examples": 3}, "40 are read"),
+        ({"source": "tiles", "longest": 40, "examples": 3}, "40 are read"),
         ({"turns": 2}, "turns are of tiles"),
         ({"examples": 0}, "examples must be at least 1"),
         ({"source": "tiles", "examples": -3}, "examples must be at least 1"),
@@ -377,6 +378,11 @@ def test_the_command_looks_boxes_up(folder, model_and_meta, monkeypatch):
     inputs, options = [str(folder / "faces.png"), "who ?"], {"library": folder / "shelf.json"}
     told = TASK.predict(model, meta, inputs, None, context=folder / "boxes.json", **options)
     assert "is like nothing in" in told and known.text in told
+    # A library that no box needs is said to be left alone.
+    entries = [{"category": "face", "box": list(box), "text": "it is old"} for box in boxes]
+    (folder / "boxes.json").write_text(json.dumps(entries))
+    told = TASK.predict(model, meta, inputs, None, context=folder / "boxes.json", **options)
+    assert "nothing was looked up in" in told and "it is known" in told
 
 
 def test_questions_about_places_are_of_each_object_once_and_bring_no_entries():

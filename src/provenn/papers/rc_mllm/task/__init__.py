@@ -178,7 +178,7 @@ class RegionQuestions(VisualQuestionAnswering):
         size: int | None = None,
         fit: str = "stretch",
         tokenizer: str = "words",
-        longest: int = LONGEST,
+        longest: int | None = None,
         answer: int = ANSWER,
         at_least: int = 1,
         val_share: float | int = CUT,
@@ -198,7 +198,8 @@ class RegionQuestions(VisualQuestionAnswering):
             size: side of the square at which pictures are seen, in pixels. Default: 224, of the scenes 64.
             fit: how a picture becomes a square: stretch, pad or keep, which leaves its shape.
             tokenizer: words of the training, bytes, or a tokenizer.json or a folder of Hugging Face that holds one.
-            longest: tokens of a prompt and its answer at most, a picture counted once.
+            longest: tokens of a prompt and its answer at most, a picture counted once. Default: 420, and in
+                conversations about a scene 60 more for each further question.
             answer: tokens of an answer that are written at most.
             at_least: how often a word must occur in the training to be known.
             val_share: of the samples, what is cut off for validation, and again for the test.
@@ -213,8 +214,9 @@ class RegionQuestions(VisualQuestionAnswering):
         named = self._named(source)
         few, asked = 1 if examples is None else examples, 1 if turns is None else turns
         _check(boxes=boxes, control=control, steps=steps or 0, turns=asked, examples=few)
-        multimodal_chat._check_options(fit=fit, longest=longest, answer=answer, at_least=at_least, size=size)
-        reading: dict[str, Any] = {"fit": fit, "longest": longest, "answer": answer}
+        most = LONGEST if longest is None else longest
+        multimodal_chat._check_options(fit=fit, longest=most, answer=answer, at_least=at_least, size=size)
+        reading: dict[str, Any] = {"fit": fit, "longest": most, "answer": answer}
         if tokenizer not in multimodal_chat.TOKENIZERS:
             beside = None if isinstance(named, str) else named.parent
             reading["tokenizer"] = multimodal_chat.read_pieces(tokenizer, beside).tokenizer
@@ -226,7 +228,7 @@ class RegionQuestions(VisualQuestionAnswering):
                 raise UserError("steps is of regions, and located and turns are of tiles: leave them out for the other")
             if tiled:
                 count = TURNS if turns is None else turns
-                reading["longest"] = longest + TURN * (count - 1)
+                reading["longest"] = LONGEST + TURN * (count - 1) if longest is None else longest
                 drawn = _tiles(seed, examples, cite, located, count)
             else:
                 count = 2 if steps is None else steps
@@ -815,7 +817,9 @@ def _context(file: Path, picture: Path, library: Path | None) -> tuple[tuple[Ent
         raise UserError(f"{file}: {len(bare)} entries have no text: give it, or a --library to look them up in")
     known = [each for each in given if each not in bare]
     context, notes = _entries_of(known, size, "pixels", str(file)), []
-    if library is not None and bare:
+    if library is not None and not bare:
+        notes = [f"every entry of {file} has a text: nothing was looked up in {library}"]
+    elif library is not None:
         boxes = [check_box(_pixels(each.get("box") or [], size, "pixels", str(file)), size) for each in bare]
         found, left = read_library(Path(library)).context(read_pixels_rgb(picture), boxes)
         context.entries += found.entries
