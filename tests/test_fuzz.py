@@ -22,10 +22,15 @@ import provenn
 from plugins import FIXTURES
 from provenn import catalog
 from provenn.core.errors import UserError
-from provenn.data import images, series, tables, text, trajectories
+from provenn.data import coco, images, series, tables, text, trajectories
+from provenn.data.captions import read_captions
+from provenn.data.conversations import read_conversations
+from provenn.data.edits import read_edits
 from provenn.data.events import read_histories
 from provenn.data.scene_questions import read_scene_questions
 from provenn.evidence.record import Evidence, Ledger, read_or_set_aside
+from provenn.papers.rc_mllm.task import read_samples
+from provenn.papers.rc_mllm.task.library import read_library
 from provenn.tasks import get_task, translation
 from provenn.tasks.discovery import SHARED
 from provenn.training import checkpoints, weights
@@ -37,6 +42,7 @@ EXAMPLES = settings(max_examples=40, suppress_health_check=list(HealthCheck), da
 def read_or_refused(reader: Callable[[Path], object], name: str, content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / name
+        PHOTO.save(file.with_name("b.png"))  # what lists may name
         file.write_bytes(content)
         try:
             reader(file)
@@ -79,6 +85,18 @@ ARRAYS = {
     "observations": np.ones((4, 2)), "actions": np.zeros(4, np.int64), "rewards": np.ones(4),
     "terminals": np.array([0, 1, 0, 1], bool), "environment": np.array("CartPole-v1"),
 }  # fmt: skip
+TALKS = [
+    {"image": "b.png", "conversations": [{"from": "human", "value": "<image>\na ?"}, {"from": "gpt", "value": "b"}]},
+    {"messages": [{"role": "user", "content": "a ?"}, {"role": "assistant", "content": "b"}]},
+]
+REGION = {
+    "image": "b.png", "question": "how old ?", "answer": "old [1]",
+    "entries": [{"category": "dog", "box": [1, 1, 5, 6], "text": "it is old"}],
+}  # fmt: skip
+OBJECTS = {
+    "images": [{"id": 1, "file_name": "b.png", "width": 7, "height": 9}], "categories": [{"id": 1, "name": "dog"}],
+    "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 4, 5], "area": 20, "iscrowd": 0}],
+}  # fmt: skip
 TS = "@problemName a\n@timeStamps false\n@classLabel true x y\n@data\n1,2,3:4,5,6:x\n1,?,3:4,5,6:y\n"
 
 # What reads, the name of the file, and whole files of its kind.
@@ -104,6 +122,12 @@ READERS: dict[str, tuple[Callable[[Path], object], str, list[str | bytes]]] = {
     "trajectories, .jsonl": (trajectories.read_trajectories, "a.jsonl", [json.dumps(EPISODE) + "\n"]),
     "trajectories, .npz": (trajectories.read_trajectories, "a.npz", [saved(**ARRAYS)]),
     "scene questions": (read_scene_questions, "a.jsonl", ['{"scene": "a.ply", "question": "b ?", "answer": "c"}\n']),
+    "captions": (lambda f: read_captions(f.parent), "captions.csv", ["image,caption\nb.png,a dog\nb.png,a cat\n"]),
+    "conversations": (read_conversations, "a.jsonl", [json.dumps(talk) + "\n" for talk in TALKS]),
+    "questions on regions": (read_samples, "a.jsonl", [json.dumps(REGION) + "\n"]),
+    "things to look up": (read_library, "a.json", ['[{"name": "a", "picture": "b.png", "text": "c"}]']),
+    "edits": (read_edits, "edits.jsonl", ['{"source": "b.png", "target": "b.png", "instruction": "add it"}\n']),
+    "objects": (coco.read_coco, "a.json", [json.dumps(OBJECTS)]),
     "tokenizer": (lambda f: text.read_tokenizer(text.read_text(f)), "a.json", ["bytes", '{"version": "1.0"}']),
     "image, .png": (lambda f: (images.size_of(f), images.read_image(f)), "a.png",
                     [encoded(PHOTO, "PNG"), encoded(PHOTO.convert("P"), "PNG", transparency=0)]),
@@ -125,7 +149,8 @@ PIECES = [
     "[", "]", "[[", "null", "true", "1" * 5000, "[" * 3000, '{"text": "', '"}', "\n", "\r\n", "\r", "\u2028", "\0",
     "2024-01-01", "9999-12-31", "0000-00-00", "24:00", "@data", "@classLabel true x", "text", "label",
     "source", "target",
-    "series", "time", "observations", "actions", "rewards", "sequence", "mark", "[[experiments]]", "id = ", "= {}",
+    "series", "time", "image", "b.png", "entries", "box", "conversations", "messages", "instruction", "observations",
+    "actions", "rewards", "sequence", "mark", "[[experiments]]", "id = ", "= {}",
 ]  # fmt: skip
 
 
@@ -139,6 +164,23 @@ def test_a_reader_reads_or_refuses_in_one_line(kind, data):
         damaged = st.sampled_from(whole).flatmap(lambda one: spoiled(one.encode() if isinstance(one, str) else one))
     pieces = st.lists(st.sampled_from(PIECES), max_size=12).map(lambda some: "".join(some).encode())
     read_or_refused(reader, name, data.draw(st.one_of(damaged, pieces, st.binary(max_size=80))))
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind, (_, _, whole) in READERS.items() if any("b.png" in str(w) for w in whole)]
+)
+@pytest.mark.parametrize(
+    "named", ["x" * 5000 + ".png", "a/" * 3000 + "c.png", "none.png", "..", "\0.png"], ids=range(5)
+)
+def test_a_list_may_name_what_no_file_is_called(kind, named):
+    reader, name, (whole, *_) = READERS[kind]
+    assert isinstance(whole, str)
+    read_or_refused(reader, name, whole.encode())
+    with pytest.raises(UserError), tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / name
+        PHOTO.save(file.with_name("b.png"))
+        file.write_text(whole.replace("b.png", named if name.endswith("csv") else json.dumps(named)[1:-1]))
+        reader(file)
 
 
 SPELLED = st.sampled_from(["{}", "{:.2f}", "{:,.2f}", "{:,.0f}", "{:.3f}", "{:e}"])

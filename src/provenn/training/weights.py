@@ -78,7 +78,7 @@ def save(model: nn.Module, file: Path, label: Label) -> None:
 
 
 def locate(path: str | Path) -> Path:
-    """The weight file at a path: itself, or the one in a run's folder; a folder of Hugging Face, which holds several."""
+    """The weight file at a path: itself, or the one in a run's folder. A folder of Hugging Face stays one."""
     location = Path(path)
     if location.is_dir():
         inside = location / FILE

@@ -90,7 +90,8 @@ def convert(
     if known is None:
         if "heads" not in made or "vision_heads" not in made:
             raise UserError(
-                f"no preset has {layers} layers of width {dim}: say heads and vision_heads, or put config.json beside the weights"
+                f"no preset has {layers} layers of width {dim}: say heads and vision_heads, or put config.json beside "
+                "the weights"
             )
         made["kv_heads"] = keys * made["heads"] // dim
     return name, made, ours
