@@ -16,8 +16,8 @@ from provenn.papers.rc_mllm.studies import (
     KINDS,
     PAD,
     PATCHES,
+    SEEN,
     TASK,
-    TURNS,
     Binder,
     Scene,
     Variant,
@@ -43,12 +43,39 @@ def test_a_row_of_the_training_has_all_questions_and_scores_their_answers_alone(
     for row, wanted, named in zip(tokens, targets, place):
         text = said(row)
         questions = [part for part in text.split(";") if part.startswith(("?", "@"))]
-        assert len(questions) == TURNS and text.count("[1](") == 1
+        assert len(questions) == 3 and text.count("[1](") == 1
         answers = "".join(part.partition("=")[2] + ";" for part in questions)
         assert said(wanted[wanted != IGNORED]) == answers
         scored = wanted != IGNORED
         assert torch.equal(row[1:][scored[:-1]], wanted[scored])  # each is the token that follows
+        looks = [part[1] for part in questions if part[1] in studies.LOOKS]
+        assert len(looks) == len(set(looks)), "no answer stands in the text before"
         assert named.max() == 11 and (row[PATCHES:][named[PATCHES:] >= 0] < 10).all()  # coordinates are digits
+
+
+def test_questions_about_the_picture_alone_bring_no_entries():
+    tokens, _, place, *_ = talks(SEEN, 30, "train", 700).tensors
+    assert not any("[" in said(row) for row in tokens) and {"?l", "?r", "?A", "@0"} <= {
+        part[:2] for row in tokens for part in said(row).split(";")
+    }
+    assert place.max() == 11 and all(
+        "[" not in said(row) for kind in SEEN for row in rows(kind, 9, "test", 7).tensors[0]
+    )
+
+
+def test_what_sees_tells_digits_and_empty_cells_with_and_without_marks():
+    pictures, labels = studies.glyphs("test")
+    sight = studies.sight()
+    for number in range(4):
+        shown = torch.stack([studies.mark(glyph, number) if number else glyph for glyph in pictures])
+        assert (sight(shown.flatten(1)).argmax(1) == labels).double().mean() > 0.85
+    assert int(sight(torch.zeros(1, 64)).argmax()) == 10
+    state = torch.get_rng_state()
+    studies.sight.cache_clear()
+    again = studies.sight()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), sight.parameters()))
+    assert not any(p.requires_grad for p in Binder(Variant("boxes")).sight.parameters())
 
 
 def test_answers_follow_the_boxes_where_these_are_moved():
@@ -56,8 +83,8 @@ def test_answers_follow_the_boxes_where_these_are_moved():
     tokens, targets, *_ = rows("V2C", 20, "test", 700, "moved").tensors
     for row, wanted in zip(tokens, targets):
         answer = said(wanted[wanted != IGNORED])
-        entry = said(row).split(";")[int(answer[1]) - 1]
-        assert answer[3:-1] in entry and entry.startswith(f"[{answer[1]}](")
+        entry = said(row).split(";")[int(answer[6]) - 1]
+        assert answer[8:-1] in entry and entry.startswith(f"[{answer[6]}]({answer[1:5]})")
 
 
 def test_every_form_of_entries_reads_the_same_rows_and_the_padding_changes_nothing():
@@ -117,7 +144,7 @@ def test_data_of_a_split_have_its_names_and_its_digits(data):
     for split, part in (("train", data.train), ("val", data.val), ("test", data.test)):
         found = set().union(*(names_in(rows_) for rows_ in part.datasets))
         assert found and found <= set(names_of(split))
-        crops = torch.cat([rows_.tensors[5] for rows_ in part.datasets]).reshape(-1, 4, 16)
+        crops = torch.cat([rows_.tensors[5] for rows_ in part.datasets]).reshape(-1, 64)
         known = {tuple(studies.cut(glyph).flatten().tolist()) for glyph in studies.glyphs(split)[0]}
         assert {tuple(crop.flatten().tolist()) for crop in crops} <= known
     assert data.fingerprint not in (binding_data(701, True).fingerprint, plain_data(700, True).fingerprint)
@@ -134,7 +161,7 @@ def test_what_a_probe_asks_is_of_the_test_and_as_much_as_there_is(data, monkeypa
 
 def test_an_oracle_has_all_probes_and_nonsense_none(data):
     right, wrong = Told(), Told(lambda number, wanted: wanted.fill_(DOT))
-    for kind in (*ALL, "plain"):
+    for kind in KINDS:
         assert studies.accuracy_of(kind, "", right, data) == 1
         assert studies.accuracy_of(kind, "", wrong, data) == 0
     assert citation_f1(right, data) == 1 and citation_f1(wrong, data) == 0
@@ -171,8 +198,9 @@ def test_questions_stand_in_three_orders_and_their_answers_follow():
         assert all(sorted(some) == sorted(entries[0]) for some in entries)
         orders |= {tuple(entries[0].index(part) for part in some) for some in entries}
         answers = [said(w[w != IGNORED]) for w in found[1][start : start + 3]]
-        cited = {some[int(answer[1]) - 1] for some, answer in zip(entries, answers)}
-        assert len(cited) == 1 and all(answer[3:-1] in next(iter(cited)) for answer in answers)
+        cited = {some[int(answer[6]) - 1] for some, answer in zip(entries, answers)}
+        assert len(cited) == 1 and all(answer[8:-1] in next(iter(cited)) for answer in answers)
+        assert len({answer[:5] for answer in answers}) == 1 and answers[0][1:5] in next(iter(cited))
     assert len(orders) == 6
     tokens, targets, place, *_ = rows("box-fact", 20, "test", 700, "", 3).tensors
     for row, wanted, named in zip(tokens, targets, place):
@@ -192,7 +220,7 @@ def test_a_look_up_gives_each_crop_the_name_of_its_nearest_reference():
     assert studies.references()[1].tolist() == list(range(10))
     digits = studies.glyphs("train")[1]
     first = tuple(int((digits == label).nonzero()[0]) for label in (3, 5, 8))
-    scene = Scene((3, 5, 8), first, ((0, 0), (9, 0), (0, 9)), ("ab", "cd", "ef"), ("1", "2", "3"), ("n",) * 3)
+    scene = Scene((3, 5, 8), first, ((0, 0), (8, 0), (0, 8)), ("ab", "cd", "ef"), ("1", "2", "3"), ("n",) * 3)
     assert studies.looked_up(scene, "train").names == ("ab", "cd", "ef")  # each reference is of its own class
     mixed = scene._replace(labels=(5, 3, 8))  # what looks like a 3 gets the name of the 3
     assert studies.looked_up(mixed, "train").names == ("cd", "ab", "ef")
@@ -209,12 +237,12 @@ def test_answers_of_moved_boxes_are_of_the_entry_that_has_the_box():
     tokens, targets, _, patches, *_ = rows("V2C", 20, "test", 700, "moved").tensors
     for row, wanted, seen in zip(tokens, targets, patches):
         text, answer = said(row), said(wanted[wanted != IGNORED])
-        entry = text.split(";")[int(answer[1]) - 1]
-        left, top = (int(edge) * studies.SIDE // studies.TENTHS for edge in entry[4:6])
-        canvas = seen.reshape(6, 6, 4, 4).permute(0, 2, 1, 3).reshape(24, 24)
-        near = [canvas[y : y + 8, x : x + 8] for x in range(left, left + 4) for y in range(top, top + 4)]
-        shown = {int(digits[k]) for k, glyph in enumerate(pictures) for part in near if torch.equal(part, glyph)}
-        assert shown == {int(text.partition("?")[2][0])}  # what lies in the box of the cited entry is asked for
+        entry = text.split(";")[int(answer[6]) - 1]
+        column, row_ = (int(edge) // 3 for edge in entry[4:6])
+        shown = {
+            int(digits[k]) for k, glyph in enumerate(pictures) if torch.equal(seen[3 * row_ + column], glyph.flatten())
+        }
+        assert {studies.LOOKS[k] for k in shown} == {text.partition("?")[2][0]}  # what lies in the cited entry's box
 
 
 def test_an_untuned_model_sees_pictures_alone(data, monkeypatch):
@@ -240,8 +268,8 @@ def test_the_rule_of_counts_refuses_where_fewer_than_two_texts_tell():
         tokens = [studies.IMAGE] * 2 + [studies.CHARACTERS.index(c) for c in text]
         return torch.tensor(tokens + [studies.PAD] * (60 - len(tokens)))
 
-    texts = ("[1](2547)ab$3;[2](0134)cd;[3](6189)$7;?4n=", "[1](2547)$3;[2](0134)cd;[3](6189)$7;?4n=")
-    prices = ("[1](2547)ab;[2](0134)cd;[3](6189)$7;?4$=",)
+    texts = ("[1](2547)ab$3;[2](0134)cd;[3](6189)$7;?En=", "[1](2547)$3;[2](0134)cd;[3](6189)$7;?En=")
+    prices = ("[1](2547)ab;[2](0134)cd;[3](6189)$7;?E$=",)
     for some, share in ((texts[:1], 0.0), (texts[1:], 1.0), (texts, 0.5), (prices, 1.0)):
         assert studies.refused_by_counts(TensorDataset(torch.stack([row(text) for text in some]))) == share
 
@@ -257,11 +285,15 @@ def test_refusals_that_only_count_texts_gain_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize(("word", "share"), [("!", 1.0), ("[", 0.0)])
-def test_a_refusal_is_told_by_its_first_word(word, share):
+def test_a_refusal_is_told_where_an_answer_cites_or_refuses(word, share):
     class Says(torch.nn.Module):
         def forward(self, tokens, *rest):
             return torch.nn.functional.one_hot(torch.full_like(tokens, CHARACTERS.index(word)), len(CHARACTERS)).float()
 
     model = Says()
     model.register_parameter("none", torch.nn.Parameter(torch.zeros(1)))
-    assert studies.refused(model, studies._probed("V2C", binding_data(0, True))) == share
+    asked = studies._probed("V2C", binding_data(0, True))
+    assert studies.refused(model, asked) == share
+    _, targets, place = studies.told_and_decided(model, asked)
+    first = (targets != IGNORED).int().argmax(dim=1)
+    assert (place - first == 5).all(), "a look and four edges come before"

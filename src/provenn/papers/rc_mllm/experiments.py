@@ -41,7 +41,7 @@ BINDING = Study(
     },
     build=network,
     recipe=RECIPE,
-    lrs=(1e-3, 2e-3, 4e-3),
+    lrs=(1.5e-3, 3e-3, 6e-3),
     probes={
         **{kind: partial(accuracy_of, kind, "") for kind in KINDS},
         "boxes moved": partial(accuracy_of, "V2C", "moved"),
@@ -53,7 +53,10 @@ BINDING = Study(
         "look-up over text": lookup_gain,
     },
     trained=in_stages,
-    about="three digits (scikit-learn) on 24×24 with entries in random order; names and glyphs of the test are new",
+    about=(
+        "three digits (scikit-learn) in nine cells of 8×8 with entries in random order; names and glyphs of the test "
+        "are new. An answer is right where it also says where the digit is"
+    ),
     kind="entries",
     note="Every variant first learns questions about pictures alone. Tuned ones then learn all kinds alike.",
 )

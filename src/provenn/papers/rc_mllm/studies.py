@@ -1,18 +1,24 @@
 """Digits and their owners: does a decoder bind entries to what it sees by coordinates that are text?
 
-A picture of 24×24 pixels has three digits (scikit-learn) of different classes. Each has an entry in an order that is
-drawn: its number, its box in tenths of the picture, digit by digit, and a name of two letters, a price, or both.
+A picture of 24×24 pixels has three digits (scikit-learn) of different classes in three of its nine cells. Each has an
+entry in an order that is drawn: its number, its box in tenths of the picture, digit by digit, and a name of two
+letters, a price, or both. What a digit looks like has a word of its own, from A for zero to J.
 
-    [1](2547)ab$3;[2](0134)cd;[3](6189)$7;?4n=[1]ab;
+    [1](3063)ab$3;[2](0033)cd;[3](6396)$7;?En=E3063[1]ab;
 
-- from looks to text: ?4n, ?4$; from text to looks: ?ab; and both so that nothing answers them: !
-- single steps: @2547n and @2547#
+- from looks to text: ?En, ?E$; from text to looks: ?ab; and both so that nothing answers them: !
+- single steps: @3063n, and about the picture alone @3063# and ?E@
 - about the picture alone: ?l and ?r, the digit on the left and on the right
 
-Training reads twelve questions about each scene after its entries. A test asks one. Glyphs and names of a split are in
-no other.
+Answers say where an object is before they say what is known of it, and are right where all of that is. Training reads
+three questions about each scene after its entries, one about each digit, so that no answer stands in the text before.
+A test asks one. Glyphs and names of a split are in no other.
+
+What sees is trained beforehand, as Qwen2-VL's tower is: a classifier of glyphs, whose word is added to what a projector
+makes of the pixels.
 """
 
+import copy
 import re
 import zlib
 from collections.abc import Callable, Sequence
@@ -30,34 +36,37 @@ from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 
 from provenn.nn.decoder import Decoder, RotaryPositions
 from provenn.nn.language import init_narrow
-from provenn.nn.vision_language import MLPProjector, VisionLanguageModel
+from provenn.nn.vision_language import VisionLanguageModel
+from provenn.papers.rc_mllm.layers import PlacedProjector
+from provenn.papers.rc_mllm.model import BASE, SMALL, start_looking
 from provenn.tasks import Task, TaskData, fingerprint, get_task
 from provenn.tasks.base import IGNORED, Scores, device_of
 from provenn.training import Fit, Hardware, Recipe, Stage, run_stages
 
 LETTERS = "abcdefghijkm"
-CHARACTERS = "0123456789" + LETTERS + "[]()$?@#=;!.nlr"
+LOOKS = "ABCDEFGHIJ"  # words of what the ten digits look like; numerals are of boxes and prices
+CHARACTERS = "0123456789" + LETTERS + "[]()$?@#=;!.nlr" + LOOKS
 PAD, IMAGE = len(CHARACTERS), len(CHARACTERS) + 1
-SIDE, GLYPH, PATCH = 24, 8, 4
-ROWS = SIDE // PATCH
+SIDE, GLYPH = 24, 8  # a glyph is a cell, and a token
+ROWS = SIDE // GLYPH
 PATCHES = ROWS * ROWS
 TENTHS = 10
-DIGITS, LONGEST, TRAINED = 3, 112, 236  # digits of a scene; tokens of a row with one question, and with all
-TURNS = 12
-KINDS = ("plain", "box-look", "box-fact", "V2C", "C2V", "V2C-none", "C2V-none")
+DIGITS, LONGEST, TRAINED = 3, 68, 96  # digits of a scene; tokens of a row with one question, and with all
+KINDS = ("plain", "box-look", "where", "box-fact", "V2C", "C2V", "V2C-none", "C2V-none")
+SEEN = ("plain", "box-look", "where")  # about the picture alone
 ASKED = ("V2C", "C2V")
-COUNTS = {"train": 2000, "val": 150, "test": 300}  # scenes of the training; of the others, questions of each kind
+COUNTS = {"train": 6000, "val": 150, "test": 300}  # scenes of the training; of the others, questions of each kind
 ORDERS = 3
-WIDTH, LAYERS, HEADS = 64, 5, 4
-SECTIONS, BASE = (2, 3, 3), 1e6
 RECIPE = Recipe(
-    epochs=16, batch_size=16, lr=2e-3, weight_decay=0.01, decay_vectors=False, schedule="cosine", warmup_steps=100,
+    epochs=21, batch_size=32, lr=3e-3, weight_decay=0.01, decay_vectors=False, schedule="cosine", warmup_steps=100,
     clip=1.0, betas=(0.9, 0.99),
 )  # fmt: skip
 PLAIN_SHARE = 0.25  # of the epochs: on the picture alone, before the tuning
+SIGHT = {"steps": 600, "batch": 64, "hidden": 32, "lr": 3e-3}  # of the classifier of glyphs
 ONE_CPU = Hardware()
 TOLD = re.compile(r"\[(\d)\]\(.{4}\)([a-m]{2})?(\$\d)?;")  # an entry's number, name and price
-KEY = re.compile(r"\?\d([n$])=")  # what is asked of a text
+KEY = re.compile(r"\?[A-J]([n$])=")  # what is asked of a text
+CITED = re.compile(r"\[(\d)\]")
 
 
 class Variant(NamedTuple):
@@ -104,15 +113,10 @@ def names_of(split: str) -> list[str]:
 
 
 def draw_scene(split: str, draw: np.random.Generator) -> Scene:
-    """Digits that do not overlap, of three classes, and what is known of them."""
+    """Digits of three classes in three cells, and what is known of them."""
     _, labels = glyphs(split)
-    corners: list[tuple[int, int]] = []
-    while len(corners) < DIGITS:
-        x, y = (int(corner) for corner in draw.integers(0, SIDE - GLYPH + 1, 2))
-        if all(abs(x - a) >= GLYPH or abs(y - b) >= GLYPH for a, b in corners):
-            corners.append((x, y))
-        elif draw.random() < 0.05:
-            corners.clear()  # no room may be left
+    cells = draw.permutation(PATCHES)[:DIGITS]
+    corners = [(int(cell) % ROWS * GLYPH, int(cell) // ROWS * GLYPH) for cell in cells]
     classes = draw.permutation(10)[:DIGITS]
     chosen = tuple(int(draw.choice(np.flatnonzero(labels.numpy() == label))) for label in classes)
     known = names_of(split)
@@ -128,27 +132,36 @@ def box_of(corner: tuple[int, int]) -> str:
     return "".join(str(min(TENTHS - 1, edge * TENTHS // SIDE)) for edge in edges)
 
 
-def ask(kind: str, scene: Scene, draw: np.random.Generator, split: str) -> tuple[str, str, int] | None:
-    """Question, answer, and the entry whose box the question names (−1 for none); None where there is none."""
-    k = int(draw.integers(DIGITS))
-    label, told = scene.labels[k], scene.told[k]
+def ask(
+    kind: str, scene: Scene, draw: np.random.Generator, split: str, about: int | None = None
+) -> tuple[str, str, int] | None:
+    """Question, answer, and the entry whose box the question names (−1 for none); None where there is none.
+
+    Args:
+        kind: one of `KINDS`.
+        scene, draw, split: what is asked about.
+        about: which digit. Default: one that is drawn.
+    """
+    k = int(draw.integers(DIGITS)) if about is None else about
+    look, told, box = LOOKS[scene.labels[k]], scene.told[k], box_of(scene.corners[k])
     facts = {"n": scene.names[k], "$": scene.prices[k]}
     key = told[int(draw.integers(len(told)))]
     if kind == "plain":
-        side = "lr"[int(draw.integers(2))]
-        place = sorted(range(DIGITS), key=lambda n: scene.corners[n][0])[0 if side == "l" else -1]
-        xs = [corner[0] for corner in scene.corners]
-        return None if xs.count(scene.corners[place][0]) > 1 else (f"?{side}=", str(scene.labels[place]), -1)
+        side, xs = "lr"[int(draw.integers(2))], [corner[0] for corner in scene.corners]
+        most = min(xs) if side == "l" else max(xs)
+        return None if xs[k] != most or xs.count(most) > 1 else (f"?{side}=", look, -1)
     if kind == "box-look":
-        return "@*#=", str(label), k
+        return "@*#=", look, k
+    if kind == "where":
+        return f"?{look}@=", f"{look}{box}", -1
     if kind == "box-fact":
         return f"@*{key}=", f"[{k + 1}]{facts[key]}", k
     if kind == "V2C":
-        return f"?{label}{key}=", f"[{k + 1}]{facts[key]}", -1
+        return f"?{look}{key}=", f"{look}{box}[{k + 1}]{facts[key]}", -1
     if kind == "V2C-none":
-        return None if told == "n$" else (f"?{label}{'$' if told == 'n' else 'n'}=", "!", -1)
+        return None if told == "n$" else (f"?{look}{'$' if told == 'n' else 'n'}=", f"{look}{box}!", -1)
     if kind == "C2V":
-        return (f"?{facts['n']}=", f"[{k + 1}]{label}", -1) if "n" in told else None
+        return (f"?{facts['n']}=", f"[{k + 1}]{box}{look}", -1) if "n" in told else None
     others = [name for name in names_of(split) if name not in scene.names]
     return f"?{others[int(draw.integers(len(others)))]}=", "!", -1
 
@@ -222,7 +235,7 @@ def _say_question(row: Row, scene: Scene, question: str, answer: str, named: int
 
 @lru_cache(maxsize=8)
 def talks(kinds: tuple[str, ...], count: int, split: str, seed: int) -> TensorDataset:
-    """Scenes with `TURNS` questions each, of kinds that are drawn; entries first, where any kind but plain is asked.
+    """Scenes with a question about each digit, of kinds that are drawn; entries first, where a kind needs them.
 
     Args:
         kinds: of the questions, alike.
@@ -237,18 +250,14 @@ def talks(kinds: tuple[str, ...], count: int, split: str, seed: int) -> TensorDa
     while len(parts) < count:
         scene = draw_scene(split, draw)
         row = Row([IMAGE] * PATCHES, [IGNORED] * PATCHES, [-1] * PATCHES)
-        if kinds != ("plain",):
+        if not set(kinds) <= set(SEEN):
             _say_entries(row, scene, False, False)
-        asked = 0
-        while asked < TURNS:
-            found = ask(kinds[int(draw.integers(len(kinds)))], scene, draw, split)
-            if found is not None:
-                _say_question(row, scene, *found)
-                asked += 1
-            elif kinds == ("plain",) and draw.random() < 0.2:
-                break  # two digits may begin in one column
-        if asked == TURNS:
-            parts.append(_tensors(row, scene, split, TRAINED, 0))
+        for about in draw.permutation(DIGITS):
+            found = None
+            while found is None:
+                found = ask(kinds[int(draw.integers(len(kinds)))], scene, draw, split, int(about))
+            _say_question(row, scene, *found)
+        parts.append(_tensors(row, scene, split, TRAINED, 0))
     return TensorDataset(*(torch.stack(column) for column in zip(*parts)))
 
 
@@ -261,31 +270,38 @@ def _tensors(row: Row, scene: Scene, split: str, longest: int, number: int) -> t
         torch.tensor(row.place + [-1] * fill),
         paint(scene, split, False),
         paint(scene, split, True),
-        torch.cat([cut(pictures[glyph]) for glyph in scene.glyphs]),
+        torch.cat([cut(pictures[glyph]) for glyph in scene.glyphs]),  # a token each
         torch.tensor(number),
     )
 
 
 def paint(scene: Scene, split: str, marked: bool) -> Tensor:
-    """The picture as patches (patches, 16); marked with a bar of two pixels a number above each digit."""
+    """The picture as cells (9, 64); marked with a bar of two pixels a number above each digit."""
     pictures, _ = glyphs(split)
     canvas = torch.zeros(SIDE, SIDE)
     for number, (glyph, (x, y)) in enumerate(zip(scene.glyphs, scene.corners), 1):
         canvas[y : y + GLYPH, x : x + GLYPH] = pictures[glyph]
         if marked:
-            canvas[y, x : x + GLYPH] = 0
-            canvas[y, x : x + 2 * number] = 2.0
+            canvas[y : y + GLYPH, x : x + GLYPH] = mark(pictures[glyph], number)
     return cut(canvas)
 
 
+def mark(glyph: Tensor, number: int) -> Tensor:
+    """A glyph whose first row is a bar of two pixels a number."""
+    marked = glyph.clone()
+    marked[0] = 0
+    marked[0, : 2 * number] = 2.0
+    return marked
+
+
 def cut(picture: Tensor) -> Tensor:
-    """Patches of 4×4 pixels, row by row."""
-    return picture.unfold(0, PATCH, PATCH).unfold(1, PATCH, PATCH).flatten(0, 1).flatten(1)
+    """Cells of 8×8 pixels, row by row."""
+    return picture.unfold(0, GLYPH, GLYPH).unfold(1, GLYPH, GLYPH).flatten(0, 1).flatten(1)
 
 
 @lru_cache(maxsize=64)  # a study asks for them once a trial, and so do its probes
 def rows(kind: str, count: int, split: str, seed: int, control: str = "", orders: int = 1) -> TensorDataset:
-    """Tokens, targets, places, patches, marked patches, crops (12, 16), and the number of the kind.
+    """Tokens, targets, places, cells, marked cells, crops (3, 64), and the number of the kind.
 
     Args:
         kind: one of `KINDS`.
@@ -311,7 +327,7 @@ def rows(kind: str, count: int, split: str, seed: int, control: str = "", orders
             if control.startswith("looked up"):
                 shown = looked_up(shown, split)
             row = write(
-                shown, question, answer, named, plain=kind == "plain", moved=control == "moved",
+                shown, question, answer, named, plain=kind in SEEN, moved=control == "moved",
                 bare=control.endswith("bare"),
             )  # fmt: skip
             parts.append(_tensors(row, shown, split, LONGEST, KINDS.index(kind)))
@@ -328,18 +344,17 @@ def _ordered(scene: Scene, found: tuple[str, str, int], order: Sequence[int]) ->
     parts: list[Any] = [tuple(field[k] for k in order) for field in scene]
     shown = Scene(*parts)
     place = {old: new for new, old in enumerate(order)}
-    if answer.startswith("["):
-        answer = f"[{place[int(answer[1]) - 1] + 1}]{answer[3:]}"
+    answer = CITED.sub(lambda found: f"[{place[int(found[1]) - 1] + 1}]", answer)
     return shown, question, answer, place[named] if named >= 0 else -1
 
 
 def _followed(scene: Scene, answer: str) -> str:
     """The answer of the entry that has the box now: each entry has that of the next."""
-    right = int(answer[1]) - 1
+    where, number, said = CITED.split(answer)
+    right = int(number) - 1
     entry = (right - 1) % DIGITS
-    said = answer[3:]
     other = scene.names[entry] if said == scene.names[right] else scene.prices[entry]
-    return f"[{entry + 1}]{other}"
+    return f"{where}[{entry + 1}]{other}"
 
 
 def looked_up(scene: Scene, split: str) -> Scene:
@@ -374,7 +389,7 @@ def binding_data(seed: int, smoke: bool) -> TaskData:
 
 def plain_data(seed: int, smoke: bool) -> TaskData:
     """Questions about the picture alone."""
-    return _data(seed, smoke, ("plain",))
+    return _data(seed, smoke, SEEN)
 
 
 @lru_cache(maxsize=4)
@@ -423,7 +438,10 @@ class Bindings(Task):
         return {self.metric: float(np.mean(counted)), **found}
 
     def dummy_baseline(self, data: TaskData) -> float:
-        """An entry at random answers a third of the questions to texts; a class at random, a tenth of others."""
+        """An entry at random is right for a third of the questions to texts; a class at random, for a tenth of others.
+
+        Whether it also says where is not asked.
+        """
         return 0.5 / DIGITS + 0.5 / 10
 
 
@@ -433,45 +451,78 @@ TASK = Bindings()
 # Networks and trainings
 
 
-class Binder(VisionLanguageModel):
-    """A small decoder with M-RoPE, in the layout of Qwen2-VL, that reads entries in the form of its variant.
+@lru_cache(maxsize=1)
+def sight() -> nn.Module:
+    """A classifier of cells (…, 64) into the ten digits and an empty cell, trained on glyphs of the training, frozen.
 
-    Shapes: tokens, targets and places (batch, tokens), patches and marked patches (batch, 36, 16) and crops
-    (batch, 12, 16) to logits (batch, tokens, vocab).
+    Half of the glyphs that it learns have a mark, in a form of entries that shows them. It is the same for every seed.
+    """
+    pictures, labels = glyphs("train")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            nn.Linear(GLYPH * GLYPH, int(SIGHT["hidden"])), nn.GELU(), nn.Linear(int(SIGHT["hidden"]), len(LOOKS) + 1)
+        )
+        optimizer = torch.optim.AdamW(net.parameters(), lr=SIGHT["lr"])
+        for step in range(int(SIGHT["steps"])):
+            chosen = torch.randint(len(pictures), (int(SIGHT["batch"]),)).tolist()
+            shown = [mark(pictures[k], 1 + n % 3) if n % 2 else pictures[k] for n, k in enumerate(chosen, step)]
+            cells, wanted = torch.stack([torch.zeros(GLYPH, GLYPH), *shown]).flatten(1), labels[chosen]
+            loss = F.cross_entropy(net(cells), torch.cat([torch.tensor([len(LOOKS)]), wanted]))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return net.eval().requires_grad_(False)
+
+
+class Binder(VisionLanguageModel):
+    """A small decoder that reads entries in the form of its variant.
+
+    A cell's token is W f(x) + PlacedProjector(x): f are `sight`'s probabilities, and W starts as the words of looks.
+
+    Shapes: tokens, targets and places (batch, tokens), cells and marked cells (batch, 9, 64) and crops (batch, 3, 64)
+    to logits (batch, tokens, vocab).
     """
 
+    projector: Any  # a `PlacedProjector`
+
     def __init__(self, variant: Variant):
-        rotary = RotaryPositions(BASE, SECTIONS)
-        decoder = init_narrow(Decoder(len(CHARACTERS), WIDTH, LAYERS, HEADS, bias=True, rotary=rotary))
-        super().__init__(decoder, projector=MLPProjector(PATCH * PATCH, WIDTH), image_token=IMAGE)
-        init_narrow(self.projector)
+        decoder = init_narrow(Decoder(len(CHARACTERS), rotary=RotaryPositions(BASE), **SMALL))
+        width = SMALL["dim"]
+        super().__init__(decoder, projector=PlacedProjector(GLYPH * GLYPH, width, PATCHES), image_token=IMAGE)
+        self.projector.start()  # a vision-language model starts projectors as large ones have them
+        start_looking(self.decoder)
         self.variant = variant
+        self.sight, self.looks = copy.deepcopy(sight()), nn.Linear(len(LOOKS) + 1, width, bias=False)
+        words = [CHARACTERS.index(character) for character in f"{LOOKS}."]
+        with torch.no_grad():
+            self.looks.weight.copy_(self.decoder.embed.weight[words].T)
 
     def forward(  # type: ignore[override]  # takes what every form of entries needs
-        self, tokens: Tensor, targets: Tensor, place: Tensor, patches: Tensor, marked: Tensor, crops: Tensor
+        self, tokens: Tensor, targets: Tensor, place: Tensor, cells: Tensor, marked: Tensor, crops: Tensor
     ) -> Float[Tensor, "batch tokens vocab"]:
-        form, named = self.variant.form, place >= 0
-        mask = tokens != PAD
-        seen = self.projector(marked if form == "marks" else patches)
-        grids = [[[1, ROWS, ROWS]] for _ in tokens]
-        features, sizes = seen.flatten(0, 1), [PATCHES] * len(tokens)
-        if form == "marks":
-            # The number that the picture shows, and nothing else.
-            tokens = torch.where(named & (place % 4 > 0), CHARACTERS.index("."), tokens)
-            tokens = torch.where(named & (place % 4 == 0), place // 4 + 1, tokens)
-        elif form == "crops":
-            shown = self.projector(crops).gather(1, place.clamp_min(0)[..., None].expand(-1, -1, WIDTH))
-            placed = tokens == IMAGE
-            order = (placed.long().cumsum(1) - 1).clamp(0, PATCHES - 1)
-            every = torch.where(named[..., None], shown, seen.gather(1, order[..., None].expand(-1, -1, WIDTH)))
-            tokens = tokens.masked_fill(named, IMAGE)
-            features = every[tokens == IMAGE]
-            counts = (named.sum(1) // 4).tolist()
-            grids = [[[1, ROWS, ROWS]] + [[1, 2, 2]] * count for count in counts]
-            sizes = [size for count in counts for size in (PATCHES, *[4] * count)]
-        table = torch.tensor([grid for row in grids for grid in row], device=tokens.device)
-        reading = self.read_features(tokens.masked_fill(~mask, 0), features, sizes, grids=table, mask=mask)
+        form, named, mask = self.variant.form, place >= 0, tokens != PAD
+        shown = marked if form == "marks" else cells
+        features, sizes = (self.projector(shown) + self.words(shown)).flatten(0, 1), [PATCHES] * len(tokens)
+        if form != "boxes":  # an entry says by one token what it is about
+            number, first = place.clamp_min(0) // 4, named & (place % 4 == 0)
+            tokens = tokens.masked_fill(named & ~first, CHARACTERS.index("."))
+            if form == "marks":
+                tokens = torch.where(first, number + 1, tokens)  # the number that the picture shows
+            else:
+                pieces = (self.projector.inner(self.projector.norm(crops)) + self.words(crops))[
+                    torch.arange(len(tokens), device=tokens.device)[:, None], number
+                ]
+                seen = features.unflatten(0, (len(tokens), PATCHES))
+                features = torch.cat([torch.cat([seen[k], pieces[k, first[k]]]) for k in range(len(tokens))])
+                tokens = tokens.masked_fill(first, IMAGE)
+                sizes = [size for count in first.sum(1).tolist() for size in (PATCHES, *[1] * count)]
+        reading = self.read_features(tokens.masked_fill(~mask, 0), features, sizes, mask=mask)
         return self.decoder.logits(reading.hidden)
+
+    def words(self, cells: Tensor) -> Tensor:
+        """The word of what each cell shows."""
+        return self.looks(self.sight(cells).softmax(-1))
 
 
 def network(variant: Variant) -> nn.Module:
@@ -518,17 +569,23 @@ def accuracy_of(kind: str, control: str, model: Any, data: TaskData) -> float:
 
 
 @torch.no_grad()
+def told_and_decided(model: Any, asked: TensorDataset) -> tuple[Tensor, Tensor, Tensor]:
+    """What is said and what is wanted at each place, and the place at which an answer cites or refuses."""
+    inputs = [part.to(device_of(model)) for part in asked.tensors[:6]]
+    targets = inputs[1]
+    decided = (targets == CHARACTERS.index("[")) | (targets == CHARACTERS.index("!"))
+    return model(*inputs).argmax(dim=-1), targets, decided.int().argmax(dim=1)
+
+
 def citation_f1(model: Any, data: TaskData) -> float:
-    """F1 of the first token's citation over all kinds that the tuning has."""
+    """F1 of the citation over all kinds that the tuning has."""
     right = given = wanted = 0
     for kind in ("V2C", "C2V", "V2C-none", "C2V-none"):
-        inputs = [part.to(device_of(model)) for part in _probed(kind, data).tensors[:6]]
-        told, targets = model(*inputs).argmax(dim=-1), inputs[1]
-        first = (targets != IGNORED).int().argmax(dim=1)
-        at = torch.arange(len(first), device=first.device)
+        told, targets, place = told_and_decided(model, _probed(kind, data))
+        at = torch.arange(len(place), device=place.device)
         mark = CHARACTERS.index("[")
-        cites, asked = told[at, first] == mark, targets[at, first] == mark
-        same = told[at, first + 1] == targets[at, first + 1]
+        cites, asked = told[at, place] == mark, targets[at, place] == mark
+        same = told[at, place + 1] == targets[at, place + 1]
         right += int((cites & asked & same).sum())
         given, wanted = given + int(cites.sum()), wanted + int(asked.sum())
     return 2 * right / (given + wanted) if given + wanted else 0.0
@@ -547,13 +604,11 @@ def answered_falsely(model: Any, data: TaskData) -> float:
     return 1 - float(np.mean([accuracy_of(kind, "", model, data) for kind in ("V2C-none", "C2V-none")]))
 
 
-@torch.no_grad()
-def refused(model: Any, rows: TensorDataset) -> float:
-    """The share of questions to which the first word is a refusal."""
-    inputs = [part.to(device_of(model)) for part in rows.tensors[:6]]
-    first = (inputs[1] != IGNORED).int().argmax(dim=1)
-    told = model(*inputs).argmax(dim=-1)[torch.arange(len(first), device=first.device), first]
-    return float((told == CHARACTERS.index("!")).double().mean())
+def refused(model: Any, asked: TensorDataset) -> float:
+    """The share of questions that are refused where an answer cites or refuses."""
+    told, _, place = told_and_decided(model, asked)
+    said = told[torch.arange(len(place), device=place.device), place]
+    return float((said == CHARACTERS.index("!")).double().mean())
 
 
 def refused_by_counts(rows: TensorDataset) -> float:
