@@ -169,9 +169,7 @@ def test_a_reader_reads_or_refuses_in_one_line(kind, data):
 @pytest.mark.parametrize(
     "kind", [kind for kind, (_, _, whole) in READERS.items() if any("b.png" in str(w) for w in whole)]
 )
-@pytest.mark.parametrize(
-    "named", ["x" * 5000 + ".png", "a/" * 3000 + "c.png", "none.png", "..", "\0.png"], ids=range(5)
-)
+@pytest.mark.parametrize("named", ["none.png", "..", "\0.png"], ids=range(3))
 def test_a_list_may_name_what_no_file_is_called(kind, named):
     reader, name, (whole, *_) = READERS[kind]
     assert isinstance(whole, str)

@@ -141,28 +141,28 @@ def test_a_folder_of_hugging_face_is_read_with_all_its_shards_and_its_config(tmp
     config = {"model_type": "other", "heads": 2}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"has no weights: expected model\.safetensors"):
-        weights.read_contents(tmp_path)
+        weights.read_foreign(tmp_path)
     state = {name: value for name, value in model.state_dict().items() if name != "second.weight"}
     shards = {name: f"model-{k % 2}.safetensors" for k, name in enumerate(state)}
     for shard in set(shards.values()):
         save_file({name: state[name] for name in state if shards[name] == shard}, tmp_path / shard)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
     assert weights.label_of(tmp_path) is None
-    read = weights.read_contents(tmp_path)
+    read = weights.read_foreign(tmp_path)
     assert read.config == config and read.label is None and read.state.keys() == state.keys()
     assert all(torch.equal(read.state[name], value) for name, value in state.items())
     # Of a file that is given in the folder's place, the config beside it is read as well.
     for name, write in (("model.safetensors", save_file), ("pytorch_model.bin", torch.save)):
         write(state, tmp_path / name)
-        read = weights.read_contents(tmp_path / name)
+        read = weights.read_foreign(tmp_path / name)
         assert read.config == config and read.state.keys() == state.keys()
     torch.save({"state_dict": state, "opt": {"heads": 4}}, tmp_path / "pytorch_model.bin")
-    assert weights.read_contents(tmp_path / "pytorch_model.bin").config == {"heads": 4}, "its own config comes first"
+    assert weights.read_foreign(tmp_path / "pytorch_model.bin").config == {"heads": 4}, "its own config comes first"
     # A run's folder stays one, whatever else lies in it.
     weights.save(model, tmp_path / weights.FILE, LABEL)
     assert weights.read(tmp_path)[1] == LABEL
     save_file(state, tmp_path / "model.safetensors")
-    assert weights.read_contents(tmp_path / "model.safetensors").config == {}
+    assert weights.read_foreign(tmp_path / "model.safetensors").config == {}
 
 
 def test_weights_that_do_not_fit_name_the_first_difference(model):

@@ -4,7 +4,6 @@ Only a regular file is opened: a pipe without a writer, or `/dev/random`, would 
 """
 
 import codecs
-import errno
 import json
 import os
 import stat
@@ -22,16 +21,6 @@ KINDS = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
-
-
-def is_there(file: Path) -> bool:
-    """Whether a list names a file that exists; it may be a name that no system takes, as one that is too long."""
-    try:
-        return file.is_file()
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            return False
-        raise
 
 
 def check_file(file: Path, most: int | None = None) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from provenn.core.errors import UserError
-from provenn.core.inputs import check_file, is_there, parse_json, read_text
+from provenn.core.inputs import check_file, parse_json, read_text
 from provenn.data.images import SUFFIXES
 
 LAYOUTS = ("karpathy", "coco", "flickr30k", "features", "plain")
@@ -131,7 +131,7 @@ class Images:
             UserError: there is none, or several have the name.
         """
         path = self.root / name
-        if is_there(path):
+        if path.is_file():
             return path
         found = self.by_name.get(Path(name).name, [])
         if not found:

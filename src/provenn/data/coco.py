@@ -13,7 +13,7 @@ import numpy as np
 
 from provenn.core import progress
 from provenn.core.errors import UserError
-from provenn.core.inputs import is_there, parse_json, read_text
+from provenn.core.inputs import parse_json, read_text
 from provenn.data.images import SUFFIXES, size_of
 
 SPLITS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
@@ -257,7 +257,7 @@ def _folder_of(file: Path, root: Path, names: Sequence[str]) -> Path:
     folders = [file.parent, *inside, *(folder / "images" for folder in inside), file.parent / "images"]
     folders += [root / "images", root]
     some = names[:: max(1, len(names) // 20)]
-    found = {folder: sum(is_there(folder / name) for name in some) for folder in dict.fromkeys(folders)}
+    found = {folder: sum((folder / name).is_file() for name in some) for folder in dict.fromkeys(folders)}
     best = max(found, key=lambda folder: found[folder])
     if not found[best]:
         there = ", ".join(str(folder) for folder in found if folder.is_dir())
@@ -273,7 +273,7 @@ def _sizes(
     missing, broken = [], set()
     for number, entry in listed.items():
         path = folder / entry["file_name"]
-        if not is_there(path):
+        if not path.is_file():
             missing.append(number)
             continue
         try:

@@ -17,7 +17,7 @@ from jaxtyping import Bool, UInt8
 from PIL import Image, ImageDraw, ImageFilter
 
 from provenn.core.errors import UserError
-from provenn.core.inputs import is_there, read_text
+from provenn.core.inputs import read_text
 from provenn.data.images import SUFFIXES, read_image, size_of
 from provenn.data.photographs import GREY, grey_photograph, photograph
 
@@ -285,7 +285,7 @@ def _visa_split(root: Path) -> dict[str, str] | None:
             raise UserError(
                 f"{file}, line {number}: expected object, split, label, image and mask, got {','.join(row)[:60]!r}"
             )
-        if not is_there(root / row[3]):
+        if not (root / row[3]).is_file():
             raise UserError(f"{file}, line {number}: no image at {root / row[3]}")
         split[row[3]] = row[1]
     return split

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from provenn.core.errors import UserError
-from provenn.core.inputs import is_there, parse_json, read_text
+from provenn.core.inputs import parse_json, read_text
 from provenn.core.narrowing import present
 from provenn.data.clip_pieces import ClipPieces
 from provenn.data.composed import GLYPHS, NUMERALS, PHOTOGRAPHS
@@ -400,7 +400,7 @@ def _listed(entry: Any, folder: Path, where: str) -> tuple[str, Listed]:
         if entry.get(key) is None and not needed:
             return None
         file = folder / word(key)
-        if "\0" in str(file) or not is_there(file):
+        if "\0" in str(file) or not file.is_file():
             raise UserError(f"{where}: {key}: there is no file {file}")
         return file
 

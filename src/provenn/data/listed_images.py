@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from provenn.core.errors import UserError
-from provenn.core.inputs import check_file, is_there, read_text
+from provenn.core.inputs import check_file, read_text
 from provenn.data.class_folders import Splits
 from provenn.data.images import images_in
 
@@ -114,7 +114,7 @@ def _divided(root: Path, classes: list[str], rows: Iterable[tuple[str, str, Path
     for split, name, file in rows:
         if not file.resolve().is_relative_to(inside):
             raise UserError(f"{root}: the lists name {file}, which lies outside of it")
-        if not is_there(file):
+        if not file.is_file():
             raise UserError(f"{root}: the lists name {file}, which is not there")
         if file in listed:
             raise UserError(f"{root}: the lists name {file} twice, and an image may be in one split alone")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from provenn.core.errors import UserError
-from provenn.core.inputs import is_there, parse_json, read_text
+from provenn.core.inputs import parse_json, read_text
 from provenn.data.clouds import SUFFIXES
 from provenn.data.conversations import ENDINGS, SPLITS, Conversation, Exchange
 
@@ -58,7 +58,7 @@ def _question(entry: Any, root: Path, where: str) -> Conversation:
     scene = root / entry["scene"]
     if scene.suffix.lower() not in SUFFIXES:
         raise UserError(f"{where}: the scene {entry['scene']!r} must end in {', '.join(SUFFIXES)}")
-    if not is_there(scene):
+    if not scene.is_file():
         raise UserError(f"{where}: no scene {entry['scene']!r} below {root}: add the file or remove the line")
     asked, given = entry.get("question"), entry.get("answers", entry.get("answer"))
     answers = given if isinstance(given, list) else [given]

@@ -109,8 +109,10 @@ class Paper:
             meta = get_task(work).default_meta(built_with)
             model = self.build(facts.name, **built_with).eval()
             return model, files.Label(self.card.slug, facts.name, work, built_with, meta)
+        if weights is not None and files.is_foreign(weights):
+            return self._official(weights, preset, options or {})
         file = self.card.shipped_weights(preset) if weights is None else files.locate(weights)
-        state, label = files.read(file) if files.label_of(file) else ({}, None)
+        state, label = files.read(file)
         if label is None:
             return self._official(file, preset, options or {})
         if label.paper != self.card.slug:

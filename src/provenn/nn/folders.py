@@ -24,12 +24,12 @@ Values = dict[str, Any]  # what config.json holds
 M = TypeVar("M", bound=nn.Module)
 
 
-def read_config(folder: str | Path, supported: Collection[str] | None = None) -> Values:
+def read_config(folder: str | Path, supported: Collection[str]) -> Values:
     """What a folder's config.json holds.
 
     Args:
         folder: of one model.
-        supported: types of models that the caller can build. Default: any.
+        supported: types of models that the caller can build.
 
     Raises:
         UserError: no folder, no config that can be read, or a model of another type, with those that are supported.
@@ -45,8 +45,7 @@ def read_config(folder: str | Path, supported: Collection[str] | None = None) ->
         raise UserError(f"{folder}: its {CONFIG} is no JSON: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{folder}: its {CONFIG} holds a {type(values).__name__}, expected an object of options")
-    if supported is not None:
-        check_supported(values, supported, str(folder))
+    check_supported(values, supported, str(folder))
     return values
 
 

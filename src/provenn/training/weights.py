@@ -17,8 +17,8 @@ from provenn.catalog import Card
 from provenn.core.errors import UserError
 from provenn.core.files import atomic_write
 from provenn.core.finite import DAMAGED, check_type, impossible_value
-from provenn.core.inputs import check_file
-from provenn.nn.folders import CONFIG, PICKLED, WEIGHTS, read_config, read_tensors
+from provenn.core.inputs import check_file, parse_json, read_text
+from provenn.nn.folders import CONFIG, PICKLED, WEIGHTS, read_tensors
 
 FILE = "weights.safetensors"
 KEY = "provenn"
@@ -53,6 +53,8 @@ class Label:
 
 def label_of(path: str | Path) -> Label | None:
     """The label of a weight file, without its tensors; None where it has none."""
+    if is_foreign(path):
+        return None
     file = locate(path)
     return _read_safetensors(file, tensors=False)[1] if file.suffix == ".safetensors" else None
 
@@ -78,16 +80,13 @@ def save(model: nn.Module, file: Path, label: Label) -> None:
 
 
 def locate(path: str | Path) -> Path:
-    """The weight file at a path: itself, or the one in a run's folder. A folder of Hugging Face stays one."""
+    """The weight file at a path: itself, or the one in a run's folder."""
     location = Path(path)
     if location.is_dir():
         inside = location / FILE
-        if is_foreign(location):
-            return location
         if not inside.exists():
             raise UserError(
-                f"{location} holds no {FILE} and no {CONFIG}: give the folder of a finished `provenn train`, a weight "
-                "file, or a folder of Hugging Face"
+                f"{location} holds no {FILE}: give the folder of a finished `provenn train`, or a weight file"
             )
         check_file(inside)
         return inside
@@ -98,8 +97,30 @@ def locate(path: str | Path) -> Path:
 
 
 def is_foreign(path: str | Path) -> bool:
-    """Whether this is a folder with a config.json that no training of ours wrote."""
+    """Whether this is a folder of Hugging Face: it has a config.json, and no training of ours wrote it."""
     return (Path(path) / CONFIG).is_file() and not (Path(path) / FILE).exists()
+
+
+def read_foreign(path: str | Path) -> Contents:
+    """What an authors' file or a folder of Hugging Face holds: see `read_contents`.
+
+    Of a folder all shards are read, and its config.json. Of one of its files the config beside it is read too, where
+    the file holds none.
+    """
+    place = Path(path)
+    if is_foreign(place):
+        return Contents(read_tensors(place), None, _read_config(place / CONFIG))
+    contents = read_contents(place)
+    if contents.label is None and not contents.config and place.name in (WEIGHTS, PICKLED) and is_foreign(place.parent):
+        return contents._replace(config=_read_config(place.parent / CONFIG))
+    return contents
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    values = parse_json(read_text(file), str(file))
+    if not isinstance(values, dict):
+        raise UserError(f"{file} holds a {type(values).__name__}, expected an object of options")
+    return values
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], Label | None]:
@@ -112,18 +133,14 @@ def read_contents(path: str | Path) -> Contents:
 
     A `.safetensors` file is read as such; any other as a torch checkpoint with `weights_only=True`, so that no code in
     it runs, and unwrapped to the state dict inside. An `EasyDict` or a `Namespace` becomes a plain dictionary: its
-    class is neither imported nor called. Of a folder of Hugging Face all shards are read, and its config.json; the
-    config beside one of its files is read with that file too.
+    class is neither imported nor called.
 
     Raises:
         UserError: the file is damaged, no checkpoint, or holds more than tensors and plain values.
     """
     file = locate(path)
-    if file.is_dir():
-        return Contents(read_tensors(file), None, read_config(file))
-    beside = read_config(file.parent) if file.name in (WEIGHTS, PICKLED) and is_foreign(file.parent) else {}
     if file.suffix == ".safetensors":
-        return Contents(*_read_safetensors(file), beside)
+        return Contents(*_read_safetensors(file), {})
     try:
         # An ordered dictionary takes in both what such a class keeps as items and what it keeps as attributes.
         with warnings.catch_warnings(), torch.serialization.safe_globals([(OrderedDict, name) for name in HOLDERS]):
@@ -151,7 +168,7 @@ def read_contents(path: str | Path) -> Contents:
     # DistributedDataParallel's prefix.
     shared = "module." if all(name.startswith("module.") for name in names) else ""
     state = {name.removeprefix(shared): value for name, value in content.items()}
-    return Contents(state, None, _plain(configs[0]) if configs else beside)
+    return Contents(state, None, _plain(configs[0]) if configs else {})
 
 
 def read_official(
@@ -166,7 +183,7 @@ def read_official(
 
     Args:
         card: the paper.
-        path: the checkpoint.
+        path: the checkpoint, or a folder of Hugging Face.
         preset, options: what follows from neither its shapes nor its config.
         build: makes a preset of that name with those options; by default the preset's function does.
 
@@ -178,7 +195,7 @@ def read_official(
     options = options or {}
     if not card.has("official"):
         raise UserError(f"{path} carries no provenn label, and {card.slug} has no public checkpoints to compare")
-    contents = read_contents(path)
+    contents = read_foreign(path)
     convert = card.resolve("official:convert")
     # Of some papers the shapes do not say all: their `convert` asks for what the file and its user know besides.
     takes_config = "config" in inspect.signature(convert).parameters

@@ -16,7 +16,7 @@ from PIL import Image
 
 from provenn.core.box_text import Box, check_box
 from provenn.core.errors import UserError
-from provenn.core.inputs import is_there, parse_json, read_text
+from provenn.core.inputs import parse_json, read_text
 from provenn.papers.rc_mllm.protocol import RegionContext
 from provenn.papers.rc_mllm.task.builder import PLACES, names_of
 
@@ -123,7 +123,7 @@ def read_library(file: Path) -> Library:
         if not isinstance(category, str):
             raise UserError(f"{where}: category must be words, got {str(category)[:60]!r}")
         picture = file.parent / entry["picture"]
-        if not is_there(picture):
+        if not picture.is_file():
             raise UserError(f"{where}: no picture at {picture}")
         items.append(Item(entry["name"], category, entry["text"], read_pixels_rgb(picture)))
     return Library(items)
