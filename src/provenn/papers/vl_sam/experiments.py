@@ -23,7 +23,7 @@ from provenn.papers.vl_sam.studies import (
     state_of,
     uniform_row,
 )
-from provenn.papers.vl_sam.training import tested
+from provenn.papers.vl_sam.training import FULL, SMOKE, tested
 
 ABOUT = "scenes of 64×64 pixels with two to four coloured digits and shapes on photographs, textures and paper"
 NOTE = (
@@ -32,6 +32,12 @@ NOTE = (
     "no fault of a map."
 )
 OTHERS = ("naive", "mean of layers", "rollout")
+
+
+def said(run: Run) -> dict[str, Any]:
+    """What a record says of the trainings, and of how many scenes they and the tests had."""
+    counts = SMOKE if run.smoke else FULL
+    return {"recipe": str(LEARNING), "lr": LEARNING.lr, "train": counts.train, "test": counts.test, **SIZES}
 
 
 async def outcomes(run: Run) -> list[dict[str, float]]:
@@ -59,7 +65,7 @@ def beside(
             unit=unit,
             data=ABOUT,
             sides=sides,
-            setting={"recipe": str(LEARNING), **SIZES},
+            setting=said(run),
             skills=[
                 Skill(variant=name, values=of[key], dummy_baseline=of[floor], higher_is_better=True, may_guess=why)
                 for name, key, why in ((sides[0], ours, ""), (best, best, shows))
@@ -146,7 +152,7 @@ async def auroc_best(run: Run) -> Measurement:
         unit="AUROC",
         data=ABOUT,
         sides=("full map", f"best of {', '.join(OTHERS)}"),
-        setting={"recipe": str(LEARNING), **SIZES},
+        setting=said(run),
         skills=[Skill(variant="full map", values=values, dummy_baseline=half, higher_is_better=True)],
         note=NOTE,
     )
@@ -204,7 +210,7 @@ async def share_of_oracle(run: Run) -> Measurement:
         seeds=run.seeds,
         unit="share of the box oracle's AR",
         data=ABOUT,
-        setting={"recipe": str(LEARNING), **SIZES},
+        setting=said(run),
         skills=[Skill(variant="VL-SAM", values=shares, dummy_baseline=floors, higher_is_better=True)],
         note=NOTE,
     )
