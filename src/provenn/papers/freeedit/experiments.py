@@ -14,7 +14,7 @@ from provenn.ops.softmax_attention import softmax_attention
 from provenn.papers.freeedit.attaching import attach_refer_attention, self_attentions
 from provenn.papers.freeedit.layers import drra, merged_drra, rasa
 from provenn.papers.freeedit.model import SD15, freeedit_sd15, freeedit_small, parts_of
-from provenn.papers.freeedit.studies import LEARNING, SIZES, outcome
+from provenn.papers.freeedit.studies import FULL, LEARNING, SIZES, SMOKE, outcome
 
 ABOUT = "edits of 16×16 pixels: digits of 3×3 coloured tiles on photographs are added, replaced and removed"
 NOTE = (
@@ -25,6 +25,14 @@ NOTE = (
 UNIT = "squared error inside the object"
 SITES = ((5, 4096, 320), (5, 1024, 640), (5, 256, 1280), (1, 64, 1280))  # layers, tokens and width at 512²
 HEADS, SAMPLED = 8, 50  # heads of a layer, steps of sampling
+
+
+def said(run: Run) -> dict[str, Any]:
+    """What a record says of the trainings, and of how many pairs they and the tests had."""
+    counts = SMOKE if run.smoke else FULL
+    return {
+        "recipe": str(LEARNING), "lr": LEARNING.lr, "train": counts["train"], "test": counts["test"], **SIZES
+    }  # fmt: skip
 
 
 async def outcomes(run: Run) -> list[dict[str, float]]:
@@ -61,7 +69,7 @@ def beside(
             unit=UNIT,
             data=ABOUT,
             sides=sides,
-            setting={"recipe": str(LEARNING), **SIZES},
+            setting=said(run),
             skills=[
                 Skill(variant=side, values=of, dummy_baseline=floors, higher_is_better=False)
                 for side, of in zip(sides, (values, baselines))
@@ -120,7 +128,7 @@ async def overlap_of_masked(run: Run) -> Measurement:
     none = [0.0] * len(found)
     return Measurement.ratio(
         values, baselines, seeds=run.seeds, unit="IoU of changed pixels", data=ABOUT, sides=sides,
-        setting={"recipe": str(LEARNING), **SIZES}, tables=gaps(found), note=NOTE,
+        setting=said(run), tables=gaps(found), note=NOTE,
         skills=[Skill(variant=side, values=of, dummy_baseline=none, higher_is_better=True)
                 for side, of in zip(sides, (values, baselines))],
     )  # fmt: skip
@@ -134,7 +142,7 @@ async def outside_of_masked(run: Run) -> Measurement:
     values, baselines = ([each[f"{name}, sampled outside"] for each in found] for name in ("DRRA", "masked"))
     return Measurement.ratio(
         values, baselines, seeds=run.seeds, unit="squared error outside", data=ABOUT,
-        sides=("no mask", "given the mask"), setting={"recipe": str(LEARNING), **SIZES}, tables=gaps(found), note=NOTE,
+        sides=("no mask", "given the mask"), setting=said(run), tables=gaps(found), note=NOTE,
         # Who changes nothing has no error outside: that it edits shows inside.
         skills=[Skill(variant="no mask", values=inside, dummy_baseline=floors, higher_is_better=False)],
     )  # fmt: skip

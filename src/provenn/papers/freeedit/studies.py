@@ -22,6 +22,7 @@ LEARNING = Recipe(
     epochs=1000, batch_size=16, lr=2e-3, weight_decay=0.01, schedule="cosine", warmup_steps=30, clip=1.0
 )  # fmt: skip
 SIZES: dict[str, Any] = {"steps": STEPS, "tuning": TUNING}
+FULL, SMOKE = {"train": 6000, "val": 200, "test": 400}, {"train": 32, "val": 4, "test": 8}  # pairs of each split
 NOISY = (0.7, 0.96)  # share of the schedule at which predictions of the clean image are judged
 LEVELS = 4  # of noise that each pair is judged at
 CHANGED = 0.1  # difference from the source at which a pixel counts as changed
@@ -71,7 +72,7 @@ def with_noun(one: Written) -> str:
 def edits_of(seed: int, smoke: bool, form: str = "reference") -> TaskData:
     """Pairs of a seed: 6,000 to learn from, and 400 held out, of glyphs, photographs and hues that no training has."""
     words = vocabulary()
-    counts = {"train": 32, "val": 4, "test": 8} if smoke else {"train": 6000, "val": 200, "test": 400}
+    counts = SMOKE if smoke else FULL
     written = {split: composed_edits(split, seed, count) for split, count in counts.items()}
     sets = {split: Told(Edits(part, words), form) for split, part in written.items()}
     content = [x for part in written.values() for one in part for x in (one.source, one.target, one.described)]
