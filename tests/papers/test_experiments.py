@@ -98,6 +98,8 @@ def test_other_experiments_take_their_paths(slug: str, tmp_path: Path) -> None:
             and "recipe" in each.measurement.setting
         ):
             assert each.measurement.skills, f"{each.experiment.id}: did its variants beat the dummy baseline?"
+            lacking = [key for key in ("lr", "train", "test") if key not in each.measurement.setting]
+            assert not lacking, f"{each.experiment.id}: a record says its {lacking}"
     drawn = {picture.file for each in found for picture in each.measurement.pictures}
     assert {str(file.relative_to(tmp_path / slug)) for file in tmp_path.rglob("*.png")} <= drawn
 

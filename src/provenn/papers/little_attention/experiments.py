@@ -315,7 +315,12 @@ async def ranks_repeat(run: Run) -> Measurement:
         seeds=list(range(len(pairs))),
         unit="rank correlation",
         data=ABOUT,
-        setting={"recipe": str(BRIEF), "seeds of the search": list(SEARCH_SEEDS)},
+        setting={
+            "recipe": str(BRIEF),
+            "lr": BRIEF.lr,
+            "seeds of the search": list(SEARCH_SEEDS),
+            **{split: CAMERAS.facts(run)[split] for split in ("train", "test")},
+        },
         tables=tables,
         skills=[
             Skill(

@@ -1,6 +1,6 @@
 """What Wings' abstract says, as measurements on a small decoder that is taught text tasks and tuned on pictures."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from provenn.papers.wings.layers import LowRankResidualAttention
 from provenn.papers.wings.model import wings_qwen1_5_7b
 from provenn.papers.wings.rivals import add_low_rank
 from provenn.papers.wings.studies import (
+    COUNTS,
     MIXES,
     TASK,
     TUNING,
@@ -131,7 +132,7 @@ async def forgotten(run: Run, way: str) -> Measurement:
         seeds=run.seeds,
         unit="accuracy",
         data=ABOUT,
-        setting={"recipe": str(TUNING), "rates": list(RATES), "enough": ENOUGH},
+        setting=said(RATES, enough=ENOUGH),
         tables=[Table(caption=f"{WAYS[way][0]}, mean over seeds", columns=columns, rows=rows)],
         skills=above_chance(run, "before tuning", [each["text before"] for each in found[0]]),
         note=NOTE,
@@ -158,6 +159,12 @@ async def frontier(run: Run, way: str) -> tuple[list[float], bool]:
     return [max(texts, default=0.0) for texts in reading], all(reading)
 
 
+def said(rates: Sequence[float], **more: Any) -> dict[str, Any]:
+    """What a record says of tunings at several rates."""
+    counts = {"train": COUNTS["tuned"], "test": COUNTS["test"]}
+    return {"recipe": str(TUNING), "lr": list(rates), **counts, **more}
+
+
 async def at_equal_images(run: Run, rival: str) -> Measurement:
     """A side that does not read pictures at some seed has no text accuracy to compare, not one of 0."""
     sides = ("Wings", WAYS[rival][0])
@@ -170,7 +177,7 @@ async def at_equal_images(run: Run, rival: str) -> Measurement:
         unit="accuracy",
         data=ABOUT,
         sides=sides,
-        setting={"recipe": str(TUNING), "rates": list(RATES), "enough": ENOUGH},
+        setting=said(RATES, enough=ENOUGH),
         skills=above_chance(run, "Wings", ours) + above_chance(run, sides[1], theirs),
         note=NOTE,
     )
@@ -210,7 +217,7 @@ async def shift_and_forgetting(run: Run) -> Measurement:
         seeds=run.seeds,
         unit="correlation",
         data=ABOUT,
-        setting={"recipe": str(TUNING), "rates": list(RATES[1:]), "shares": list(SHARES)},
+        setting=said(RATES[1:], shares=list(SHARES)),
         tables=[Table(caption="Tunings, mean over seeds", columns=columns, rows=rows)],
         skills=above_chance(run, "before tuning", [each["text before"] for each in next(iter(found.values()))]),
         note=NOTE,
