@@ -513,9 +513,10 @@ class Binder(VisionLanguageModel):
                 pieces = (self.projector.inner(self.projector.norm(crops)) + self.words(crops))[
                     torch.arange(len(tokens), device=tokens.device)[:, None], number
                 ]
-                seen = features.unflatten(0, (len(tokens), PATCHES))
-                features = torch.cat([torch.cat([seen[k], pieces[k, first[k]]]) for k in range(len(tokens))])
+                placed = tokens == IMAGE
+                every = torch.zeros_like(pieces).masked_scatter(placed[..., None], features)
                 tokens = tokens.masked_fill(first, IMAGE)
+                features = torch.where(first[..., None], pieces, every)[tokens == IMAGE]
                 sizes = [size for count in first.sum(1).tolist() for size in (PATCHES, *[1] * count)]
         reading = self.read_features(tokens.masked_fill(~mask, 0), features, sizes, mask=mask)
         return self.decoder.logits(reading.hidden)
