@@ -62,7 +62,7 @@ RECIPE = Recipe(
     clip=1.0, betas=(0.9, 0.99),
 )  # fmt: skip
 PLAIN_SHARE = 0.25  # of the epochs: on the picture alone, before the tuning
-SIGHT = {"steps": 600, "batch": 64, "hidden": 32, "lr": 3e-3}  # of the classifier of glyphs
+SIGHT: dict[str, Any] = {"steps": 600, "batch": 64, "hidden": 32, "lr": 3e-3}  # of the classifier of glyphs
 ONE_CPU = Hardware()
 TOLD = re.compile(r"\[(\d)\]\(.{4}\)([a-m]{2})?(\$\d)?;")  # an entry's number, name and price
 KEY = re.compile(r"\?[A-J]([n$])=")  # what is asked of a text
@@ -460,12 +460,11 @@ def sight() -> nn.Module:
     pictures, labels = glyphs("train")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = nn.Sequential(
-            nn.Linear(GLYPH * GLYPH, int(SIGHT["hidden"])), nn.GELU(), nn.Linear(int(SIGHT["hidden"]), len(LOOKS) + 1)
-        )
+        width = SIGHT["hidden"]
+        net = nn.Sequential(nn.Linear(GLYPH * GLYPH, width), nn.GELU(), nn.Linear(width, len(LOOKS) + 1))
         optimizer = torch.optim.AdamW(net.parameters(), lr=SIGHT["lr"])
-        for step in range(int(SIGHT["steps"])):
-            chosen = torch.randint(len(pictures), (int(SIGHT["batch"]),)).tolist()
+        for step in range(SIGHT["steps"]):
+            chosen = torch.randint(len(pictures), (SIGHT["batch"],)).tolist()
             shown = [mark(pictures[k], 1 + n % 3) if n % 2 else pictures[k] for n, k in enumerate(chosen, step)]
             cells, wanted = torch.stack([torch.zeros(GLYPH, GLYPH), *shown]).flatten(1), labels[chosen]
             loss = F.cross_entropy(net(cells), torch.cat([torch.tensor([len(LOOKS)]), wanted]))
