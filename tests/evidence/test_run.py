@@ -20,6 +20,7 @@ from provenn.evidence import Evidence, Record, Run, Verdict
 from provenn.evidence.provenance import DIGESTS
 from provenn.evidence.record import EVIDENCE, LEDGER, SCHEMA_VERSION, Ledger
 from provenn.evidence.run import run_to_end
+from provenn.experiments.at_paper import TrainingOptions
 from provenn.experiments.reproduce import reproduce
 
 
@@ -434,6 +435,34 @@ def test_code_that_changed_is_measured_again(card, site, tmp_path):
     sys.modules.pop("tiny_gate.experiments")
     (found,) = reproduce(card, experiments=["parameters"], out=tmp_path, resume=True)
     assert found.verdict is Verdict.CONTRADICTED and found.record.code != before
+
+
+def test_trainings_in_another_precision_are_the_experiment_s_own_and_say_so(card, site, tmp_path):
+    file = site / "tiny_gate" / "experiments.py"
+    text = file.read_text().replace("def better(run: Run)", 'def better(run: Run, precision: str = "32-true")')
+    text = text.replace("gain=2.0)", "gain=2.0, trained=precision)").replace('{"epochs": 2}', '{"trained": precision}')
+    file.write_text(text)
+    sys.modules.pop("tiny_gate.experiments", None)
+    (plain,) = reproduce(card, experiments=["better"], out=tmp_path / "plain")
+    lines: list[str] = []
+    words = {"experiments": ["better", "parameters"], "out": tmp_path / "run", "log": lines.append}
+    rounded = TrainingOptions(precision="bf16-mixed")
+    better, counted = reproduce(card, training=rounded, **words)
+    assert lines == ["tiny_gate: without a training that takes a precision: parameters"]
+    said = better.record.measurement
+    assert said.setting == {"trained": "bf16-mixed", "precision": "bf16-mixed"} and "in bf16-mixed" in said.note
+    assert "precision" not in counted.record.measurement.setting | plain.record.measurement.setting
+    assert better.record.code == plain.record.code and not better.overrides and better.verdict is plain.verdict
+    before = called(tmp_path / "calls")
+    reproduce(card, training=rounded, resume=True, **words)
+    assert called(tmp_path / "calls") == before
+    (other, _) = reproduce(card, resume=True, **words)
+    assert other.record.measurement.setting == {"trained": "32-true"}
+    assert (called(tmp_path / "calls") - before).total() == 5, "of the gate alone"
+    for training, message in ((rounded, "none is in parameters"), (TrainingOptions(save_every=3), "but for its prec")):
+        with pytest.raises(UserError, match=message):
+            reproduce(card, experiments=["parameters"], training=training, out=tmp_path / "none")
+    assert not (tmp_path / "none").exists() or not any((tmp_path / "none").rglob("*.json"))
 
 
 @pytest.mark.parametrize(

@@ -853,7 +853,9 @@ def test_what_a_training_cannot_be_run_with_is_refused(tmp_path, capsys):
     for options, message in (({"precision": "8"}, "precision must be"), ({"save_every": 0}, "save_every must be")):
         with pytest.raises(UserError, match=message):
             TrainingOptions(**options)
-    with pytest.raises(UserError, match="training is for the budget paper, got the budget smoke"):
+    with pytest.raises(
+        UserError, match="training is for the budget paper, but for its precision, got the budget smoke"
+    ):
         reproduce("titans", budget="smoke", out=tmp_path, training=TrainingOptions(save_every=3))
     assert main(["reproduce", "titans", "--save-every", "3", "--out", str(tmp_path)]) == 2
     said = "provenn: --save-every is for --budget paper, got --budget small: leave it out\n"

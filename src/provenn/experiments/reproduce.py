@@ -5,7 +5,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -99,7 +99,9 @@ def reproduce(
         overrides: another setting to measure at, such as {"epochs": 3}. A study takes those of its recipe and the
             arguments of its data and networks, a timing its sizes and rounds, a function its arguments. Experiments
             that take none of them are left out. The outcome is kept beside that of the experiments' own setting.
-        training: how trainings run, on how many processes; for the budget paper.
+        training: how trainings run, on how many processes; for the budget paper. At others it may hold a precision,
+            such as `TrainingOptions(precision="bf16-mixed")`: trainings have it in place of the registered one, and
+            their records say so.
         log: is given messages for the user.
 
     Raises:
@@ -152,8 +154,8 @@ def _reproduction(card: Card, options: Options, elsewhere: Elsewhere | None = No
     seeds = choose_seeds(asked["seeds"])
     if budget not in BUDGETS:
         raise UserError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
-    if budget != "paper" and asked["training"] != TrainingOptions():
-        raise UserError(f"training is for the budget paper, got the budget {budget}")
+    if budget != "paper" and replace(asked["training"], precision=None) != TrainingOptions():
+        raise UserError(f"training is for the budget paper, but for its precision, got the budget {budget}")
     experiments = asked["experiments"]
     names = [experiments] if isinstance(experiments, str) else experiments
     if asked["headline"]:
@@ -167,6 +169,8 @@ def _reproduction(card: Card, options: Options, elsewhere: Elsewhere | None = No
     named = bool(names) and not asked["headline"]
     settings = _settings(budget, card, wanted, data, asked["overrides"] or {}, log, named=named)
     wanted = [experiment for experiment in wanted if experiment.id in settings]
+    if budget != "paper" and asked["training"].precision is not None:
+        _check_precision(card, wanted, log)
     folder = out / card.slug
     check_writable(folder)
     with alone_in(folder):
@@ -186,6 +190,24 @@ def _reproduction(card: Card, options: Options, elsewhere: Elsewhere | None = No
         )
         recorded = RecordedRun(budget=budget, environment=here(device), date=datetime.now(UTC).replace(microsecond=0))
         yield _Work(card, wanted, run, evidence, recorded, data, settings, asked["training"])
+
+
+def _check_precision(card: Card, experiments: Sequence[Experiment], log: Callable[[str], None]) -> None:
+    """Log which experiments train nothing that another precision could be given.
+
+    Raises:
+        UserError: none does.
+    """
+    measures = {experiment.id: _own_measure("small", card, experiment, None) for experiment in experiments}
+    others = [name for name, measure in measures.items() if measure is None or not _takes_precision(measure)]
+    if len(others) == len(measures):
+        raise UserError(f"precision is for trainings, and none is in {', '.join(others)}: leave it out")
+    if others:
+        log(f"{card.slug}: without a training that takes a precision: {', '.join(others)}")
+
+
+def _takes_precision(measure: Measure) -> bool:
+    return "precision" in parameters_of(measure)
 
 
 def _is_missing(card: Card, experiment: Experiment) -> bool:
@@ -285,7 +307,7 @@ async def _measure(run: Run, find: Callable[[], Measure | None], experiment: Exp
     try:
         function = find()
         needs = experiment.lacks or "a function that measures it"
-        code = digest(function) if function is not None else ""
+        code = digest(getattr(function, "registered", function)) if function is not None else ""
         measurement = Measurement.not_measured(needs) if function is None else await measurement_of(function, run)
         if experiment.package is not None and function is not None:
             setting = {**measurement.setting, experiment.package: installed(experiment.package)}
@@ -321,12 +343,34 @@ def _function(
 ) -> Measure | None:
     """What measures an experiment at this run's budget and setting; None where nothing can."""
     measure = _own_measure(run.budget, card, experiment, data, training)
-    if measure is None or not run.overrides:
-        return measure
-    key = ("overrides", experiment.id)
-    if key not in run.memory:  # which holds on to it: a run knows experiments by what they are, not by their names
-        run.memory[key] = with_overrides(measure, run.overrides)
-    return run.memory[key]
+    key = ("changed", experiment.id)
+    if measure is None or key in run.memory:
+        return run.memory.get(key)
+    changed = with_overrides(measure, run.overrides) if run.overrides else measure
+    if run.budget != "paper" and training.precision is not None and _takes_precision(measure):
+        changed = InPrecision(changed, with_overrides(changed, {"precision": training.precision}), training.precision)
+    if changed is not measure:
+        run.memory[key] = changed  # a run knows experiments by what they are, not by their names: it must hold on to it
+    return changed
+
+
+@dataclass(frozen=True)
+class InPrecision:
+    """A measurement whose trainings have another precision than the registered one, as the record then says.
+
+    The code is that of the registered one, and a record stands for it.
+    """
+
+    registered: Measure
+    changed: Measure
+    precision: str
+
+    async def __call__(self, run: Run) -> Measurement:
+        outcome = self.changed(run)
+        measurement = outcome if isinstance(outcome, Measurement) else await outcome
+        note = f"{measurement.note} Trained in {self.precision}, in place of what is registered.".strip()
+        setting = {**measurement.setting, "precision": self.precision}
+        return measurement.model_copy(update={"setting": setting, "note": note})
 
 
 def _own_measure(
@@ -361,10 +405,13 @@ def _still_good(
         return False
     try:
         function = find()
-        code = digest(function) if function is not None else ""
+        code = digest(getattr(function, "registered", function)) if function is not None else ""
     except UserError:  # its measurement reports what is wrong
         return False
     if earlier is None or function is None or record.code != code:
+        return False
+    precision = record.measurement.setting.get("precision")
+    if run.budget != "paper" and precision != getattr(function, "precision", None):
         return False
     if experiment.package is not None and installed(experiment.package) != record.measurement.setting.get(
         experiment.package

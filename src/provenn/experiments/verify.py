@@ -18,7 +18,7 @@ from provenn.core.files import alone_in, check_writable, write_atomically
 from provenn.core.names import check_options
 from provenn.evidence import view
 from provenn.evidence.clock import of_a_machine
-from provenn.evidence.experiment import Measure, measuring_functions
+from provenn.evidence.experiment import Measure, measuring_functions, parameters_of, with_overrides
 from provenn.evidence.measurement import Measurement
 from provenn.evidence.provenance import DIGESTS, Provenance, digests_of, provenance_of
 from provenn.evidence.record import (
@@ -207,6 +207,8 @@ class _Verifying:
         if isinstance(measure, (Contrast, Reading)):
             rates = dict(recorded.setting.get("lr", {}))
             measure = replace(measure, shown=(), picture=False)
+        if (precision := recorded.setting.get("precision")) is not None and "precision" in parameters_of(measure):
+            measure = with_overrides(measure, {"precision": precision})
         outcome: Repeated | None = None
         for count in range(1, len(seeds) + 1):
             run = self.run.of_experiment(device=device, seeds=seeds[:count], rates=rates)

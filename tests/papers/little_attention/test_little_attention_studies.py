@@ -47,12 +47,12 @@ def second():
 
 
 def test_the_second_set_shares_no_identity_between_splits(second):
-    train, val, test = second.train.pictures, second.val, second.test
+    train, val, test = second.train.datasets[0].pictures, second.val, second.test
     people = [set(part.identities.tolist()) for part in (train, val, test)]
     assert [len(part) for part in people] == [36, 15, 24] and not set.union(*people) - people[0] - people[1] - people[2]
     assert not people[0] & people[2] and not people[1] & people[2] and not people[0] & people[1]
     first = cameras(0, False)
-    assert not set(first.train.pictures.identities.tolist()) & (people[0] | people[2])
+    assert not set(first.train.datasets[0].pictures.identities.tolist()) & (people[0] | people[2])
     for part in (train, val, test):
         counts = torch.stack([(part.identities == p).sum() for p in part.identities.unique()])
         assert (counts == 16).all(), "four views by each of four cameras"
