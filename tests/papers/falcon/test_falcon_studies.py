@@ -13,14 +13,19 @@ from provenn.papers.falcon.rivals import Abstractor, AllTokens, MostAttended, Pi
 from provenn.papers.falcon.studies import (
     DIM,
     KINDS,
+    MATCHED,
     PATCHES,
     RECIPE,
     SEAM_DIGIT,
+    SHUFFLED,
     SIDE,
     Variant,
     _but_the_vit,
     accuracy_of,
     after_singles,
+    crop_digits,
+    from_crops,
+    from_crops_in_stages,
     in_stages,
     lost_at_seams,
     network,
@@ -29,6 +34,7 @@ from provenn.papers.falcon.studies import (
     seam_digits,
     singles,
     small_digits,
+    tower_of,
     views,
     without_exchange,
 )
@@ -288,6 +294,63 @@ def test_stages_train_what_they_say():
     }
     name = "encoder.tower.encoder.layers.1.mlp.fc1.weight"
     assert torch.equal(ends["falcon"][name], ends["own crop"][name])  # one network that tells single digits
+
+
+def test_crops_are_of_noise_and_of_photographs_by_half():
+    images, labels = crop_digits(0, True).train.tensors
+    assert images.shape == (48, 1, SIDE, SIDE) and set(labels.tolist()) <= set(range(10))
+    again, _ = crop_digits(1, True).train.tensors
+    assert not torch.equal(images, again)
+    held = crop_digits(0, True).test.tensors[0]
+    assert not any(torch.equal(one, other) for one in images for other in held)
+    border = torch.cat([images[:, 0, 0], images[:, 0, -1]], dim=1)
+    noisy = (border.std(1) - studies.NOISE).abs() < 0.1
+    assert 0.25 < noisy.float().mean() < 0.75
+
+
+@pytest.mark.parametrize("train", [from_crops, from_crops_in_stages])
+def test_variants_begin_with_one_tower_a_seed_and_shape(train, monkeypatch):
+    began = {}
+
+    def noted(build, *rest, **options):
+        model = build()
+        began[kind, options["seed"]] = model
+        return Fit(model, {})
+
+    monkeypatch.setattr(studies, "in_stages" if train is from_crops_in_stages else "fit", noted)
+    weights = {seed: {} for seed in (0, 1)}
+
+    def on_crops(seed, short, hardware, dim, wider, recipe):
+        assert short and recipe.precision == "bf16-mixed"
+        if wider not in weights[seed]:
+            torch.manual_seed(100 + seed)
+            weights[seed][wider] = tower_of(network(Variant("recompact", dim, wider), 10).encoder).state_dict()
+        return weights[seed][wider]
+
+    monkeypatch.setattr(studies, "_on_crops", on_crops)
+    data = small_digits(0, True)
+    kinds = {"falcon": 0, "keep": 0, "pooling": MATCHED, "shuffle": SHUFFLED, "registers and abstractor": 0}
+    for seed in (0, 1):
+        for kind, wider in kinds.items():
+            variant = Variant(kind, wider=wider)
+            recipe = replace(SHORT, precision="bf16-mixed")
+            train(lambda variant=variant: network(variant, 10), TASK, data, recipe, seed=seed)
+    for (kind, seed), model in began.items():
+        own = tower_of(model.encoder).state_dict()
+        expected = weights[seed][kinds[kind]]
+        assert own.keys() == expected.keys() and all(torch.equal(own[name], expected[name]) for name in own)
+    exchange = began["falcon", 0].encoder
+    for layer, block in zip(exchange.interact, exchange.blocks):
+        pairs_of = zip(layer.attention.parameters(), block.self_attn.parameters(), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs_of)
+
+
+def test_a_tower_learns_in_crops():
+    weights = studies._on_crops(0, True, studies.ONE_CPU, DIM, 0, studies.ON_CROPS)
+    fresh = tower_of(network(Variant("recompact"), 10).encoder).state_dict()
+    assert weights.keys() == fresh.keys()
+    again = studies._on_crops(0, True, studies.ONE_CPU, DIM, 0, studies.ON_CROPS)
+    assert again is weights, "trained once"
 
 
 def test_two_thirds_are_without_exchange_and_the_last_third_with_a_frozen_vit(monkeypatch):

@@ -17,12 +17,15 @@ from provenn.papers.falcon.model import LLAMA_3_1_8B, SIGLIP_LARGE, RegisterViT,
 from provenn.papers.falcon.rivals import AllTokens
 from provenn.papers.falcon.studies import (
     ASKED,
+    LONGER,
     MATCHED,
     RECIPE,
     SHUFFLED,
     Variant,
     accuracy_of,
     after_singles,
+    from_crops,
+    from_crops_in_stages,
     in_stages,
     lost_at_seams,
     network,
@@ -57,6 +60,7 @@ VIEWS = Study(
     about="views of 64 regions of 16 photographs, 72 pixels wide and 16 apart, grey",
     **SIZES,
 )
+BEGUN = "Every encoder starts from a ViT of its shape, trained once a seed to name digits in single crops."
 SEAMS = Study(
     "digits at the seams of crops",
     "image-classification",
@@ -71,11 +75,12 @@ SEAMS = Study(
         "all": ("attention over all tokens", Variant("all tokens")),
     },
     build=network,
-    recipe=RECIPE,
+    recipe=LONGER,
     lrs=RATES,
     probes={"lost at seams": lost_at_seams},
-    trained=in_stages,
+    trained=from_crops_in_stages,
     about="digits of 20 pixels (scikit-learn) on 48×48, half within a crop of 24, half across the corner of four crops",
+    note=BEGUN,
     **SIZES,
 )
 SMALL = Study(
@@ -93,9 +98,11 @@ SMALL = Study(
         "keep": ("all 36 patches", Variant("keep", wider=MATCHED)),
     },
     build=network,
-    recipe=RECIPE,
+    recipe=LONGER,
     lrs=RATES,
+    trained=from_crops,
     about="digits of 12 pixels (scikit-learn) on grey pieces of 48×48 of photographs; 4 tokens of each crop of 24",
+    note=BEGUN,
     **SIZES,
 )
 PAIRS = Study(

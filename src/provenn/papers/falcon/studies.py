@@ -41,6 +41,8 @@ CANVAS = 48  # pixels of an image's side: 2 × 2 crops
 DEPTH, HEADS, DIM = 3, 2, 32
 COUNTS = {"train": 3200, "val": 400, "test": 1000}
 RECIPE = Recipe(epochs=4, batch_size=32, lr=3e-3, weight_decay=0.05, decay_vectors=False, schedule="onecycle", clip=1.0)
+LONGER = replace(RECIPE, epochs=8)  # of networks that read digits, begun with a tower that names them in crops
+ON_CROPS = replace(LONGER, batch_size=64)  # of that tower
 ONE_CPU = Hardware()
 NOISE = 0.3  # deviation of what is added to canvases without a texture
 MATCHED = 2 * DIM  # hidden channels of three MLPs, which are as many parameters as an Abstractor has
@@ -239,6 +241,38 @@ def small_digits(seed: int, smoke: bool) -> TaskData:
     return _made("small digits on photographs", parts, 10)
 
 
+CROP_DIGITS = (12, 16, 20)  # sides, of as many digits each
+CROPS = {"train": 4266, "val": 133, "test": 333}
+
+
+@lru_cache(maxsize=8)
+def crop_digits(seed: int, smoke: bool) -> TaskData:
+    """Crops of 24 with a digit of 12, 16 or 20 pixels: half on noise, half on a grey piece of a photograph."""
+    generator = torch.Generator().manual_seed(3 * seed + 7)
+    parts = {}
+    for split, (digits, labels) in _digits(seed).items():
+        each = 16 if smoke else CROPS[split]
+        pieces, _ = wide_patches(split, 60, seed)
+        canvases, classes = [], []
+        for side in CROP_DIGITS:
+            chosen = torch.randint(len(digits), (each,), generator=generator)
+            ground = torch.randint(len(pieces), (each,), generator=generator).tolist()
+            corners = torch.randint(pieces.shape[-1] - SIDE + 1, (each, 2), generator=generator).tolist()
+            texture = torch.stack(
+                [pieces[i, :, top : top + SIDE, left : left + SIDE] for i, (top, left) in zip(ground, corners)]
+            )
+            noisy = torch.rand(each, 1, 1, 1, generator=generator) < 0.5
+            canvas = torch.where(noisy, NOISE * torch.randn(each, 1, SIDE, SIDE, generator=generator), texture)
+            shapes = _enlarged(digits[chosen], side)
+            bright = (shapes - shapes.amin((1, 2), keepdim=True)) * BRIGHT
+            shapes = torch.where(noisy[:, 0], shapes, bright)
+            _paste(canvas, shapes, torch.randint(SIDE - side + 1, (each, 2), generator=generator))
+            canvases.append(canvas)
+            classes.append(labels[chosen])
+        parts[split] = (torch.cat(canvases), torch.cat(classes))
+    return _made("digits in crops", parts, 10)
+
+
 PAIR_CLASSES = 5
 PAIR_DIGIT = 18
 
@@ -402,6 +436,86 @@ def in_stages(
     model.eval()
     with torch.no_grad():
         return replace(done, model=model, metrics=task.evaluate(model, data.test))
+
+
+class Named(nn.Module):
+    """The tower of a variant's encoder, whose mean patch names what is in a crop."""
+
+    def __init__(self, variant: Variant, num_classes: int):
+        super().__init__()
+        self.tower, self.head = tower_of(KINDS[variant.kind](variant)), nn.Linear(variant.dim, num_classes)
+
+    def forward(self, crops: Float[Tensor, "batch 1 side side"]) -> Float[Tensor, "batch classes"]:
+        return self.head(self.tower(crops.expand(-1, 3, -1, -1)).last.patches.mean(dim=1))
+
+
+def tower_of(encoder: Any) -> nn.Module:
+    """The ViT of an encoder, without registers and what follows it."""
+    return (encoder.vit if isinstance(encoder, Compressed) else encoder).tower
+
+
+@lru_cache(maxsize=32)  # trained once a seed and shape of the tower, and taken over by every variant
+def _on_crops(seed: int, short: bool, hardware: Hardware, dim: int, wider: int, recipe: Recipe) -> Mapping[str, Tensor]:
+    """Weights of a tower that names digits in single crops, as FALCON's comes from SigLIP."""
+    data = crop_digits(seed, short)
+    recipe = replace(recipe, max_steps=2 if short else None)
+    done: Any = fit(
+        lambda: Named(Variant("recompact", dim, wider), data.options["num_classes"]),
+        get_task("image-classification"),
+        data,
+        recipe,
+        seed=seed,
+        hardware=hardware,
+        title="digits in crops",
+    )
+    return copy.deepcopy(done.model.tower).cpu().state_dict()
+
+
+def _begun(build: Callable[[], nn.Module], recipe: Recipe, seed: int, hardware: Hardware) -> Callable[[], nn.Module]:
+    """A variant whose tower names digits in crops, its exchange a copy of its attention."""
+    first: Any = build()
+    before = replace(ON_CROPS, precision=recipe.precision)
+    variant, short = first.variant, recipe.max_steps is not None
+    weights = _on_crops(seed, short, hardware, variant.dim, variant.wider, before)
+
+    def begin() -> nn.Module:
+        model: Any = build()
+        tower_of(model.encoder).load_state_dict(weights)
+        if getattr(model.encoder, "interact", None) is not None:
+            model.encoder.copy_attention()
+        return model
+
+    return begin
+
+
+def from_crops(
+    build: Callable[[], nn.Module],
+    task: Task,
+    data: TaskData,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    hardware: Hardware = ONE_CPU,
+    title: str = "",
+) -> Fit:
+    """Trained from one tower a seed that names digits in crops."""
+    begin = _begun(build, recipe, seed, hardware)
+    return fit(begin, task, data, recipe, seed=seed, hardware=hardware, title=title)
+
+
+def from_crops_in_stages(
+    build: Callable[[], nn.Module],
+    task: Task,
+    data: TaskData,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    hardware: Hardware = ONE_CPU,
+    title: str = "",
+) -> Fit:
+    """The same, as `in_stages` trains."""
+    begin = _begun(build, recipe, seed, hardware)
+    return in_stages(begin, task, data, recipe, seed=seed, hardware=hardware, title=title)
 
 
 @lru_cache(maxsize=16)  # trained once a seed, and tuned in many ways
