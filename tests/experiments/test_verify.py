@@ -206,6 +206,16 @@ def test_values_that_differ_are_said_and_kept(site, tmp_path):
     assert "the code that stands fails: RuntimeError: no data" in ended.stderr and "Traceback" not in ended.stderr
 
 
+def test_a_training_is_repeated_in_the_precision_that_it_had(site, tmp_path):
+    edit(site, "def better(run: Run)", 'def better(run: Run, precision: str = "32-true")')
+    edit(site, "score(seed, 2.0), gain=2.0)", "score(seed, 2.0) + len(precision), gain=2.0, trained=precision)")
+    words = ("reproduce", "tiny_gate", "--experiment", "better", "--seeds", "4", "--precision", "bf16-mixed")
+    call(site, *words, "--out", str(tmp_path / "run"))
+    shutil.copy(tmp_path / "run" / "tiny_gate" / EVIDENCE, site / "tiny_gate")
+    edit(site, "return 90.0 + gain", "return 45.0 + gain + 45.0")
+    assert verified(site, "--out", str(tmp_path / "verified"))["better"] == (Provenance.VERIFIED, Repeated.EXACT)
+
+
 def spread(body: str) -> tuple[str, str]:
     """An edit of what `better` does with its trials; the code, and so the digest, is another."""
     last = '    plain = await run.trials("no gate", lambda seed: score(seed, 0.0), gain=0.0)\n'

@@ -199,9 +199,9 @@ def _check_precision(card: Card, experiments: Sequence[Experiment], log: Callabl
         UserError: none does.
     """
     measures = {experiment.id: _own_measure("small", card, experiment, None) for experiment in experiments}
-    others = [name for name, measure in measures.items() if measure is None or not _takes_precision(measure)]
-    if len(others) == len(measures):
-        raise UserError(f"precision is for trainings, and none is in {', '.join(others)}: leave it out")
+    others = [name for name, measure in measures.items() if measure is not None and not _takes_precision(measure)]
+    if not any(measure is not None and _takes_precision(measure) for measure in measures.values()):
+        raise UserError(f"precision is for trainings, and none is in {', '.join(measures)}: leave it out")
     if others:
         log(f"{card.slug}: without a training that takes a precision: {', '.join(others)}")
 
@@ -368,6 +368,8 @@ class InPrecision:
     async def __call__(self, run: Run) -> Measurement:
         outcome = self.changed(run)
         measurement = outcome if isinstance(outcome, Measurement) else await outcome
+        if measurement.missed:
+            return measurement
         note = f"{measurement.note} Trained in {self.precision}, in place of what is registered.".strip()
         setting = {**measurement.setting, "precision": self.precision}
         return measurement.model_copy(update={"setting": setting, "note": note})
