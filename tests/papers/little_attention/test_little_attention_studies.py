@@ -53,10 +53,20 @@ def test_the_second_set_shares_no_identity_between_splits(second):
     assert not people[0] & people[2] and not people[1] & people[2] and not people[0] & people[1]
     first = cameras(0, False)
     assert not set(first.train.datasets[0].pictures.identities.tolist()) & (people[0] | people[2])
-    for part in (train, val, test):
+    for part, views in ((train, 32), (val, 16), (test, 32)):
         counts = torch.stack([(part.identities == p).sum() for p in part.identities.unique()])
-        assert (counts == 16).all(), "four views by each of four cameras"
-    assert test.images.float().mean() < 0.75 * first.test.images.float().mean(), "darker"
+        assert (counts == views).all(), "as many views by each of four cameras"
+    plain = get_task("re-identification").load("cameras", seed=0)
+    kept = torch.isin(plain.test.identities, test.identities)
+    casts = [cast_of(test, plain.test.images[kept]), cast_of(val, plain.val.images)]
+    assert (casts[0] / casts[1] - 1).abs().max() < 0.15, "the robot's, whoever is seen"
+    assert casts[0].std(0).min() > 0.05 and casts[0].mean() < 1, "each camera's own, and darker"
+
+
+def cast_of(seen, before) -> torch.Tensor:
+    """What each camera does to each channel's mean."""
+    masks = [seen.cameras == camera for camera in range(4)]
+    return torch.stack([seen.images[m].float().mean((0, 2, 3)) / before[m].float().mean((0, 2, 3)) for m in masks])
 
 
 def test_the_space_has_every_set_of_four_places():

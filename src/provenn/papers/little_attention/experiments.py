@@ -359,8 +359,8 @@ def _robot(places: dict[str, Net]) -> Study:
         recipe=TUNED,
         lrs=RATES,
         trained=tuned_to,
-        about="36 identities of other photographs to train on, 15 to validate, 24 to search for, four views by each "
-        "camera, dark, smeared and coarse. An epoch is eight passes",
+        about="36 identities of other photographs to train on, 15 to validate, 24 to search for, by cameras that each "
+        "have a colour cast, a fifth darker and noisy. An epoch is eight passes",
         note=NOTE,
     )
 
