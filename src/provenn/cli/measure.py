@@ -86,8 +86,8 @@ def reproduce(
     """Measure papers' experiments, and give each a verdict.
 
     Options of hardware and checkpoints are for the trainings of --budget paper. There, devices divide a batch of the
-    paper's recipe among them. --precision is for trainings at every budget, and their records say it. In bf16-mixed,
-    convolutions take a half to a third of the time on processors that multiply bfloat16, and many times it on others.
+    paper's recipe among them. --precision is for trainings at every budget, and their records say it. On
+    processors with AMX, convolutions take a half to a third of the time in bf16-mixed, and on others as long or longer.
 
     \b
     provenn reproduce eca_net --headline

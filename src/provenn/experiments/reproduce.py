@@ -307,7 +307,7 @@ async def _measure(run: Run, find: Callable[[], Measure | None], experiment: Exp
     try:
         function = find()
         needs = experiment.lacks or "a function that measures it"
-        code = digest(getattr(function, "registered", function)) if function is not None else ""
+        code = digest(_registered(function)) if function is not None else ""
         measurement = Measurement.not_measured(needs) if function is None else await measurement_of(function, run)
         if experiment.package is not None and function is not None:
             setting = {**measurement.setting, experiment.package: installed(experiment.package)}
@@ -352,6 +352,11 @@ def _function(
     if changed is not measure:
         run.memory[key] = changed  # a run knows experiments by what they are, not by their names: it must hold on to it
     return changed
+
+
+def _registered(measure: Measure) -> Measure:
+    """What measures an experiment in the precision that is registered."""
+    return measure.registered if isinstance(measure, InPrecision) else measure
 
 
 @dataclass(frozen=True)
@@ -407,13 +412,13 @@ def _still_good(
         return False
     try:
         function = find()
-        code = digest(getattr(function, "registered", function)) if function is not None else ""
+        code = digest(_registered(function)) if function is not None else ""
     except UserError:  # its measurement reports what is wrong
         return False
     if earlier is None or function is None or record.code != code:
         return False
     precision = record.measurement.setting.get("precision")
-    if run.budget != "paper" and precision != getattr(function, "precision", None):
+    if run.budget != "paper" and precision != (function.precision if isinstance(function, InPrecision) else None):
         return False
     if experiment.package is not None and installed(experiment.package) != record.measurement.setting.get(
         experiment.package

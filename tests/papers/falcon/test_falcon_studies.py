@@ -25,7 +25,6 @@ from provenn.papers.falcon.studies import (
     after_singles,
     crop_digits,
     from_crops,
-    from_crops_in_stages,
     in_stages,
     lost_at_seams,
     network,
@@ -308,8 +307,7 @@ def test_crops_are_of_noise_and_of_photographs_by_half():
     assert 0.25 < noisy.float().mean() < 0.75
 
 
-@pytest.mark.parametrize("train", [from_crops, from_crops_in_stages])
-def test_variants_begin_with_one_tower_a_seed_and_shape(train, monkeypatch):
+def test_variants_begin_with_one_tower_a_seed_and_shape(monkeypatch):
     began = {}
 
     def noted(build, *rest, **options):
@@ -317,7 +315,6 @@ def test_variants_begin_with_one_tower_a_seed_and_shape(train, monkeypatch):
         began[kind, options["seed"]] = model
         return Fit(model, {})
 
-    monkeypatch.setattr(studies, "in_stages" if train is from_crops_in_stages else "fit", noted)
     weights = {seed: {} for seed in (0, 1)}
 
     def on_crops(seed, short, hardware, dim, wider, recipe):
@@ -334,7 +331,7 @@ def test_variants_begin_with_one_tower_a_seed_and_shape(train, monkeypatch):
         for kind, wider in kinds.items():
             variant = Variant(kind, wider=wider)
             recipe = replace(SHORT, precision="bf16-mixed")
-            train(lambda variant=variant: network(variant, 10), TASK, data, recipe, seed=seed)
+            from_crops(lambda variant=variant: network(variant, 10), TASK, data, recipe, seed=seed, train=noted)
     for (kind, seed), model in began.items():
         own = tower_of(model.encoder).state_dict()
         expected = weights[seed][kinds[kind]]

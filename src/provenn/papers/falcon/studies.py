@@ -497,25 +497,11 @@ def from_crops(
     seed: int = 0,
     hardware: Hardware = ONE_CPU,
     title: str = "",
+    train: Callable[..., Fit] = fit,
 ) -> Fit:
-    """Trained from one tower a seed that names digits in crops."""
+    """Trained by `train` from one tower a seed that names digits in crops."""
     begin = _begun(build, recipe, seed, hardware)
-    return fit(begin, task, data, recipe, seed=seed, hardware=hardware, title=title)
-
-
-def from_crops_in_stages(
-    build: Callable[[], nn.Module],
-    task: Task,
-    data: TaskData,
-    recipe: Recipe,
-    *,
-    seed: int = 0,
-    hardware: Hardware = ONE_CPU,
-    title: str = "",
-) -> Fit:
-    """The same, as `in_stages` trains."""
-    begin = _begun(build, recipe, seed, hardware)
-    return in_stages(begin, task, data, recipe, seed=seed, hardware=hardware, title=title)
+    return train(begin, task, data, recipe, seed=seed, hardware=hardware, title=title)
 
 
 @lru_cache(maxsize=16)  # trained once a seed, and tuned in many ways

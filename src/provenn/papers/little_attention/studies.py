@@ -31,7 +31,7 @@ RANDOM = random.Random(0).choice(SPACE[1:])  # the one random place, drawn befor
 SINGLE = ("1.1", "2.1", "3.1", "3.2")
 SHORT = 4  # identities of a smoke run
 ONE_CPU = Hardware()
-PASSES = 8  # over the identities in an epoch: to validate costs as much as four steps
+PASSES = 8  # over the identities in an epoch, so that it is not validated after every four steps
 RATE = 1e-2  # of what is not tuned: the plain network's best of 3e-3, 1e-2 and 2e-2 in a pilot
 FULL = Recipe(epochs=20, batch_size=16, optimizer="adamw", weight_decay=5e-4, schedule="onecycle", label_smoothing=0.1)
 BRIEF = replace(FULL, epochs=8, lr=RATE)  # of a search
