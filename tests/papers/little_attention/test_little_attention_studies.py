@@ -2,6 +2,7 @@
 
 import math
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from provenn.papers.little_attention.studies import (
     first_and_second,
     gate_on_occluder,
     network,
+    put_into_trained,
     robot,
     rules,
     take_weights,
@@ -140,6 +142,18 @@ def test_a_start_is_what_it_says(start, data):
     again = tuned_to(lambda: network(Net("3.1", start="none"), 4), get_task("re-identification"), data, SHORT)
     same = torch.equal(done.model.backbone.conv1.weight, again.model.backbone.conv1.weight)
     assert same is (start == "none")
+
+
+def test_attention_is_put_into_one_trained_network(data):
+    still, task = replace(SHORT, lr=1e-30), get_task("re-identification")
+    nets = (Net("none"), Net("3.1"), Net("2.1,3.1,3.2", "rga_sc"))
+    plain, light, heavy = (put_into_trained(lambda net=net: network(net, 4), task, data, still).model for net in nets)
+    torch.manual_seed(0)
+    fresh = network(Net("none"), 4).backbone.conv1.weight
+    assert not torch.equal(plain.backbone.conv1.weight, fresh)
+    for model in (light, heavy):
+        own = model.state_dict()
+        assert all(torch.equal(value, own[name]) for name, value in plain.named_parameters())
 
 
 def test_the_gate_on_an_occluder_is_read_off_relations(data):

@@ -18,6 +18,7 @@ from provenn.papers.little_attention.studies import (
     FULL,
     ONE,
     RANDOM,
+    RATE,
     SINGLE,
     SPACE,
     THREE,
@@ -27,6 +28,7 @@ from provenn.papers.little_attention.studies import (
     cameras,
     gate_on_occluder,
     network,
+    put_into_trained,
     robot,
     rules,
     trained,
@@ -70,17 +72,26 @@ CAMERAS = Study(
     note=NOTE,
 )
 BLOCKS = ("se", "cbam", "nonlocal", "rga", "deeper")
+# As blocks of attention go into pretrained networks. Put into new ones, RGA-SC learned little more than pixels say.
+PUT_IN = replace(
+    CAMERAS,
+    name="attention put into trained networks",
+    variants={name: NETS[name] for name in ("plain", "one", "cnl", *BLOCKS, "wider")},
+    recipe=TUNED,
+    trained=put_into_trained,
+    note=f"Each was trained before, without attention: 20 epochs of the same recipe at a rate of {RATE:g}. {NOTE}",
+)
 EXPERIMENTS: dict[str, Any] = {
     "deeper_improves": CAMERAS.against("deeper", "wider", shown=("plain",)),
-    "attention_improves": CAMERAS.against("rga", "wider", shown=("plain",)),
+    "attention_improves": PUT_IN.against("rga", "wider", shown=("plain",)),
     "branches_improve": CAMERAS.against("branches", "wider", shown=("plain",)),
-    "keeps_up": CAMERAS.against("cnl", BLOCKS, shown=("plain", "one")),
+    "keeps_up": PUT_IN.against("cnl", BLOCKS, shown=("plain", "one")),
     "one_over_depth": CAMERAS.against("one", "deeper", shown=("plain",)),
     "three_over_one": CAMERAS.against("cnl", "one", shown=("plain",)),
     "everywhere_over_three": CAMERAS.against("everywhere", "cnl", shown=("plain",)),
     "few_over_nonlocal": CAMERAS.against("cnl", "nonlocal", shown=("plain",)),
     "circle_over_entropy": CAMERAS.against("circle", "cnl", shown=("plain",)),
-    "occluder_gate": CAMERAS.figure("rga", metric="gate on the occluder"),
+    "occluder_gate": PUT_IN.figure("rga", metric="gate on the occluder"),
 }
 
 

@@ -7,7 +7,7 @@ import copy
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -216,9 +216,9 @@ def trained(build: Callable[[], nn.Module], task: Task, data: TaskData, recipe: 
     return fit(build, task, data, replace(recipe, label_smoothing=smoothing), **options)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=24)
 def _trained_on_cameras(net: Net, seed: int, short: bool, hardware: Hardware, precision: str) -> dict[str, Tensor]:
-    """The weights of a network trained on the first set, once a seed."""
+    """The weights of a network trained on the first set, once a seed and network."""
     data = cameras(seed, short)
     recipe = replace(FULL, lr=RATE, precision=precision)
     recipe = replace(recipe, epochs=1, max_steps=2) if short else recipe
@@ -246,12 +246,7 @@ def tuned_to(
         return fit(build, task, data, recipe, seed=seed, hardware=hardware, title=title)
     short = recipe.max_steps is not None
     before = _trained_on_cameras(net._replace(start=""), seed, short, hardware, recipe.precision)
-
-    def begin() -> nn.Module:
-        model = build()
-        take_weights(model, before)
-        return model
-
+    begin = partial(_with_weights, build, before)
     if net.start == "one":
         return fit(begin, task, data, recipe, seed=seed, hardware=hardware, title=title)
     torch.manual_seed(seed)
@@ -261,6 +256,30 @@ def tuned_to(
     model.eval()
     with torch.no_grad():
         return Fit(model, task.evaluate(model, data.test))
+
+
+def _with_weights(build: Callable[[], nn.Module], state: dict[str, Tensor]) -> nn.Module:
+    """A network that begins with what fits of a trained one."""
+    model = build()
+    take_weights(model, state)
+    return model
+
+
+def put_into_trained(
+    build: Callable[[], nn.Module],
+    task: Task,
+    data: TaskData,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    hardware: Hardware = ONE_CPU,
+    title: str = "",
+) -> Fit:
+    """Trained on the first set with its attention, after the same network without attention was trained there."""
+    first: Any = build()
+    net: Net = first.net._replace(placement="none", block="cnl", options=())
+    before = _trained_on_cameras(net, seed, recipe.max_steps is not None, hardware, recipe.precision)
+    return fit(partial(_with_weights, build, before), task, data, recipe, seed=seed, hardware=hardware, title=title)
 
 
 def gate_on_occluder(model: nn.Module, data: TaskData) -> float:
