@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from provenn.core.errors import UserError
-from provenn.data.coco import find_coco, read_coco
+from provenn.data.coco import filled, find_coco, read_coco, read_outlines
 from provenn.data.scenes import BACKGROUNDS, COUNTS, SHARES, SIZE, _stock, scenes
 
 
@@ -235,3 +235,55 @@ def test_names_of_categories_in_any_unicode(tmp_path, encoding):
     file = write(tmp_path, categories=[{"id": 1, "name": "Straße"}])
     file.write_bytes(json.dumps(json.loads(file.read_text()), ensure_ascii=False).encode(encoding))
     assert read_coco(file).classes == ["Straße"]
+
+
+def test_outlines_are_those_of_pycocotools():
+    coco = pytest.importorskip("pycocotools.mask")
+    rng = np.random.default_rng(0)
+    for shape in ((1, 1), (7, 5), (200, 300)):
+        for share in (0.0, 0.02, 0.5, 1.0):
+            mask = rng.random(shape) < share
+            packed = coco.encode(np.asfortranarray(mask, np.uint8))
+            packed["counts"] = packed["counts"].decode()
+            packed["size"] = list(packed["size"])
+            assert (filled(packed, shape, "") == mask).all()
+    polygons = [[2.0, 1.0, 8.0, 1.0, 8.0, 6.0, 2.0, 6.0], [10.2, 2.0, 14.9, 2.5, 11.0, 7.9]]
+    both = coco.merge(coco.frPyObjects(polygons, 9, 16))
+    mask = filled(polygons, (9, 16), "")
+    assert (mask == coco.decode(both)).all() and mask[1:6, 2:8].all() and mask[:, 10:].any()
+
+
+@pytest.mark.parametrize(
+    "outline",
+    [
+        [[1, 2, 3, 4]],
+        [[1, 2, 3, 4, 5, 6, 7]],
+        [[1, 2, 3, 4, 5, float("nan")]],
+        [1, 2, 3, 4, 5, 6],
+        "abc",
+        7,
+        {"counts": [30]},
+        {"size": [5, 7], "counts": [35]},
+        {"size": [7, 5], "counts": [30]},
+        {"size": [7, 5], "counts": [40, -5]},
+        {"size": [7, 5], "counts": [35.0]},
+        {"size": [7, 5], "counts": "o" * 100},
+        {"size": [7, 5], "counts": "\u20ac"},
+        {"size": [7, 5], "counts": ""},
+    ],
+)
+def test_an_outline_that_is_none_is_refused(outline):
+    with pytest.raises(UserError, match=r"^here: "):
+        filled(outline, (7, 5), "here")
+
+
+def test_outlined_objects_are_read_without_crowds(tmp_path):
+    pytest.importorskip("pycocotools")
+    square = [[2, 2, 12, 2, 12, 8, 2, 8]]
+    notes = [note(segmentation=square), note(id=2, iscrowd=1, segmentation=square), note(id=3)]
+    with pytest.warns(UserWarning, match="left out 1 of 3 without an outline"):
+        classes, images = read_outlines(write(tmp_path, annotations=notes))
+    (file, (one,)), *others = images
+    assert file.is_file() and one.noun in classes and one.mask.sum() == 60 and not any(more for _, more in others)
+    with pytest.raises(UserError, match="outlines no object"):
+        read_outlines(write(tmp_path, annotations=[note()]))

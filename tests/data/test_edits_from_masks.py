@@ -1,5 +1,7 @@
 """FreeBench's construction: what is filtered, what is repainted, and that a task reads what comes out."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -118,6 +120,31 @@ def test_the_command_takes_a_folder_of_masks(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("6 triplets; left out: none")
     assert main([str(tmp_path / "nothing"), str(tmp_path / "more")]) == 2
     assert main([]) == 2
+
+
+def test_the_command_takes_outlines_of_coco(tmp_path, capsys):
+    pytest.importorskip("pycocotools")
+    root = tmp_path / "set"
+    (root / "val2017").mkdir(parents=True)
+    (root / "annotations").mkdir()
+    Image.fromarray(square().image).save(root / "val2017/a.png")
+    # Two of a class that touch are two objects, which masks of classes cannot say.
+    outlines = [[[left, 10, left + 10, 10, left + 10, 24, left, 24]] for left in (12, 22)]
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 48, "height": 40}],
+        "categories": [{"id": 3, "name": "cat"}],
+        "annotations": [
+            {"id": k, "image_id": 1, "category_id": 3, "segmentation": outline} for k, outline in enumerate(outlines)
+        ],
+    }
+    file = root / "annotations/instances_val2017.json"
+    file.write_text(json.dumps(content))
+    for given, out in ((root, "a"), (file, "b")):
+        assert main([str(given), str(tmp_path / out)]) == 0
+        assert capsys.readouterr().out.startswith("4 triplets; left out: none")
+        entries = [one for part in read_edits(tmp_path / out).values() for one in part]
+        masks = [np.array(Image.open(one.mask)) > 0 for one in entries]
+        assert {tuple(np.flatnonzero(mask.any(0))[[0, -1]]) for mask in masks} == {(11, 22), (21, 32)}
 
 
 def test_places_in_words():

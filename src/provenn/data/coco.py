@@ -4,10 +4,10 @@
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -53,6 +53,18 @@ class CocoSet:
     images: list[Labelled]
     classes: list[str]
     ids: list[int]
+
+
+class Outlined(NamedTuple):
+    """An object in an image.
+
+    Args:
+        mask: (height, width) its pixels.
+        noun: its category.
+    """
+
+    mask: np.ndarray
+    noun: str
 
 
 def find_coco(root: Path) -> dict[str, Path]:
@@ -169,6 +181,110 @@ def read_coco(file: Path, root: Path | None = None, *, skip_broken: bool = False
         progress.say(f"cut {boxes} beyond the sides of the image, such as {cut_off[0]}")
     images = [_labelled(folder / listed[number]["file_name"], rows, number) for number, rows in things.items()]
     return CocoSet(images, classes, ids)
+
+
+def read_outlines(file: Path, root: Path | None = None) -> tuple[list[str], Iterator[tuple[Path, list[Outlined]]]]:
+    """The categories, and image by image its file and the objects that are outlined there.
+
+    Left out are crowds, which are no objects, and annotations without an outline; the latter are said.
+
+    Args:
+        file, root: as of `read_coco`. Outlines are lists of polygons or runs, compressed or not.
+
+    Raises:
+        UserError: the file is as `read_coco` refuses it, an outline is no polygon and no runs of its image, or
+            pycocotools, which fills polygons, is not installed.
+    """
+    content = _parse(file)
+    ids, classes = _categories(content["categories"], file)
+    listed = _images(content["images"], file)
+    folder = _folder_of(file, root or file.parent, [str(image["file_name"]) for image in listed.values()])
+    shapes, _ = _sizes(listed, folder, file, False)
+    of_image: dict[Any, list[tuple[str, str, Any]]] = {number: [] for number in listed}
+    bare = []
+    for count, note in enumerate(content["annotations"]):
+        where = f"{file}: annotation {note.get('id', count) if isinstance(note, dict) else count}"
+        if not isinstance(note, dict) or not {"image_id", "category_id"} <= note.keys():
+            raise UserError(f"{where} lacks image_id or category_id")
+        number, category = note["image_id"], note["category_id"]
+        if not _is_id(number) or number not in listed:
+            raise UserError(f"{where} is of image {number!r}, which the file does not list")
+        if not _is_id(category) or category not in ids:
+            raise UserError(f"{where} is of category {category!r}, which the file does not list")
+        if note.get("iscrowd"):
+            continue
+        if note.get("segmentation"):
+            of_image[number].append((where, classes[ids.index(category)], note["segmentation"]))
+        else:
+            bare.append(where)
+    if len(bare) == len(content["annotations"]):
+        raise UserError(f"{file} outlines no object: expected `segmentation`, polygons or runs, in its annotations")
+    if bare:
+        progress.say(f"left out {len(bare)} of {len(content['annotations'])} without an outline, such as {bare[0]}")
+
+    def walk() -> Iterator[tuple[Path, list[Outlined]]]:
+        for number, notes in of_image.items():
+            objects = [Outlined(filled(drawn, shapes[number], where), noun) for where, noun, drawn in notes]
+            yield folder / listed[number]["file_name"], objects
+
+    return classes, walk()
+
+
+def filled(outline: Any, shape: tuple[int, int], where: str) -> np.ndarray:
+    """The pixels of an outline, (height, width), as COCO writes it: polygons [x, y, x, y, …], or runs by columns.
+
+    >>> filled({"size": [2, 3], "counts": [1, 2, 3]}, (2, 3), "here").astype(int).tolist()
+    [[0, 1, 0], [1, 0, 0]]
+
+    Raises:
+        UserError: it is neither, or of another size; `where` begins the sentence.
+    """
+    if isinstance(outline, dict):
+        if outline.get("size") != list(shape):
+            raise UserError(f"{where}: the outline is of {str(outline.get('size'))[:40]} pixels, its image of {shape}")
+        counts = outline.get("counts")
+        runs = _expanded(counts) if isinstance(counts, str) else counts
+        if not isinstance(runs, list) or not all(isinstance(run, int) and run >= 0 for run in runs):
+            raise UserError(f"{where}: its runs are no lengths: expected whole numbers, or COCO's compressed text")
+        if sum(runs) != shape[0] * shape[1]:
+            raise UserError(f"{where}: its runs do not fill an image of {shape[1]}×{shape[0]} pixels")
+        return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(shape[::-1]).T
+    polygons = isinstance(outline, list) and all(
+        isinstance(part, list) and len(part) >= 6 and len(part) % 2 == 0 and all(map(_is_finite, part))
+        for part in outline
+    )
+    if not polygons:
+        raise UserError(f"{where}: expected polygons of three points or more, [x, y, x, y, …], got {str(outline)[:60]}")
+    try:
+        from pycocotools import mask
+    except ImportError:
+        raise UserError("filling polygons needs a package: pip install 'provenn[detection]'") from None
+    height, width = shape
+    inside = [np.clip(part, 0, np.tile([width, height], len(part) // 2)).tolist() for part in outline]
+    return mask.decode(mask.merge(mask.frPyObjects(inside, height, width))).astype(bool)
+
+
+def _expanded(text: str) -> list[int] | None:
+    """The runs of COCO's compressed text; None where it is none.
+
+    Each number stands in groups of five bits, the lowest first, with a sixth bit where more follow. From the fourth run
+    on it is what is added to the last but one before.
+    """
+    runs: list[int] = []
+    value, shift = 0, 0
+    for letter in text:
+        bits = ord(letter) - 48
+        if not 0 <= bits < 64 or shift > 30:
+            return None
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value, shift = 0, 0
+    return runs if shift == 0 else None
 
 
 def _labelled(file: Path, rows: list[tuple[list[float], int, float, bool]], number: int | str) -> Labelled:

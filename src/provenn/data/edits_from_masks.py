@@ -13,6 +13,7 @@ picture to the photograph, replacement likewise, and removal the other way round
 to judge by; no model is given them.
 
     python -m provenn.data.edits_from_masks PICTURES_AND_MASKS TRIPLETS
+    python -m provenn.data.edits_from_masks instances_val2017.json TRIPLETS
 """
 
 import json
@@ -31,9 +32,10 @@ from provenn.core import progress
 from provenn.core.errors import UserError
 from provenn.core.files import atomic_write, write_atomically
 from provenn.core.narrowing import present
+from provenn.data.coco import find_coco, read_outlines
 from provenn.data.edits import LIST, PLACEHOLDER, read_edits
 from provenn.data.images import read_pixels
-from provenn.data.masks import read_folder
+from provenn.data.masks import MaskFolder, read_folder
 
 Pixels = UInt8[np.ndarray, "height width 3"]
 Mask = Bool[np.ndarray, "height width"]
@@ -271,31 +273,54 @@ def where(mask: Mask) -> str:
 
 
 def instances_in(root: Path, background: Sequence[str] = ("background",)) -> tuple[list[str], Iterator[Instance]]:
-    """The classes of a folder of pictures with masks, and its instances: each connected part of a class.
+    """The classes of segmentation data, and their instances.
 
     Args:
-        root: as `provenn.data.masks.read_folder` reads it.
+        root: a folder of pictures with masks, as `provenn.data.masks.read_folder` reads it: each connected part of a
+            class is an instance. Without masks, a folder of COCO's annotations with outlines, or one such JSON.
         background: classes that are no objects.
 
     Raises:
-        UserError: the folder cannot be read.
+        UserError: the folder cannot be read, or does not name its classes.
     """
-    from scipy import ndimage
-
-    folder = read_folder(root)
+    if root.is_file():
+        return _outlined([root], root.parent.parent if root.parent.name == "annotations" else root.parent, background)
+    try:
+        folder = read_folder(root)
+    except UserError:
+        if not any(root.rglob("*.json")):
+            raise
+        return _outlined(list(find_coco(root).values()), root, background)
     if not folder.classes:
         raise UserError(f"{root} does not name its classes, which instructions need: see the guide on segmentation")
     classes = [name for name in folder.classes if name not in background]
+    return classes, _of_masks(folder, classes)
+
+
+def _of_masks(folder: MaskFolder, classes: Sequence[str]) -> Iterator[Instance]:
+    from scipy import ndimage
+
+    for picture, file in (pair for pairs in folder.splits.values() for pair in pairs):
+        image = read_pixels(picture).permute(1, 2, 0).numpy()
+        labels = folder.read(file)
+        for name in classes:
+            parts, count = ndimage.label(labels == folder.classes.index(name))
+            for number in range(1, count + 1):
+                yield Instance(image, parts == number, name, picture.stem)
+
+
+def _outlined(
+    files: Sequence[Path], root: Path, background: Sequence[str]
+) -> tuple[list[str], Iterator[Instance]]:  # fmt: skip
+    sets = [read_outlines(file, root) for file in files]
+    classes = [name for name in dict.fromkeys(name for names, _ in sets for name in names) if name not in background]
 
     def walk() -> Iterator[Instance]:
-        for pairs in folder.splits.values():
-            for picture, file in pairs:
-                image = read_pixels(picture).permute(1, 2, 0).numpy()
-                labels = folder.read(file)
-                for name in classes:
-                    parts, count = ndimage.label(labels == folder.classes.index(name))
-                    for number in range(1, count + 1):
-                        yield Instance(image, parts == number, name, picture.stem)
+        for picture, objects in (pair for _, pairs in sets for pair in pairs):
+            image = read_pixels(picture).permute(1, 2, 0).numpy() if objects else None
+            for mask, noun in objects:
+                if noun in classes:
+                    yield Instance(present(image, "a picture"), mask, noun, picture.stem)
 
     return classes, walk()
 
