@@ -434,7 +434,7 @@ def inspect(
     slug: Slug,
     file: Annotated[Path, typer.Argument(metavar="INPUT", help="Input file of the model, such as an image.")],
     text: Annotated[
-        str | None, typer.Argument(metavar="[TEXT]", help="Text besides the file, such as a caption of an image.")
+        str | None, typer.Argument(metavar="[TEXT]", help="Text besides the file, such as a caption or a category.")
     ] = None,
     weights: Weights = None,
     preset: Preset = None,
@@ -478,6 +478,10 @@ def inspect(
 def export(
     slug: Slug,
     output: Annotated[Path, typer.Option("--output", "--out", "-o", help="File to write; its name ends in .onnx.")],
+    text: Annotated[
+        str | None,
+        typer.Argument(metavar="[TEXT]", help="Text that comes with every input, such as the category of the images."),
+    ] = None,
     weights: Weights = None,
     preset: Preset = None,
     int8: Annotated[
@@ -492,12 +496,13 @@ def export(
     \b
     provenn export craft -o craft.onnx
     provenn export eca_net -o eca.onnx --int8 --data digits
+    provenn export bayes_pfl "metal nut" -o nuts.onnx
     """
     import provenn
 
     slug, weights = named_model(slug, weights)
     say_what_ships(slug, weights, preset)
     with progress.shown(), progress.bar(f"{slug}: tracing", 1) as advance:
-        text = provenn.export(slug, weights, output, preset=preset, int8=int8, data=data)
+        lines = provenn.export(slug, weights, output, text=text, preset=preset, int8=int8, data=data)
         advance()
-    print(text)
+    print(lines)

@@ -16,6 +16,7 @@ def export(
     weights: str | Path | None,
     output: str | Path,
     *,
+    text: str | None = None,
     preset: str | None = None,
     int8: bool = False,
     data: str | Path | None = None,
@@ -34,6 +35,8 @@ def export(
         slug: the paper.
         weights: a weight file, or the folder of a run; None takes what ships with the package.
         output: where it goes, ending in .onnx.
+        text: the category or another text that comes with every input, where the system reads one: a file has no
+            tokenizer, so it is written into it.
         preset: whose weights, where those of several ship.
         int8: quantise the file with onnxruntime, and report its metric before and after; of classifiers and segmenters.
         data: what int8 is calibrated and tested on: an embedded name or a path. They are read and split as the
@@ -46,6 +49,7 @@ def export(
     from dataclasses import asdict
 
     from provenn.inference import onnx
+    from provenn.nn.one_text import for_text
     from provenn.tasks import get_task
     from provenn.training.weights import KEY
 
@@ -58,9 +62,12 @@ def export(
     model, label = paper(slug).load(weights, preset=preset)
     task = get_task(label.task)
     about = {KEY: json.dumps(asdict(label))}
+    if text is not None:
+        model, about = for_text(model, text), {**about, "text": text}
     calibration = None
     if data is not None:
         read, seed = recorded(label, task, held_out_options(task), {}), label.trained_on.get("seed", 0)
         calibration = onnx.read_calibration(task, label.meta, data, seed=seed, options=read)
     lines = onnx.portable_system(model, task, label.meta, file, about, calibration=calibration)
-    return "\n".join([f"{label.preset} of {slug} → {file}", *lines])
+    named = "" if text is None else f" for {text!r}"
+    return "\n".join([f"{label.preset} of {slug}{named} → {file}", *lines])

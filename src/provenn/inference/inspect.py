@@ -26,7 +26,8 @@ def inspect(
     Args:
         slug: the paper; it must have an `inspection.py`.
         file: what the system is given.
-        text: what it is given besides, where its task takes a text with a file, such as a caption.
+        text: what it is given besides, where its task takes a text with a file, such as a caption or
+            a category.
         preset: the system; by default the first whose weights ship with the package, or the paper's first.
         weights: a weight file, ours or the authors', or the folder of a run; these say which preset they are of. By
             default those that ship, or random ones where none do.
@@ -40,6 +41,7 @@ def inspect(
 
     from provenn.core.finite import DAMAGED, finite_outputs, is_finite
     from provenn.inference.inspection import Inspection
+    from provenn.nn.one_text import for_text
     from provenn.tasks import Task, get_task
 
     chosen, source = paper(slug), Path(file)
@@ -76,9 +78,10 @@ def inspect(
         )
     look = chosen.card.resolve("inspection:inspect")
     draw = getattr(chosen.card.resolve_module("inspection"), "draw", None)
-    if text is not None and "text" not in signature(kind.example).parameters:
-        raise UserError(f"{kind.name} takes no text besides its file: leave {text!r} out")
-    x = kind.example(source, meta, **({} if text is None else {"text": text}))
+    with_file = text is not None and "text" in signature(kind.example).parameters
+    if text is not None and not with_file:
+        model = for_text(model, text)
+    x = kind.example(source, meta, **({"text": text} if with_file else {}))
     with torch.no_grad(), finite_outputs(model, origin, str(source)):
         layers = look(model, x)
     infinite = next((row for row, numbers in layers.items() if not is_finite(numbers)), None)
@@ -87,4 +90,7 @@ def inspect(
     if not layers:
         raise UserError(f"{name} of {chosen.card.slug} has nothing to inspect")
     drawn = None if draw is None else partial(draw, model, x, meta)
-    return Inspection(f"{name} ({trained}) on {source.name}", (getdoc(look) or "").partition("\n")[0], layers, drawn)
+    said = "" if text is None else f" with {text!r}"
+    return Inspection(
+        f"{name} ({trained}) on {source.name}{said}", (getdoc(look) or "").partition("\n")[0], layers, drawn
+    )

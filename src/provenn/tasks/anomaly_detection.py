@@ -259,7 +259,10 @@ class AnomalyDetection(Task):
     def portable(self, model: nn.Module, meta: dict[str, Any]) -> Portable:
         """From `image` in 0…1, at the size of training, to `score` and `heat`."""
         if getattr(model, "reads_names", False):
-            raise UserError("a system that reads names of categories is not exported: its file would know one name")
+            raise UserError(
+                "a file has no tokenizer, so a system that reads names is exported for one category: name it after the "
+                'paper, such as "metal nut"'
+            )
         side = int(meta["size"])
         return Portable(
             Inspector(model, meta["mean"], meta["std"]).eval(),

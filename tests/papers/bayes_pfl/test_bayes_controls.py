@@ -2,19 +2,22 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+import provenn
 from provenn.core.errors import UserError
 from provenn.nn.anomaly import Anomalies
 from provenn.papers.bayes_pfl import (
     ResidualCrossModalAttention,
     bayes_defects,
+    bayes_for_category,
     dice_loss,
     focal_loss,
-    for_category,
     kl_estimate,
     orthogonal_loss,
     words,
@@ -192,7 +195,7 @@ def test_inspected_spread_is_the_deviation_over_pairs():
 
 def test_a_system_for_one_category_answers_as_with_its_name(untyped):
     model, (images, *_) = small(), batch()
-    fixed = for_category(model, "metal_nut")
+    fixed = bayes_for_category(model, "metal_nut")
     said = get_task("anomaly-detection").portable(fixed, {"size": 64, "mean": [0.4] * 3, "std": [0.2] * 3})
     assert said.outputs == ["score", "heat"]
     with torch.no_grad():
@@ -204,7 +207,25 @@ def test_a_system_for_one_category_answers_as_with_its_name(untyped):
             assert not torch.allclose(model(images[:count]).heat, named.heat)
     assert model.reads_names and len(model.unnamed) == len("object") + 1
     with pytest.raises(UserError, match="a category has no name"):
-        for_category(model, " ")
+        bayes_for_category(model, " ")
+
+
+def test_a_category_is_named_to_what_is_inspected_and_exported(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "part.png")
+    unnamed, named = (provenn.inspect("bayes_pfl", tmp_path / "part.png", text=text) for text in (None, "brick"))
+    assert "brick" in named.title and not torch.equal(named.layers["defect"], unnamed.layers["defect"])
+    with pytest.raises(UserError, match="one category"):
+        provenn.export("bayes_pfl", None, tmp_path / "part.onnx")
+    lines = provenn.export("bayes_pfl", None, tmp_path / "part.onnx", text="brick")
+    assert "for 'brick'" in lines
+    session = onnxruntime.InferenceSession(tmp_path / "part.onnx", providers=["CPUExecutionProvider"])
+    image = (pixels.transpose(2, 0, 1)[None] / 255).astype(np.float32)
+    heat = session.run(["heat"], {"image": image})[0]
+    np.testing.assert_allclose(heat[0], named.layers["defect"].numpy(), atol=1e-3)
+    with pytest.raises(UserError, match="reads no text"):
+        provenn.export("eca_net", None, tmp_path / "e.onnx", text="brick")
 
 
 def test_letters_that_no_name_of_textures_has_are_named_once(monkeypatch):

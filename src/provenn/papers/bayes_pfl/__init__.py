@@ -26,7 +26,7 @@ from provenn.papers.bayes_pfl.model import (
     bayes_vit_l14,
 )
 from provenn.papers.bayes_pfl.official import openai_clip
-from provenn.papers.bayes_pfl.one_category import for_category
+from provenn.papers.bayes_pfl.one_category import bayes_for_category
 from provenn.papers.bayes_pfl.protocol import official_scores, top_means
 from provenn.papers.bayes_pfl.training import stages
 
@@ -43,12 +43,12 @@ __all__ = [
     "Seen",
     "bayes_clip",
     "bayes_defects",
+    "bayes_for_category",
     "bayes_vit_b16",
     "bayes_vit_l14",
     "constrain",
     "dice_loss",
     "focal_loss",
-    "for_category",
     "kl_estimate",
     "official_scores",
     "openai_clip",

@@ -4,14 +4,16 @@ import copy
 
 import torch
 
+from provenn.nn.one_text import for_text
 from provenn.papers.bayes_pfl.model import BayesPFL
 from provenn.papers.bayes_pfl.words import prompts_of
 
 
-def for_category(system: BayesPFL, category: str) -> BayesPFL:
+@for_text.register
+def bayes_for_category(system: BayesPFL, category: str) -> BayesPFL:
     """A copy of a system whose images all show one category: it reads no names, and answers as with this one.
 
-    A file of ONNX has no tokenizer. `provenn.inference.onnx.portable_system` writes the copy.
+    A file of ONNX has no tokenizer, so `provenn export` writes such a copy.
 
     Args:
         system: a trained one.
@@ -21,7 +23,7 @@ def for_category(system: BayesPFL, category: str) -> BayesPFL:
         UserError: a category without letters, or one that is too long for a prompt.
 
     >>> from provenn.papers.bayes_pfl import bayes_defects
-    >>> for_category(bayes_defects(samples=1), "metal nut").reads_names
+    >>> bayes_for_category(bayes_defects(samples=1), "metal nut").reads_names
     False
     """
     row = prompts_of([category], system.tokenizer, system.room)[0]
