@@ -429,6 +429,16 @@ def evaluate(
         terminal.print(f"written  {file}", soft_wrap=True)
 
 
+OfModel = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="An option of the model that its weights do not state, or that may be another one in use. Repeatable.",
+    ),
+]
+
+
 @app.command()
 def inspect(
     slug: Slug,
@@ -441,6 +451,7 @@ def inspect(
     output: Annotated[
         Path | None, typer.Option("--output", "--out", "-o", metavar="PNG", help="PNG file to write a picture to.")
     ] = None,
+    overrides: OfModel = None,
     json: Json = False,
 ) -> None:
     """Show what happens inside a model on your input, such as the gates of its layers.
@@ -457,7 +468,8 @@ def inspect(
     if output is not None:
         inspection.check_png(output, file)
     with progress.shown():
-        inspected = provenn.inspect(slug, file, text=text, preset=preset, weights=weights)
+        options = pairs(overrides or [], keeps_text=True)
+        inspected = provenn.inspect(slug, file, text=text, preset=preset, weights=weights, options=options)
         if output is not None:
             inspected.save(output)
     if weights is None and not say_what_ships(slug, weights, preset, needed=False):
@@ -490,6 +502,7 @@ def export(
     data: Annotated[
         str | None, typer.Option(help="Data that --int8 is calibrated on: the name of a data set, or a path.")
     ] = None,
+    overrides: OfModel = None,
 ) -> None:
     """Write a model with its trained weights as an ONNX file.
 
@@ -503,6 +516,7 @@ def export(
     slug, weights = named_model(slug, weights)
     say_what_ships(slug, weights, preset)
     with progress.shown(), progress.bar(f"{slug}: tracing", 1) as advance:
-        lines = provenn.export(slug, weights, output, text=text, preset=preset, int8=int8, data=data)
+        options = pairs(overrides or [], keeps_text=True)
+        lines = provenn.export(slug, weights, output, text=text, preset=preset, int8=int8, data=data, options=options)
         advance()
     print(lines)

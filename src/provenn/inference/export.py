@@ -1,7 +1,7 @@
 """A trained system as a file that runs without Python and torch."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from provenn.core.errors import UserError
 
@@ -20,6 +20,7 @@ def export(
     preset: str | None = None,
     int8: bool = False,
     data: str | Path | None = None,
+    options: dict[str, Any] | None = None,
 ) -> str:
     """Write trained weights with their system as an ONNX file; returns what the terminal shows.
 
@@ -41,6 +42,7 @@ def export(
         int8: quantise the file with onnxruntime, and report its metric before and after; of classifiers and segmenters.
         data: what int8 is calibrated and tested on: an embedded name or a path. They are read and split as the
             training of the weights did.
+        options: of the model, as `Paper.load` takes them.
 
     Raises:
         UserError: nothing that can be exported, or a file that gives other outputs than `predict`; none is left then.
@@ -59,7 +61,7 @@ def export(
         raise UserError("int8 is calibrated on data: give --data, an embedded name or a path")
     if data is not None and not int8:
         raise UserError("--data is what --int8 is calibrated on: give both")
-    model, label = paper(slug).load(weights, preset=preset)
+    model, label = paper(slug).load(weights, preset=preset, options=options)
     task = get_task(label.task)
     about = {KEY: json.dumps(asdict(label))}
     if text is not None:

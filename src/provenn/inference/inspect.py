@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from provenn import catalog
 from provenn.core.errors import UserError
@@ -20,6 +20,7 @@ def inspect(
     text: str | None = None,
     preset: str | None = None,
     weights: str | Path | None = None,
+    options: dict[str, Any] | None = None,
 ) -> "Inspection":
     """What goes on inside a paper's system that is given one file, such as ECA's gates on an image.
 
@@ -31,6 +32,7 @@ def inspect(
         preset: the system; by default the first whose weights ship with the package, or the paper's first.
         weights: a weight file, ours or the authors', or the folder of a run; these say which preset they are of. By
             default those that ship, or random ones where none do.
+        options: of the model, as `Paper.load` takes them; random weights take any of the preset's.
 
     Raises:
         UserError: the paper shows nothing, or the file or the weights cannot be read.
@@ -40,6 +42,7 @@ def inspect(
     import torch
 
     from provenn.core.finite import DAMAGED, finite_outputs, is_finite
+    from provenn.core.settings import arguments_of, typed
     from provenn.inference.inspection import Inspection
     from provenn.nn.one_text import for_text
     from provenn.tasks import Task, get_task
@@ -53,13 +56,16 @@ def inspect(
     shipped = chosen.card.shipped
     if weights is None and (preset not in shipped if preset else not shipped):
         facts = chosen.card.preset(preset)
+        known = arguments_of(chosen.card.resolve(facts.build))
+        asked = (options or {}).items()
+        given = {key: typed(key, value, known[key]) if key in known else value for key, value in asked}
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model = chosen.build(facts.name).eval()
+            model = chosen.build(facts.name, **given).eval()
         name, kind, trained = facts.name, get_task(chosen.card.task_of(facts)), "random weights"
-        origin, meta = f"random weights of {name}", kind.default_meta(facts.options)
+        origin, meta = f"random weights of {name}", kind.default_meta({**facts.options, **given})
     else:
-        model, label = chosen.load(weights, preset=preset if weights is None else None)
+        model, label = chosen.load(weights, preset=preset if weights is None else None, options=options)
         if preset not in (None, label.preset):
             raise UserError(f"{weights} holds weights of {label.preset}, not of {preset}: leave --preset out")
         trained = "the weights that ship" if weights is None else str(weights)

@@ -731,7 +731,7 @@ def _bag(texts: Sequence[Sequence[int]], size: int) -> Float[Tensor, "texts word
 def _fold_size(images: int, folds: int) -> int:
     if images % folds:
         raise UserError(
-            f"{images} images cannot be judged in {folds} folds of equal size: give a number that divides them"
+            f"{images} images cannot be judged in {folds} folds of equal size: set folds to a number that divides them"
         )
     return images // folds
 

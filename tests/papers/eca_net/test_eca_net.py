@@ -535,6 +535,12 @@ def test_inspection_shows_the_gates_of_a_picture(tmp_path):
     assert list(found.layers) == [f"layer{stage}.{block}.gate" for stage in (1, 2, 3, 4) for block in (0, 1)]
     assert [row.numel() for row in found.layers.values()] == [64, 64, 128, 128, 256, 256, 512, 512]
     assert all(row.min() > 0 and row.max() < 1 for row in found.layers.values())
+    wider = provenn.inspect("eca_net", tmp_path / "a.png", preset="eca_resnet18", options={"kernel_size": "9999"})
+    assert any(not torch.equal(wider.layers[name], row) for name, row in found.layers.items())
+    with pytest.raises(UserError, match="names its own options: leave kernel_size out"):
+        provenn.inspect("eca_net", tmp_path / "a.png", options={"kernel_size": "9999"})
+    with pytest.raises(UserError, match="names its own options: leave kernel_size out"):
+        provenn.export("eca_net", None, tmp_path / "a.onnx", options={"kernel_size": "9999"})
 
 
 # The experiments
