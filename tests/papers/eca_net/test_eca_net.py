@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import provenn
+from provenn.core.errors import UserError
 from provenn.nn import resnet
 from provenn.nn.channel_gates import SqueezeExcitation, record_gates
 from provenn.nn.mobilenet import MobileNetV2
