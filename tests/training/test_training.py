@@ -72,15 +72,16 @@ def test_one_epoch_and_one_resumed_are_two_bit_for_bit(tmp_path, optimizer):
     assert (whole.curve, whole.metrics, whole.steps) == (resumed.curve, resumed.metrics, resumed.steps)
 
 
+@pytest.mark.parametrize("limit", [None, 12, 16, 20])
 @pytest.mark.parametrize("reason", [RuntimeError("the machine went down"), KeyboardInterrupt()])
-def test_a_run_that_broke_off_goes_on_bit_for_bit(tmp_path, reason):
-    recipe = replace(RECIPE, schedule="onecycle", epochs=4, patience=4)
+def test_a_run_that_broke_off_goes_on_bit_for_bit(tmp_path, reason, limit):
+    recipe = replace(RECIPE, schedule="onecycle", epochs=4, patience=4, max_steps=limit)
     whole = fit(with_dropout, TASK, DATA, recipe, seed=6)
     with pytest.raises(type(reason)):
         fit(with_dropout, Crash(reason), DATA, recipe, seed=6, saving=Saving(tmp_path))
     assert [file.name for file in tmp_path.iterdir()] == [CHECKPOINT]
     resumed = fit(with_dropout, TASK, DATA, recipe, seed=6, saving=Saving(tmp_path, resume=True))
-    assert same(whole.model, resumed.model) and whole.curve == resumed.curve
+    assert same(whole.model, resumed.model) and whole.curve == resumed.curve and whole.steps == resumed.steps
 
 
 def test_without_resume_a_run_starts_anew(tmp_path):

@@ -16,7 +16,7 @@ from provenn.training.context import TokenShare, check_divides_tokens
 from provenn.training.history import history_class, in_float32
 from provenn.training.module import Diverged, module_class
 from provenn.training.options import Hardware, Saving
-from provenn.training.processes import leave_group, lost_ranks_reported, whole_state
+from provenn.training.processes import as_one_run, leave_group, whole_state
 from provenn.training.recipes import Recipe
 from provenn.training.systems import before_saving
 from provenn.training.trainer import LIGHTNING, deterministic, make_trainer, plain_interrupt
@@ -113,7 +113,7 @@ def fit(
         if going_on is not None:
             check_fits(going_on, module, hardware.processes)
         try:
-            with plain_interrupt(trainer), lost_ranks_reported(trainer):
+            with plain_interrupt(trainer), as_one_run(trainer):
                 trainer.fit(module, ckpt_path=None if going_on is None else str(going_on), weights_only=True)
         except Diverged:  # all processes stop at the same step, and the first one says so
             if joined_here:

@@ -83,8 +83,23 @@ def random_states(device: torch.device) -> list[dict[str, Tensor]]:
 
 
 @contextmanager
-def lost_ranks_reported(trainer: Any) -> Iterator[None]:
-    """An error of torch.distributed that the end of another process causes says so, in one line."""
+def as_one_run(trainer: Any) -> Iterator[None]:
+    """A training of several processes, or of several starts, is one run to its user.
+
+    An error of torch.distributed that the end of another process causes says so, in one line. With a limit of steps, a
+    checkpoint of an epoch's end begins the next epoch, as without one; Lightning would end the old one again.
+    """
+    loop = trainer.fit_loop
+    restore, limit = loop.load_state_dict, loop.epoch_loop.max_steps
+
+    def load_state_dict(*args: Any, **options: Any) -> None:
+        loop.epoch_loop.max_steps = -1
+        try:
+            restore(*args, **options)
+        finally:
+            loop.epoch_loop.max_steps = limit
+
+    loop.load_state_dict = load_state_dict
     try:
         yield
     except RuntimeError as error:
