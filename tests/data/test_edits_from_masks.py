@@ -90,7 +90,8 @@ def test_attributes_of_several_captioners_are_joined():
 
 
 def test_what_is_written_is_checked_and_read_by_the_task(tmp_path):
-    instances = [square(10, 4 + 3 * k, 12 + k) for k in range(5)]
+    pictures = np.random.default_rng(1).integers(60, 200, (5, 40, 48, 3), dtype=np.uint8)
+    instances = [square(10, 4 + 3 * k, 12 + k)._replace(image=pictures[k]) for k in range(5)]
     builder = Builder(Painter())
     assert write_triplets(builder.triplets([*instances, square(0)], ["cat", "dog"]), tmp_path) == 15
     assert dict(builder.dropped) == {"touches the border": 1}

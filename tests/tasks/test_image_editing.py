@@ -22,8 +22,9 @@ from provenn.data.edits import (
     vocabulary,
 )
 from provenn.data.vocabulary import words_of
+from provenn.evidence.interval import resampled
 from provenn.tasks import get_task
-from provenn.tasks.image_editing import halves
+from provenn.tasks.image_editing import Judged, halves
 
 tokenizers = pytest.importorskip("tokenizers")
 TASK = get_task("image-editing")
@@ -136,14 +137,62 @@ ONE = {
 
 
 def test_a_list_is_read_and_split(listed):
-    root = listed(*[{**ONE, "quality": k / 9} for k in range(8)], {**ONE, "split": "val"})
+    root = listed(*[{**ONE, "quality": k / 9} for k in range(8)], {**ONE, "split": "val"}, {**ONE, "split": "test"})
     data = TASK.load(root, size=16)
-    assert [len(part) for part in (data.train, data.val, data.test)] == [7, 1, 1]
+    assert [len(part) for part in (data.train, data.val, data.test)] == [8, 1, 1]
     edit = data.train[0]
     assert edit.source.shape == (3, 16, 16) and edit.reference.any() and edit.mask.float().mean() > 0.8
     words = data.meta["words"]
     assert {"replace", "cat", "dog", "<image>"} <= set(words) and data.options["image_token"] == words.index("<image>")
     assert len(TASK.held_out(root, data.meta).dataset) == 1
+
+
+def test_no_picture_is_in_two_splits(listed, tmp_path):
+    rng, entries = np.random.default_rng(1), []
+    for k in range(6):
+        for name in (f"p{k}", f"x{k}", f"y{k}"):
+            Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(tmp_path / f"{name}.png")
+        pairs = [(f"x{k}", f"p{k}"), (f"p{k}", f"x{k}"), (f"p{k}", f"y{k}")]  # two objects of one photograph
+        entries += [{"source": f"{a}.png", "target": f"{b}.png", "instruction": "remove it"} for a, b in pairs]
+    root = listed(*entries)
+    for seed in range(4):
+        data = TASK.load(root, size=16, seed=seed)
+        seen = [
+            {pixels.tobytes() for one in part.edits.written for pixels in (one.source, one.target)}
+            for part in (data.train, data.val, data.test)
+        ]
+        assert all(seen) and sum(map(len, seen)) == len(set.union(*seen)) == 18
+    with pytest.raises(UserError, match="15 edits, and 1 that share no picture"):
+        TASK.load(listed(*[ONE] * 15), size=16)
+
+
+def test_edits_that_change_nothing_are_refused(listed):
+    with pytest.raises(UserError, match="line 1: nothing changes"):
+        TASK.load(listed({**ONE, "target": "a.png"}, *[{**ONE, "split": split} for split in ("val", "test")]), size=16)
+
+
+def test_an_evaluation_with_one_edit_of_a_kind_has_its_figures_without_an_interval(listed, tmp_path):
+    data = TASK.load("tiles", examples=8)
+    kinds = ["replace"] * 25 + ["add"]
+    edits = [one for one in data.train.edits.written if one.kind == "replace"]
+    written = [edits[k % len(edits)]._replace(kind=kind) for k, kind in enumerate(kinds)]
+    held = Judged(Edits(written, data.train.edits.vocabulary))
+    scores = TASK.scores(Fixed(lambda source, *_: source), held)
+    intervals, _ = resampled(scores, TASK.summary, draws=200)
+    assert intervals["error_add"] is None and intervals["error_replace"] and intervals["error_inside"]
+    few, _ = resampled({name: column[-4:] for name, column in scores.items()}, TASK.summary)
+    assert few["error_add"] is None and few["error_inside"]
+
+
+def test_an_instruction_that_would_lose_its_reference_is_refused(listed):
+    long = {**ONE, "instruction": "replace the cat with the very large and rather old " + "and red " * 9 + "dog S*"}
+    meta = TASK.default_meta({})
+    with pytest.raises(UserError, match=r"tokens with start and end, and the model reads 16, so that S\* is cut off"):
+        TASK.held_out(listed({**long, "split": "test"}), meta)
+    root = listed(long, *[{**ONE, "split": split} for split in ("val", "test")])
+    with pytest.raises(UserError, match="the model reads 16: shorten it"):
+        predict(root, root / "a.png", long["instruction"], reference=root / "r.png")
+    assert len(TASK.load(root, size=16).train[0].tokens) > 16
 
 
 @pytest.fixture
@@ -160,7 +209,7 @@ def tokenizer(tmp_path):
 
 
 def test_a_list_is_read_in_the_pieces_of_a_tokenizer(listed, tokenizer):
-    root = listed(*[{**ONE, "quality": k / 9} for k in range(8)], {**ONE, "split": "val"})
+    root = listed(*[{**ONE, "quality": k / 9} for k in range(7)], *[{**ONE, "split": part} for part in ("val", "test")])
     data = TASK.load(root, size=16, tokenizer=str(tokenizer))
     pieces = read_clip_pieces(tokenizer)
     assert data.options == {"vocab_size": 54, "image_token": pieces.image, "size": 16} and data.meta["words"] == []

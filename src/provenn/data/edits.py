@@ -143,6 +143,11 @@ def encode(vocabulary: Words, text: str, length: int, *, ends: bool = True) -> I
     return torch.tensor(numbers + [vocabulary.pad] * (length - len(numbers)))
 
 
+def count_tokens(vocabulary: Words, text: str) -> int:
+    """How many tokens a text has before it is cut, with its start and its end."""
+    return len(vocabulary.encode(text.replace(PLACEHOLDER, f" {IMAGE} ")))
+
+
 def vocabulary() -> Vocabulary:
     """All words of the embedded edits: a closed vocabulary.
 
@@ -450,7 +455,7 @@ def read_written(entries: Sequence[Listed], size: int) -> Iterator[Written]:
         size: side, in pixels.
 
     Raises:
-        UserError: pictures that cannot be read, of two sizes in one edit, or of two modes.
+        UserError: pictures that cannot be read, of two sizes in one edit, or of two modes, or nothing that changes.
     """
     for entry in entries:
         source, target = (read_pixels(file) for file in (entry.source, entry.target))
@@ -468,6 +473,11 @@ def read_written(entries: Sequence[Listed], size: int) -> Iterator[Written]:
         files = [source, target, *(read_pixels(entry.reference) for _ in range(1) if entry.reference is not None)]
         resized = [resize_pixels(file, size, size).permute(1, 2, 0).numpy() for file in files]
         area = resize_pixels(mask, size, size)[0].numpy() > 127
+        if not area.any():
+            raise UserError(
+                f"{entry.where}: nothing changes between source and target at {size}×{size} pixels: give a mask or "
+                "a larger size, or leave the line out"
+            )
         reference = resized[2] if len(resized) > 2 else None
         yield Written(resized[0], resized[1], reference, entry.instruction, entry.noun, entry.described, area,
                       entry.kind, entry.quality)  # fmt: skip

@@ -11,6 +11,7 @@ import numpy as np
 
 CONFIDENCE = 0.95
 SMALLEST_BOOTSTRAP = 8  # below this many pairs, resampling cannot show the tails
+MOST_UNDEFINED = 0.05  # share of draws that do not define a metric which still has an interval
 
 Number = float | int
 Interval = tuple[float, float]
@@ -152,7 +153,8 @@ def resampled(
 
     Args:
         scores: a number an example, by name.
-        summary: metrics from scores of any choice of examples.
+        summary: metrics from scores of any choice of examples. What a choice does not define, such as the error of a
+            kind that it has no example of, may be left out; what one in twenty draws does not define has no interval.
         overlap: how many in a row may be predicted alike. Blocks of four times as many stay together, which takes less
             than a tenth off the variance (Künsch, 1989; circular, so that all are drawn equally often).
         draws: of the bootstrap.
@@ -165,7 +167,8 @@ def resampled(
     kind = "" if block == 1 else f" in blocks of {block}"
 
     def metrics_of(rows: np.ndarray) -> dict[str, float]:
-        return summary({name: column[rows] for name, column in scores.items()})
+        found = summary({name: column[rows] for name, column in scores.items()})
+        return {name: found.get(name, math.nan) for name in whole}
 
     if blocks < 2:
         return dict.fromkeys(whole), f"{count} example{'s' * (count != 1)}{kind}: too few for an interval"
@@ -186,7 +189,12 @@ def resampled(
         advance()
     tail = _expanded_tail(blocks)
     for name in whole:
-        low, high = np.quantile([each[name] for each in drawn], [tail, 1 - tail])
+        values = np.array([each[name] for each in drawn])
+        defined = values[~np.isnan(values)]
+        if len(defined) < (1 - MOST_UNDEFINED) * draws:
+            intervals[name] = None
+            continue
+        low, high = np.quantile(defined, [tail, 1 - tail])
         intervals[name] = (float(low), float(high)) if math.isfinite(low) and math.isfinite(high) else None
     return intervals, f"expanded bootstrap over {count:,} examples{kind}, {draws:,} draws, 95 %"
 

@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from provenn.core import progress
 from provenn.core.errors import UserError
 from provenn.core.files import output_suffix
 from provenn.core.narrowing import of_kind
@@ -27,6 +28,7 @@ from provenn.data.edits import (
     LENGTH,
     LONGEST,
     NOUN,
+    PLACEHOLDER,
     SIDE,
     SPLITS,
     Edit,
@@ -35,6 +37,7 @@ from provenn.data.edits import (
     check_modes,
     check_placeholder,
     composed_edits,
+    count_tokens,
     encode,
     read_edits,
     read_written,
@@ -166,6 +169,7 @@ class ImageEditing(Task):
             told = (
                 f"{len(parts['test'])} of your edits; what is to change is where source and target differ, or a mask."
             )
+            _check_lengths([one for part in parts.values() for one in part], words, length)
         sets = {split: Judged(Edits(part, words, length, nouns), clip) for split, part in parts.items()}
         content = [x for part in parts.values() for one in part for x in (one.source, one.target, one.described)]
         return TaskData(
@@ -198,7 +202,9 @@ class ImageEditing(Task):
         found = read_edits(named)
         name = next((split for split in ("test", "val") if split in found), "train")
         written = list(read_written(found[name], meta["size"]))
-        edits = Edits(written, words_of_meta(meta), meta["length"], meta["nouns"])
+        words = words_of_meta(meta)
+        _check_lengths(written, words, meta["length"])
+        edits = Edits(written, words, meta["length"], meta["nouns"])
         return HeldOut(Judged(edits, clip), f"{len(edits)} edits of {named}")
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
@@ -352,16 +358,47 @@ def _read(root: Path, side: int, seed: int) -> dict[str, list[Any]]:
     parts = {split: list(read_written(entries, side)) for split, entries in found.items()}
     missing = [split for split in ("val", "test") if split not in parts]
     if missing:
-        count = len(parts["train"])
+        groups = _of_other_pictures(parts["train"])
+        count = len(groups)
         if count < 2 * len(missing) + 1:
-            raise UserError(f"{root} has {count} edits, too few to cut {' and '.join(missing)} off: say their split")
+            raise UserError(
+                f"{root} has {len(parts['train'])} edits, and {count} that share no picture: too few to cut "
+                f"{' and '.join(missing)} off; say their split"
+            )
         share = max(0.1, 1 / count)
         cut = split_indices(count, (*(share for _ in missing), 1 - share * len(missing)), seed)
         cut = [part or [cut[-1].pop()] for part in cut]
-        train = parts["train"]
-        parts |= {split: [train[k] for k in part] for split, part in zip(missing, cut)}
-        parts["train"] = [train[k] for k in cut[-1]]
+        for split, part in zip([*missing, "train"], cut):
+            parts[split] = [one for group in part for one in groups[group]]
     return parts
+
+
+def _of_other_pictures(edits: Sequence[Written]) -> list[list[Written]]:
+    """Edits in groups, none of which has a source or a target of another: an addition and its reverse stay together."""
+    groups: dict[bytes, list[Written]] = {}
+    for one in edits:
+        seen = [one.source.tobytes(), one.target.tobytes()]
+        joined = {id(groups[key]): groups[key] for key in seen if key in groups}
+        group = [*(other for part in joined.values() for other in part), one]
+        for other in group:
+            groups[other.source.tobytes()] = groups[other.target.tobytes()] = group
+    return list({id(group): group for group in groups.values()}.values())
+
+
+def _check_lengths(edits: Sequence[Written], words: Words, length: int) -> None:
+    """Say how many instructions are cut; refuse those that would lose S* and with it their reference."""
+    cut = [one.instruction for one in edits if count_tokens(words, one.instruction) > length]
+    for text in cut:
+        if PLACEHOLDER in text and words.image not in encode(words, text, length):
+            raise UserError(f"{_too_long(words, text, length)}, so that S* is cut off: {text[:80]!r}")
+    if cut:
+        progress.say(
+            f"{len(cut)} of {len(edits)} instructions have more than {length} tokens and are cut: {cut[0][:60]!r}"
+        )
+
+
+def _too_long(words: Words, text: str, length: int) -> str:
+    return f"the instruction has {count_tokens(words, text)} tokens with start and end, and the model reads {length}"
 
 
 def _words_of(train: Sequence[Written], pieces: ClipPieces | None) -> tuple[Words, int, int]:
@@ -411,6 +448,8 @@ def _request(
 ) -> dict[str, Any]:
     """What an editor is given, as a batch of one."""
     words, side = words_of_meta(meta), meta["size"]
+    if count_tokens(words, instruction) > meta["length"]:
+        raise UserError(f"{_too_long(words, instruction, meta['length'])}: shorten it")
     x = resize_pixels(source, side, side)[None].float() / 255
     y = torch.zeros_like(x) if reference is None else resize_pixels(reference, side, side)[None].float() / 255
     return {
