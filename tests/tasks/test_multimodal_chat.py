@@ -24,6 +24,7 @@ from provenn.tasks.multimodal_chat import (
     Talks,
     _contexts,
     counted_nats,
+    divide,
     evaluated,
     fitted,
     join_chats,
@@ -212,6 +213,13 @@ def root(tmp_path):
             lines.append({"image": f"{number}.png", "question": asked, "answer": answer, "kind": asked.split()[0]})
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return tmp_path
+
+
+def test_a_picture_that_is_not_read_is_no_question(tmp_path):
+    (tmp_path / "real.gif").write_bytes(b"GIF89a")
+    with pytest.raises(UserError, match=r"real.gif is no picture that is read: expected .*\.png"):
+        divide([str(tmp_path / "real.gif"), "what is it ?"])
+    assert divide(["why ?" * 2000]) == ([], ["why ?" * 2000])
 
 
 @pytest.mark.parametrize("tokenizer", ["words", "bytes"])

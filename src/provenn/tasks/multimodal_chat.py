@@ -528,6 +528,10 @@ def divide(inputs: Sequence[str]) -> tuple[list[Path], list[str]]:
     questions = [str(given).strip() for given in inputs if Path(str(given)).suffix.lower() not in SUFFIXES]
     if (missing := next((file for file in files if not file.is_file()), None)) is not None:
         raise UserError(f"no file at {missing}")
+    for question in questions:
+        # A name of a file has no more than 255 bytes; longer words are no file.
+        if len(question.encode()) < 256 and Path(question).is_file():
+            raise UserError(f"{question} is no picture that is read: expected {', '.join(sorted(SUFFIXES))}")
     if not any(questions):
         raise UserError("there is no question: give it in quotes, after the picture, such as photo.jpg 'what is it ?'")
     if (marked := next((question for question in questions if PLACEHOLDER in question), None)) is not None:
