@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from provenn.data.rooms import composed_rooms
-from provenn.papers.lscenellm.rivals import Variant, network
+from provenn.papers.lscenellm.layers import open_regions
+from provenn.papers.lscenellm.rivals import Variant, by_lot, network
 from provenn.papers.lscenellm.studies import found, hit_over_lot, rooms_data, target
 from provenn.tasks import TaskData
 from provenn.tasks.scene_question_answering import FEATURES
@@ -85,8 +86,32 @@ def test_a_reader_that_opens_no_place_hits_nothing(data: TaskData, variant: Vari
 def test_a_lot_hits_as_often_as_it_opens() -> None:
     torch.manual_seed(0)
     rates = found(network(Variant(opens="random"), 44, FEATURES).eval(), rooms_data(701, True))
-    assert 0.02 < rates["share"] < 0.4
+    assert 0.02 < rates["share"] < 0.98
     assert abs(rates["hit"] - rates["share"]) < 0.25  # of sixteen questions
+
+
+@pytest.mark.parametrize("threshold", [0, 96, 200, 255])
+def test_a_lot_opens_as_many_as_attention_would_in_each_row(threshold: int) -> None:
+    weights = torch.rand(2000, 18, generator=torch.Generator().manual_seed(0)).mul(8).exp()
+    weights = weights / weights.sum(-1, keepdim=True)
+    opened, drawn = open_regions(weights, threshold), by_lot(weights, threshold)
+    assert torch.equal(drawn.sum(-1), opened.sum(-1))
+    assert torch.equal(drawn, by_lot(weights, threshold))
+    # Large and small weights are drawn alike, and regions too.
+    share = float(opened.float().mean())
+    ranked = drawn.gather(1, weights.argsort(1)).float().mean(0)
+    assert (ranked - share).abs().max() < 0.05
+    assert (drawn.float().mean(0) - share).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("opens", ["attention", "random", "cosine", "scorer"])
+def test_every_rule_opens_by_the_threshold_of_its_variant(opens: Any) -> None:
+    """What is compared has one rule of how much opens: none has a budget of its own."""
+    data, shares = rooms_data(701, True), []
+    for threshold in (0, 96, 200, 255):
+        torch.manual_seed(0)
+        shares.append(found(network(Variant(opens=opens, threshold=threshold), 44, FEATURES).eval(), data)["share"])
+    assert 1 > shares[0] > shares[1] > shares[2] > shares[3] == 0
 
 
 def test_a_target_is_in_the_room_that_is_named() -> None:

@@ -6,6 +6,7 @@ which object it is: no segmenter stands between.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from provenn.core.special_tokens import MARKS
 from provenn.nn.decoder import Decoder
-from provenn.papers.lscenellm.layers import MagnifiedBlock
+from provenn.papers.lscenellm.layers import MagnifiedBlock, Select, open_regions
 from provenn.papers.lscenellm.model import LSceneLLM, start_narrow
 from provenn.papers.lscenellm.tokens import SceneTokens, dense_around
 
@@ -25,7 +26,7 @@ ASSISTANT = MARKS.index("<assistant>")  # of a vocabulary of words, which begins
 THINGS = 5  # objects of a room
 QUERIES = 16  # of a query-former
 ROOM = {"parents": 6, "points": 340}  # sparse tokens and points of a room, whatever the number of rooms
-SHARE = 0.15  # of regions that the lot, the cosine and the scorer open
+LOTS = 997.0  # how often all lots come up, in order, between a weight and e times that weight
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,9 @@ class Variant:
         fuses: how: by one softmax, by their mean added to the output, or as tokens of the text.
         rooms: of a scene.
         equal: as many sparse tokens as there are sparse and dense ones together.
-        threshold, children: as of `LSceneLLM`.
+        threshold: τ of `open_regions`, whatever gives the weights: the model's attention, the cosine or the scorer. The
+            lot opens as many as it opens by attention.
+        children: as of `LSceneLLM`.
     """
 
     reads: Reads = "regions"
@@ -69,9 +72,19 @@ class MeanBlock(MagnifiedBlock):
         return scores.softmax(-1).to(v.dtype) @ v + size * (share[:, None] @ dense_v)
 
 
-def hashed(weights: Float[Tensor, "batch rows parents"]) -> Bool[Tensor, "batch rows parents"]:
-    """A share of regions by lot. The lot is drawn from the weights' digits, so that a reading repeats itself."""
-    return (weights * 9973.0).frac() < SHARE
+def by_lot(weights: Float[Tensor, "*rows parents"], threshold: float | int = 96) -> Bool[Tensor, "*rows parents"]:
+    """As many regions of each row as `open_regions` opens there, by lot.
+
+    The lot is drawn from the digits of log w, so that a reading repeats itself, and small weights have no other lots
+    than large ones.
+
+    >>> weights = torch.tensor([[0.1, 0.5, 0.2, 0.3], [0.2, 0.2, 0.2, 0.2]])
+    >>> by_lot(weights).sum(1).tolist(), open_regions(weights).sum(1).tolist()
+    ([2, 0], [2, 0])
+    """
+    lots = (weights.clamp_min(torch.finfo(weights.dtype).tiny).log() * LOTS).remainder(1)
+    count = open_regions(weights, threshold).sum(-1, keepdim=True)
+    return lots.argsort(-1).argsort(-1) < count
 
 
 def everything(weights: Float[Tensor, "batch rows parents"]) -> Bool[Tensor, "batch rows parents"]:
@@ -83,7 +96,7 @@ class Reader(LSceneLLM):
     """A small LSceneLLM in one of the variants."""
 
     def __init__(self, variant: Variant, decoder: Decoder, features: int):
-        self_select = {"random": hashed, "all": everything}.get(variant.opens)
+        rules: dict[Opens, Select] = {"random": partial(by_lot, threshold=variant.threshold), "all": everything}
         counted = variant.children if variant.opens != "nothing" or variant.fuses == "text" else 1
         parents = ROOM["parents"] * variant.rooms
         super().__init__(
@@ -98,7 +111,7 @@ class Reader(LSceneLLM):
             threshold=variant.threshold,
             magnify=variant.opens != "nothing" and variant.fuses != "text",
             prompt_tokens=0,
-            select=self_select,
+            select=rules.get(variant.opens),
             block=MeanBlock if variant.fuses == "mean" else MagnifiedBlock,
         )
         self.variant, dim = variant, decoder.norm.weight.shape[0]
@@ -145,20 +158,15 @@ class Reader(LSceneLLM):
         """What a rule before the decoder opens, from the question alone."""
         if self.variant.opens not in ("cosine", "scorer"):
             return None, dense
+        threshold = self.variant.threshold
         asked = ((tokens == ASSISTANT).cumsum(1) == 0).to(sparse.dtype)
         question = (self.decoder.embed(tokens) * asked[..., None]).sum(1) / asked.sum(1, keepdim=True).clamp_min(1)
         if self.scorer is None:
             weights = nn.functional.cosine_similarity(question[:, None], sparse, dim=-1)
-            return _highest(weights), dense
+            return open_regions(weights, threshold), dense
         weights = ((self.scorer(question)[:, None] * sparse).sum(-1) / math.sqrt(sparse.shape[-1])).softmax(-1)
         # The choice has no gradient. By a factor of 1 the scorer gets that of the dense tokens which it weighs.
-        return _highest(weights), dense * (1 + weights - weights.detach())[..., None, None]
-
-
-def _highest(weights: Float[Tensor, "batch parents"]) -> Bool[Tensor, "batch parents"]:
-    """The share of regions that has the largest weights."""
-    count = max(1, round(SHARE * weights.shape[-1]))
-    return torch.zeros_like(weights, dtype=torch.bool).scatter(-1, weights.topk(count).indices, True)
+        return open_regions(weights, threshold), dense * (1 + weights - weights.detach())[..., None, None]
 
 
 def network(variant: Variant, vocab_size: int, features: int, dim: int = 64, layers: int = 3) -> Reader:
