@@ -12,6 +12,7 @@ from provenn.core.errors import UserError
 from provenn.data.conversations import Exchange
 from provenn.data.point_features import COLOURS, FEATURES, point_features
 from provenn.data.rooms import KINDS, THINGS, composed_rooms, room_words
+from provenn.data.scene_questions import METRICS
 from provenn.nn.decoder import Decoder
 from provenn.tasks import get_task
 from provenn.tasks.demos import Trial
@@ -232,6 +233,8 @@ def test_a_folder_of_the_users_is_read_by_scenes(tmp_path: Path) -> None:
     [({"scene": "no.ply", "question": "a ?", "answer": "b"}, "no scene 'no.ply'"),
      ({"scene": "0.obj", "question": "a ?", "answer": "b"}, "must end in"),
      ({"scene": "0.ply", "question": " ", "answer": "b"}, "the question is empty"),
+     *(({"scene": "0.ply", "question": "a ?", "answer": "b", "kind": kind}, "is a metric of all questions")
+       for kind in ("cider", "meteor", "rouge_l", "exact_match", "CIDEr ")),
      ({"scene": "0.ply", "question": "a ?"}, "has no answer"), ({"question": "a ?"}, "expected {"),
      (1, "expected {")],
 )  # fmt: skip
@@ -241,6 +244,11 @@ def test_questions_that_are_none_are_named_with_their_line(tmp_path: Path, entry
     with pytest.raises(UserError, match=words) as refused:
         TASK.load(tmp_path)
     assert "train.jsonl, line 1" in str(refused.value)
+
+
+def test_every_metric_of_all_questions_is_a_name_that_no_kind_has() -> None:
+    summary = TASK.summary(judged(["red"], [Exchange("a ?", ("red",), (), "object")]))
+    assert set(summary) == {*METRICS, "object"}
 
 
 def test_files_that_hold_no_questions_are_refused(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Questions about clouds of points: a JSON object a line, or a list of them.
 
 `{"scene": "flat/3.ply", "question": "…", "answer": "…"}`, or `"answers": […]` of several people, and `"kind": "…"` of a
-question that has one. Clouds lie beside the file or below.
+question that has one. Clouds lie beside the file or below. A kind has a share of its own beside METRICS.
 """
 
 from collections.abc import Iterator
@@ -13,6 +13,8 @@ from provenn.core.inputs import parse_json, read_text
 from provenn.data.clouds import SUFFIXES
 from provenn.data.conversations import ENDINGS, SPLITS, Conversation, Exchange
 
+METRICS = ("cider", "meteor", "rouge_l", "exact_match")  # of all questions: no kind is called so
+
 
 def read_scene_questions(path: Path) -> dict[str, list[Conversation]]:
     """The questions of a file, or of a folder by split; without splits, all as `train`.
@@ -21,7 +23,8 @@ def read_scene_questions(path: Path) -> dict[str, list[Conversation]]:
         path: a .jsonl or a .json, or a folder with train, val and test of such.
 
     Raises:
-        UserError: no such file, a cloud that is missing, or a question without words or answer, with the line.
+        UserError: no such file. With the line: a cloud that is missing, a question without words or answer, or a kind
+            that is called as a metric.
     """
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in ENDINGS)
@@ -67,4 +70,6 @@ def _question(entry: Any, root: Path, where: str) -> Conversation:
     if not answers or not all(isinstance(answer, str | int | float) and str(answer).strip() for answer in answers):
         raise UserError(f"{where}: the question has no answer: expected answer or answers, in words")
     kind = str(entry.get("kind") or "")
+    if kind.strip().lower() in METRICS:
+        raise UserError(f"{where}: kind={kind!r} is a metric of all questions: expected another name of the kind")
     return Conversation((Exchange(asked, tuple(map(str, answers)), (), kind),), (scene,), "", where)
