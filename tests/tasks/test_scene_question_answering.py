@@ -188,6 +188,21 @@ def test_bad_clouds_get_one_clear_line(data: Any, model: Pooled, tmp_path: Path)
     assert TASK.predict(model, data.meta, [str(tmp_path / "mm.ply"), "what is it ?"], None, scale=0.001) is not None
 
 
+def test_where_no_scale_can_be_given_none_is_asked_for(data: Any, model: Pooled, tmp_path: Path) -> None:
+    points = np.random.default_rng(0).random((50, 3)) * 4000
+    file = ply(tmp_path / "mm.ply", points, np.full((50, 3), 200))
+    with pytest.raises(UserError, match="inspect takes no scale") as refused:
+        TASK.example(file, data.meta, "what is it ?")
+    assert "scale=" not in str(refused.value)
+    table = tmp_path / "mm.csv"
+    table.write_text("x,y,z,red,green,blue\n" + "\n".join(f"{x},{y},{z},9,9,9" for x, y, z in points))
+    from provenn.tasks.scene_question_answering import answer
+
+    with pytest.raises(UserError, match="write x, y and z in metres") as refused:
+        answer(Trial(TASK, model, data.meta, table, {"question": "what is it ?"}, print))
+    assert "scale=" not in str(refused.value)
+
+
 def test_inputs_are_one_cloud_and_questions(tmp_path: Path, room: Path, data: Any, model: Pooled) -> None:
     with pytest.raises(UserError, match="0 clouds of points"):
         divide(["what ?"])

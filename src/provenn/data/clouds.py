@@ -17,6 +17,7 @@ FARTHEST = 1e9  # of a coordinate from 0, in any unit: no survey counts further
 WIDEST = 1000.0  # metres of a room or a street; beyond, the numbers are taken for millimetres
 COLOURS = (("red", "green", "blue"), ("r", "g", "b"), ("diffuse_red", "diffuse_green", "diffuse_blue"))
 NORMALS = (("nx", "ny", "nz"), ("normal_x", "normal_y", "normal_z"))
+SCALED = "give scale=0.001 if they are millimetres, scale=1 if they are metres"
 NEEDED = "clouds of points need packages: pip install 'provenn[points]'"
 
 
@@ -40,13 +41,14 @@ class Cloud:
         return len(self.points)
 
 
-def read_cloud(file: Path, *, scale: float | int | None = None, colours: bool = False) -> Cloud:
+def read_cloud(file: Path, *, scale: float | int | None = None, colours: bool = False, remedy: str = SCALED) -> Cloud:
     """The points of a .ply, .las, .laz or .pcd file, with colours and normals where it has some.
 
     Args:
         file: the file; faces of a mesh are left out.
         scale: metres of its unit, such as 0.001 of millimetres. Default: 1, and a cloud of over a kilometre is refused.
         colours: whether it must have colours.
+        remedy: what to do about a cloud of over a kilometre, where no scale can be given.
 
     Raises:
         UserError: no such file, another format, fewer than 16 points, or no colours where they are asked
@@ -68,18 +70,23 @@ def read_cloud(file: Path, *, scale: float | int | None = None, colours: bool = 
     except Exception as error:  # the readers raise whatever a broken header leads to
         why = " ".join(str(error).split())[:120] or type(error).__name__
         raise UserError(f"{file} cannot be read as {kind.removeprefix('.').upper()}: {why}") from None
-    return cloud_of(columns, str(file), scale=scale, colours=colours)
+    return cloud_of(columns, str(file), scale=scale, colours=colours, remedy=remedy)
 
 
 def cloud_of(
-    columns: Mapping[str, np.ndarray], where: str, *, scale: float | int | None = None, colours: bool = False
+    columns: Mapping[str, np.ndarray],
+    where: str,
+    *,
+    scale: float | int | None = None,
+    colours: bool = False,
+    remedy: str = SCALED,
 ) -> Cloud:
     """A cloud of columns by name, such as x, y, z, red, green and blue.
 
     Args:
         columns: all of one length. Colours are whole numbers up to 255 or 65,535, or fractions up to 1.
         where: what an error calls it.
-        scale, colours: as in `read_cloud`.
+        scale, colours, remedy: as in `read_cloud`.
 
     Raises:
         UserError: as in `read_cloud`.
@@ -103,10 +110,7 @@ def cloud_of(
     if not widest:
         raise UserError(f"{where}: all {len(points):,} points lie in one place")
     if scale is None and widest > WIDEST:
-        raise UserError(
-            f"{where} is {widest:,.0f} units wide, and metres are expected: give scale=0.001 if they are millimetres, "
-            "scale=1 if they are metres"
-        )
+        raise UserError(f"{where} is {widest:,.0f} units wide, and metres are expected: {remedy}")
     painted = _colours(columns, where)
     if colours and painted is None:
         raise UserError(f"{where} has no colours, which the model reads: expected red, green and blue of each point")

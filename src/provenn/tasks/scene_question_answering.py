@@ -66,6 +66,8 @@ KINDS_SHOWN = 12  # kinds of questions that have a metric of their own
 ROOM = 2**30  # bytes of scenes that are kept in memory
 TOKENIZERS = ("words", "bytes")
 CHANNELS = ("red", "green", "blue")
+UNSCALED = "inspect takes no scale, so write the cloud anew in metres; predict reads millimetres with --scale 0.001"
+TABLED = "write x, y and z in metres"
 
 
 class SceneChats(Meta):
@@ -344,7 +346,7 @@ class SceneQuestionAnswering(Task):
         tokens = tokens_of(meta)
         say_unknown(tokens, [text])
         prompt = tokens.prompt(asked_alone(text))
-        cloud = read_cloud(file, colours=True)
+        cloud = read_cloud(file, colours=True, remedy=UNSCALED)
         return {
             "tokens": torch.tensor([prompt]),
             "scenes": torch.from_numpy(sampled(cloud, meta["points"]))[None],
@@ -611,7 +613,7 @@ def answer(trial: Trial) -> dict[str, Any]:
     for name in set(names) & set(CHANNELS):
         if columns[name].max() > 1:  # whole numbers up to 255
             columns[name] = columns[name].astype(np.int64)
-    cloud = cloud_of(columns, trial.file.name, colours=True)
+    cloud = cloud_of(columns, trial.file.name, colours=True, remedy=TABLED)
     task: Any = trial.task
     said = task.answered(trial.model, trial.meta, cloud, [question])[0]
     return {"kind": "text", "text": f"{question}\n{said}"}
