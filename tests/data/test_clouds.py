@@ -88,6 +88,20 @@ def test_millimetres_are_read_where_they_are_said(tmp_path):
     assert wide.points.max() > 1000
 
 
+@pytest.mark.parametrize("scale", [1e300, 1e30, 1e-30, 1e-300, 5e-324])
+def test_a_scale_that_leaves_no_cloud_in_float32_is_refused(scale):
+    """Beyond, squares of distances overflow or are 0."""
+    with (
+        pytest.raises(UserError, match=r"metres wide, got .* with scale=.*0\.001 of millimetres"),
+        np.errstate(all="raise"),
+    ):
+        cloud_of(columns(POINTS * 1000), "a", scale=scale)
+    for known in (1e-6, 1e5):
+        assert np.square(cloud_of(columns(POINTS * 1000), "a", scale=known).points.max(0)).all()
+    with pytest.raises(UserError, match="its coordinates are no metres"):
+        cloud_of(columns(POINTS.astype(float) * 1e-50), "a")
+
+
 def with_nan():
     points = POINTS.copy()
     points[6, 1] = np.nan

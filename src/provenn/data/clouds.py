@@ -14,6 +14,7 @@ from provenn.core.inputs import check_file
 SUFFIXES = (".ply", ".las", ".laz", ".pcd")
 FEWEST = 16  # points from which a cloud is one
 FARTHEST = 1e9  # of a coordinate from 0, in any unit: no survey counts further
+NARROWEST = 1e-6  # metres that a cloud is wide at least: squares of much less are 0 in float32
 WIDEST = 1000.0  # metres of a room or a street; beyond, the numbers are taken for millimetres
 COLOURS = (("red", "green", "blue"), ("r", "g", "b"), ("diffuse_red", "diffuse_green", "diffuse_blue"))
 NORMALS = (("nx", "ny", "nz"), ("normal_x", "normal_y", "normal_z"))
@@ -52,7 +53,8 @@ def read_cloud(file: Path, *, scale: float | int | None = None, colours: bool = 
 
     Raises:
         UserError: no such file, another format, fewer than 16 points, or no colours where they are asked
-            for. Coordinates that are no numbers or beyond 10⁹, all in one place, or over a kilometre apart.
+            for. Coordinates that are no numbers or beyond 10⁹, all in one place, or over a kilometre apart. With
+            the scale, a cloud less than a micrometre or more than 10⁹ metres wide.
     """
     if scale is not None and not (np.isfinite(scale) and scale > 0):
         raise UserError(f"scale must be a number above 0, got {scale}: give 0.001 for millimetres")
@@ -104,13 +106,19 @@ def cloud_of(
         )
     if (far := float(np.abs(points).max())) > FARTHEST:
         raise UserError(f"{where}: a coordinate is {far:.3g}: expected at most {FARTHEST:.0e}; its numbers are damaged")
-    points = points * (1.0 if scale is None else scale)
-    origin = points.min(axis=0)
-    widest = float((points.max(axis=0) - origin).max())
-    if not widest:
+    extent = float(np.ptp(points, axis=0).max())
+    if not extent:
         raise UserError(f"{where}: all {len(points):,} points lie in one place")
+    widest = extent * (1.0 if scale is None else float(scale))
     if scale is None and widest > WIDEST:
         raise UserError(f"{where} is {widest:,.0f} units wide, and metres are expected: {remedy}")
+    if not NARROWEST <= widest <= FARTHEST:
+        means = "; its coordinates are no metres"
+        if scale is not None:
+            means = f" with scale={scale:g}; scale is metres of a unit, such as 0.001 of millimetres"
+        raise UserError(f"{where}: expected {NARROWEST:g} to {FARTHEST:g} metres wide, got {widest:.3g}{means}")
+    points = points * (1.0 if scale is None else scale)
+    origin = points.min(axis=0)
     painted = _colours(columns, where)
     if colours and painted is None:
         raise UserError(f"{where} has no colours, which the model reads: expected red, green and blue of each point")
