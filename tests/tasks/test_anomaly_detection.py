@@ -69,7 +69,7 @@ def test_names_are_given_to_systems_that_read_them():
     with torch.no_grad():
         TASK.evaluate(model, spots(), batch_size=8)
     assert list(model.heard) == list("aabbaabb")
-    with pytest.raises(UserError, match="a system that reads names of categories is not exported"):
+    with pytest.raises(UserError, match="a system that reads names is exported for one category"):
         TASK.portable(model, META)
 
 

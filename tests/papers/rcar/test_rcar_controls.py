@@ -172,9 +172,13 @@ def shown(monkeypatch, temperatures: list[list[float]]) -> None:
     monkeypatch.setattr(studies, "seen_words", lambda model, data: [(torch.tensor([0, 1, 1, -1]), steps)])
 
 
-def test_sharper_is_facts_over_fillers_at_the_last_attention(monkeypatch):
-    shown(monkeypatch, [[9.0, 1.0, 1.0, 50.0], [2.0, 5.0, 7.0, 50.0]])
-    assert studies.sharper_for_facts(torch.nn.Identity(), SMOKE) == pytest.approx(3.0)
+@pytest.mark.parametrize(
+    "last, share",
+    [([2.0, 5.0, 7.0, 50.0], 0.75), ([0.0, 0.0, 0.0, 50.0], 0.5), ([0.0, 0.0, 1.0, 0.0], 1.0), ([1.0, 0, 0, 9.0], 0)],
+)
+def test_sharper_is_the_share_of_facts_at_the_last_attention(monkeypatch, last, share):
+    shown(monkeypatch, [[9.0, 1.0, 1.0, 50.0], last])
+    assert studies.sharper_for_facts(torch.nn.Identity(), SMOKE) == pytest.approx(share)
 
 
 def test_weights_grow_from_the_first_step_to_the_last(monkeypatch):

@@ -262,13 +262,14 @@ def seen_words(model: nn.Module, data: TaskData) -> list[tuple[Tensor, Any]]:
 
 
 def sharper_for_facts(model: nn.Module, data: TaskData) -> float:
-    """The mean λ of words of facts over that of fillers, at the last attention; 1 where both are 0."""
+    """The mean λ of words of facts, as a share of its sum with that of fillers, at the last attention; ½ where both
+    are 0."""
     facts, fillers = [], []
     for of, steps in seen_words(model, data):
         facts.append(steps[-1].temperature[of == 1])
         fillers.append(steps[-1].temperature[of == 0])
-    low = float(torch.cat(fillers).mean())
-    return float(torch.cat(facts).mean()) / max(low, 1e-6)
+    high, low = (float(torch.cat(each).mean()) for each in (facts, fillers))
+    return high / (high + low) if high + low else 0.5
 
 
 def ratios(model: nn.Module, data: TaskData) -> list[float]:
