@@ -494,8 +494,9 @@ class MultimodalChat(Task):
             UserError: always.
         """
         raise UserError(
-            f"{self.name} writes its answers token by token, with a cache, which is no single graph of ONNX: a decoder "
-            "of the layout of Llama or Qwen2 goes by `provenn.huggingface.save_huggingface`, and its tools from there"
+            f"{self.name} writes its answers token by token, with a cache, which is no single graph of ONNX: use "
+            "its weights with provenn; a plain decoder of the layout of Llama or Qwen2, without a paper's own layers, "
+            "goes by `provenn.huggingface.save_huggingface`, and its tools from there"
         )
 
     def picture(self, model: nn.Module, data: TaskData) -> "Figure | None":

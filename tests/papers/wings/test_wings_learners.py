@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from provenn.core.cost import growth, peak_activation_bytes
@@ -12,7 +13,7 @@ from provenn.core.finite import is_finite
 from provenn.nn.decoder import Decoder, RotaryPositions
 from provenn.nn.positions import rotation, turn
 from provenn.nn.vision_language import MLPProjector, VisionLanguageModel
-from provenn.papers.wings import layers
+from provenn.papers.wings import adapter, layers
 from provenn.papers.wings.adapter import (
     add_textual,
     attach,
@@ -509,6 +510,15 @@ def test_learners_travel_in_a_file_of_their_own(tmp_path):
     (tmp_path / "broken").write_bytes(b"no weights")
     with pytest.raises(UserError, match="no readable safetensors"):
         load_learners(make(learners="none"), tmp_path / "broken")
+
+
+@pytest.mark.parametrize("said", ["{", "[]", '{"rank": 8}', '{"layers": null, "depth": 3}'])
+def test_learners_whose_options_are_damaged_are_refused(tmp_path, said):
+    save_file({"a": torch.zeros(1)}, str(tmp_path / "learners.safetensors"), metadata={adapter.KEY: said})
+    plain = make(learners="none")
+    with pytest.raises(UserError, match="options of learners that cannot be read"):
+        load_learners(plain, tmp_path / "learners.safetensors")
+    assert not wings_blocks(plain)
 
 
 def test_detached_it_is_the_plain_model_again():

@@ -9,6 +9,7 @@ import torch
 
 from provenn.core.errors import UserError
 from provenn.papers.wings import Wings, studies, wings_llama3_1_8b, wings_qwen1_5_1_8b, wings_qwen1_5_7b, wings_small
+from provenn.papers.wings import model as presets
 from provenn.papers.wings.adapter import learner_parameters, wings_blocks
 from provenn.papers.wings.inspection import inspect
 from provenn.papers.wings.laws import Laws, attention_laws, shift_of
@@ -159,6 +160,37 @@ def test_sizes_come_from_shapes_and_config_and_the_rest_is_asked_for():
 def test_a_first_stage_is_recognised_by_its_missing_routers():
     _, options, ours = convert(state(4), heads=4)
     assert options["stage"] == 1 and not [name for name in ours if ".textual." in name]
+
+
+def test_norms_and_stretched_positions_are_those_of_the_config():
+    scaling = {
+        "rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 3.0,
+        "original_max_position_embeddings": 64,
+    }  # fmt: skip
+    heads = {"num_attention_heads": 4}
+    for config, eps, stretch in (
+        ({"rms_norm_eps": 1e-3, "rope_scaling": scaling}, 1e-3, (2.0, 1.0, 3.0, 64)),
+        ({"rope_scaling": None}, 1e-5, None),
+        ({}, 1e-5, (8.0, 1.0, 4.0, 8192)),
+    ):
+        name, options, _ = convert(state(2), heads | config)
+        decoder = getattr(presets, name)(vision_heads=2, **options).decoder
+        assert decoder.norm.eps == decoder.blocks[0].norm1.eps == eps
+        assert decoder.rotary.stretch == stretch
+    with pytest.raises(UserError, match="rope_scaling of the type 'yarn'; what is read: llama3, default"):
+        convert(state(2), heads | {"rope_scaling": {"type": "yarn"}})
+    with pytest.raises(UserError, match="of the type llama3 without high_freq_factor"):
+        convert(state(2), heads | {"rope_scaling": {k: v for k, v in scaling.items() if k != "high_freq_factor"}})
+
+
+def test_a_head_that_is_tied_is_the_embedding():
+    given = state(2)
+    given.pop("lm_head.weight")
+    embedding = given["model.embed_tokens.weight"] = torch.randn_like(given["model.embed_tokens.weight"])
+    name, options, ours = convert(given, heads=4)
+    system = getattr(presets, name)(vision_heads=2, **options)
+    system.load_state_dict(ours)
+    assert torch.equal(system.decoder.head.weight, embedding)
 
 
 # Curves of attention

@@ -219,7 +219,7 @@ def load_learners(model: Model, file: str | Path) -> Model:
     """Attach learners that `save_learners` wrote, in place.
 
     Raises:
-        UserError: no such file, or learners of a model of other sizes.
+        UserError: no such file, options that cannot be read, or learners of a model of other sizes.
     """
     try:
         with safe_open(str(file), framework="pt") as handle:
@@ -230,9 +230,15 @@ def load_learners(model: Model, file: str | Path) -> Model:
         raise UserError(f"{file} is no readable safetensors file: {str(error).partition(chr(10))[0]}") from None
     if said is None:
         raise UserError(f"{file} holds no learners alone: expected a file of save_learners")
-    given = json.loads(said)
-    layers = given.pop("layers")
-    attach(model, LearnerOptions(**given, layers=None if layers is None else tuple(layers)))
+    try:
+        given = json.loads(said)
+        layers = given.pop("layers")
+        options = LearnerOptions(**given, layers=None if layers is None else tuple(layers))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(
+            f"{file} has options of learners that cannot be read: write it again by save_learners"
+        ) from None
+    attach(model, options)
     own = learner_parameters(decoder_of(model))
     odd = sorted(own.keys() ^ tensors.keys()) + [
         n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape

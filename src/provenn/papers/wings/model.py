@@ -1,5 +1,6 @@
 """Wings: SigLIP, a projector and a chat model with learners in every layer (arXiv:2406.03496, sections 3 and 4)."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -145,6 +146,15 @@ def _wings(
     return Wings(decoder, vision, MLPProjector(vision_dim, dim), system_length=length, **wings)
 
 
+def _rotary(base: float, stretch: Sequence[float | int] | None) -> RotaryPositions:
+    if stretch is None:
+        return RotaryPositions(base)
+    if len(stretch) != 4:
+        raise ValueError(f"stretch must have a factor, low, high and a length, got {len(stretch)} numbers")
+    factor, low, high, original = stretch
+    return RotaryPositions(base, None, Stretch(factor, low, high, int(original)))
+
+
 def wings_qwen1_5_7b(
     *,
     vocab_size: int = 151_936,
@@ -153,6 +163,8 @@ def wings_qwen1_5_7b(
     heads: int = 32,
     hidden: int = 11_008,
     base: float = 1e6,
+    stretch: Sequence[float | int] | None = None,
+    eps: float = 1e-6,
     max_length: int = 32_768,
     **options: Any,
 ) -> Wings:
@@ -161,12 +173,15 @@ def wings_qwen1_5_7b(
     Args:
         vocab_size, dim, layers, heads, hidden, max_length: of the decoder.
         base: of its rotary positions.
+        stretch: of them, as in Llama 3.1: factor, low and high frequency factors, and the positions that it was first
+            trained on.
+        eps: of its norms.
         options: of the tower (`vision_dim`, `vision_layers`, `vision_heads`, `vision_hidden`, `image_size`, `patch`),
             of `Wings`, and of its learners.
     """
     return _wings(
         "qwen", vocab_size=vocab_size, dim=dim, layers=layers, heads=heads, kv_heads=heads, hidden=hidden,
-        rotary=RotaryPositions(base), eps=1e-6, max_length=max_length, **options,
+        rotary=_rotary(base, stretch), eps=eps, max_length=max_length, **options,
     )  # fmt: skip
 
 
@@ -178,13 +193,15 @@ def wings_qwen1_5_1_8b(
     heads: int = 16,
     hidden: int = 5504,
     base: float = 1e6,
+    stretch: Sequence[float | int] | None = None,
+    eps: float = 1e-6,
     max_length: int = 32_768,
     **options: Any,
 ) -> Wings:
     """Wings on Qwen1.5-1.8B-Chat; arguments as in `wings_qwen1_5_7b`."""
     return _wings(
         "qwen", vocab_size=vocab_size, dim=dim, layers=layers, heads=heads, kv_heads=heads, hidden=hidden,
-        rotary=RotaryPositions(base), eps=1e-6, max_length=max_length, **options,
+        rotary=_rotary(base, stretch), eps=eps, max_length=max_length, **options,
     )  # fmt: skip
 
 
@@ -197,13 +214,15 @@ def wings_llama3_1_8b(
     kv_heads: int = 8,
     hidden: int = 14_336,
     base: float = 5e5,
+    stretch: Sequence[float | int] | None = (8.0, 1.0, 4.0, 8192),
+    eps: float = 1e-5,
     max_length: int = 131_072,
     **options: Any,
 ) -> Wings:
     """Wings on Llama-3.1-8B-Instruct, which the authors have a script for; arguments as in `wings_qwen1_5_7b`."""
     return _wings(
         "llama", vocab_size=vocab_size, dim=dim, layers=layers, heads=heads, kv_heads=kv_heads, hidden=hidden,
-        rotary=RotaryPositions(base, None, Stretch(8.0, 1.0, 4.0, 8192)), eps=1e-5, max_length=max_length, **options,
+        rotary=_rotary(base, stretch), eps=eps, max_length=max_length, **options,
     )  # fmt: skip
 
 

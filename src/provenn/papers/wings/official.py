@@ -52,6 +52,7 @@ PRESETS = {
 TOLD = {  # our options, and the keys of the config that the trainer writes beside the weights
     "heads": "num_attention_heads",
     "base": "rope_theta",
+    "eps": "rms_norm_eps",
     "max_length": "max_position_embeddings",
     "system_length": "system_prompt_length",
 }
@@ -71,7 +72,8 @@ def convert(
         options: such as `heads`, where no config says them.
 
     Raises:
-        UserError: parameters of another model, or a size that neither shapes, config nor options say.
+        UserError: parameters of another model, a size that neither shapes, config nor options say, or a config with
+            rotary positions that the decoder lacks.
     """
     ours = {_renamed(name): value for name, value in state.items() if not name.endswith(("inv_freq", "position_ids"))}
     try:
@@ -99,7 +101,8 @@ def convert(
     if known is None:
         made |= dict(zip(("layers", "dim", "vocab_size", "hidden"), sizes))
     told = {ours_: config[theirs] for ours_, theirs in TOLD.items() if config and theirs in config}
-    made |= told | {key: value for key, value in options.items() if value is not None}
+    ours.setdefault("model.decoder.head.weight", ours["model.decoder.embed.weight"])  # tied heads are not written
+    made |= told | _stretch(config or {}) | {key: value for key, value in options.items() if value is not None}
     if known is None and "heads" not in made:
         raise UserError(
             f"no preset has {layers} layers of width {dim}: say heads=…, or put config.json beside the weights"
@@ -107,6 +110,23 @@ def convert(
     if llama and "heads" in made:
         made["kv_heads"] = keys * made["heads"] // dim
     return name, made, ours
+
+
+def _stretch(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How rotary positions are stretched, where the config says."""
+    if "rope_scaling" not in config:
+        return {}
+    said = config["rope_scaling"] or {}
+    kind = said.get("rope_type", said.get("type", "default"))
+    if kind == "default":
+        return {"stretch": None}
+    if kind != "llama3":
+        raise UserError(f"config.json has rope_scaling of the type {kind!r}; what is read: llama3, default")
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    lacking = [name for name in names if name not in said]
+    if lacking:
+        raise UserError(f"config.json has rope_scaling of the type llama3 without {lacking[0]}")
+    return {"stretch": [said[name] for name in names]}
 
 
 def _vision(ours: Mapping[str, Tensor]) -> dict[str, Any]:
