@@ -1,6 +1,7 @@
 """LSceneLLM as a whole: tokens of clouds, placeholders, what a reader points at, writing with a cache, and counts."""
 
 import time
+from itertools import combinations
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 import provenn
 from provenn.core.errors import UserError
+from provenn.papers.lscenellm.experiments import ROOMS
 from provenn.papers.lscenellm.layers import SceneMagnifier
 from provenn.papers.lscenellm.model import FourierPositions, LSceneLLM, Prompts, lscenellm_7b, lscenellm_rooms
 from provenn.papers.lscenellm.rivals import ROOM, Variant, network, opened_share
@@ -215,6 +217,20 @@ def test_every_reader_learns_with_all_of_its_parameters(variant: Variant) -> Non
     share = opened_share(model.eval(), torch.randint(8, 20, (2, 6)), scenes, torch.ones(2, 6, dtype=torch.bool))
     assert 0 <= share <= 1
     assert model.sizes["parents"] == ROOM["parents"] * 3 * (5 if variant.equal else 1)
+
+
+def test_no_two_readers_of_a_study_compute_the_same() -> None:
+    scenes = torch.cat([torch.randn(2, 1020, 7), torch.randint(15, (2, 1020, 1)).float()], dim=-1)
+    words, logits = torch.randint(8, 20, (2, 6)), {}
+    for name, (_, variant) in ROOMS.variants.items():
+        torch.manual_seed(0)
+        model = network(variant, 20, 4).eval()
+        for parameter in model.decoder.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        with torch.no_grad():
+            logits[name] = model(words, scenes)[:, -1]
+    for one, other in combinations(logits, 2):
+        assert not torch.equal(logits[one], logits[other]), (one, other)
 
 
 def test_a_selection_may_be_fixed_with_a_cache_too() -> None:

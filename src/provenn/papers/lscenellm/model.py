@@ -120,7 +120,9 @@ class LSceneLLM(nn.Module):
         }
         self.magnifier: SceneMagnifier | None = None
         if magnify:
-            self.magnifier = SceneMagnifier.attach(decoder, start_layer, threshold, children, select=select, form=form)
+            self.magnifier = SceneMagnifier.attach(
+                decoder, start_layer, threshold, children, select=select, form=form, block=block
+            )
         dim = decoder.norm.weight.shape[0]
         self.projector = nn.Sequential(
             nn.Linear(features, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim)
