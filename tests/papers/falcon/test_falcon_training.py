@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import provenn
+from provenn.core.errors import UserError
 from provenn.nn.decoder import Decoder
 from provenn.nn.towers import VisionConfig
 from provenn.nn.vision_language import ImageChat
@@ -110,3 +111,11 @@ def test_one_command_trains_all_four_on_pictures_of_any_shape(tmp_path: Path):
         for name in ("tower.encoder.layers.0.self_attn", "interact.0.attention")
     )
     assert 0 < (learned - copied).abs().max() < 0.1  # one step away from the layer that it was copied from
+
+
+def test_epochs_and_steps_that_stages_do_not_divide_are_all_trained():
+    assert [stage.recipe.epochs for stage in stages_of(chat(), epochs=6)] == [2, 2, 1, 1]
+    assert [stage.recipe.epochs for stage in stages_of(chat(interact=False), epochs=5)] == [2, 2, 1]
+    assert [stage.recipe.max_steps for stage in stages_of(chat(), max_steps=7)] == [2, 2, 2, 1]
+    with pytest.raises(UserError, match="a training in 4 stages takes at least 4 epochs, one a stage, got 3"):
+        stages_of(chat(), epochs=3)

@@ -49,9 +49,9 @@ VIEWS = Study(
     variants={
         "72": ("72×72", Variant("falcon", grid=(3, 3), whole=True)),
         "36 wide": ("36×36, wider", Variant("falcon", dim=48, pixels=36, whole=True)),
-        "18 wide": ("18×18, wider", Variant("falcon", dim=80, pixels=18, grid=(1, 1), whole=True)),
+        "18 wide": ("18×18, wider", Variant("falcon", dim=112, pixels=18, grid=(1, 1))),
         "36": ("36×36", Variant("falcon", pixels=36, whole=True)),
-        "18": ("18×18", Variant("falcon", pixels=18, grid=(1, 1), whole=True)),
+        "18": ("18×18", Variant("falcon", pixels=18, grid=(1, 1))),
     },
     build=network,
     recipe=RECIPE,

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from provenn.core.errors import UserError
 from provenn.papers.falcon.model import CropEncoder
 from provenn.tasks import Task, TaskData
 from provenn.training import Recipe, Stage, only
@@ -27,7 +28,10 @@ def four_stages(model: nn.Module, task: Task, data: TaskData, recipe: Recipe) ->
 
     Registers, tables of crops and projector learn in all. So does the decoder here, which begins with no language; the
     authors freeze theirs in the first. A model of `low_resolution` has the first two stages, and one without ReAtten
-    the first three.
+    the first three. What the number of stages does not divide, the first ones have more.
+
+    Raises:
+        UserError: fewer epochs than stages.
     """
     encoder = _encoder(model)
     frozen, all_of_it = _but_the_tower, nn.Module.parameters
@@ -39,13 +43,28 @@ def four_stages(model: nn.Module, task: Task, data: TaskData, recipe: Recipe) ->
         stages.append(("crops", False, False, all_of_it))
         if encoder.vit.interact is not None:
             stages.append(("exchange", False, True, frozen))
-    share = len(stages)
-    steps = None if recipe.max_steps is None else max(1, recipe.max_steps // share)
-    part = replace(recipe, epochs=max(1, recipe.epochs // share), max_steps=steps)
+    count, steps = len(stages), recipe.max_steps
+    if steps is None and recipe.epochs < count:
+        raise UserError(f"a training in {count} stages takes at least {count} epochs, one a stage, got {recipe.epochs}")
     return [
-        Stage(name, task, data, part, partial(_set, low_resolution=low, exchange=exchange, learns=learns))
-        for name, low, exchange, learns in stages
+        Stage(
+            name,
+            task,
+            data,
+            replace(
+                recipe,
+                epochs=_part(recipe.epochs, count, number),
+                max_steps=None if steps is None else _part(steps, count, number),
+            ),
+            partial(_set, low_resolution=low, exchange=exchange, learns=learns),
+        )
+        for number, (name, low, exchange, learns) in enumerate(stages)
     ]
+
+
+def _part(whole: int, count: int, number: int) -> int:
+    """What the stage of this number takes of a whole, at least 1; the first stages take what is left over."""
+    return max(1, whole // count + int(number < whole % count))
 
 
 def _encoder(model: nn.Module) -> CropEncoder:
