@@ -200,15 +200,15 @@ def test_both_directions_count_and_the_floor_is_more_than_chance(monkeypatch):
     assert with_r1({"text_r1": 0.2, "image_r1": 0.6})["r1"] == pytest.approx(0.4)
     for rule in (0.3, 0.0):
         monkeypatch.setattr(studies, "pooled_rule", lambda data, rule=rule: rule)
-        assert TASK.dummy_baseline(SMOKE) == pytest.approx(max(rule, 1 / 400))
+        assert TASK.dummy_baseline(SMOKE) == pytest.approx(max(rule, 1 / 200))
 
 
-def test_the_study_searches_in_folds_of_400(monkeypatch):
+def test_the_study_searches_in_folds_of_200(monkeypatch):
     monkeypatch.setattr(
         studies, "drawn", lambda split, seed, count, fillers: (np.zeros((count, 9, 70), np.float32), [[[1, 2]]] * count)
     )
     data = many(0, False)
-    assert (data.val.folds, data.test.folds, len(data.test)) == (2, 5, 2000)
+    assert (data.val.folds, data.test.folds, len(data.test)) == (2, 5, 1000)
 
 
 def test_variants_become_what_they_say():

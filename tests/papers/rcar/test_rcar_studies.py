@@ -50,8 +50,8 @@ def test_no_glyph_is_in_two_splits(monkeypatch):
         assert not one & other
 
 
-def test_the_test_has_2000_pairs_in_folds_of_400_and_few_fillers_are_fewer():
-    assert COUNTS["test"] == 2000 and RECIPE.epochs * COUNTS["train"] == STEPS * RECIPE.batch_size
+def test_the_test_has_1000_pairs_in_folds_of_200_and_few_fillers_are_fewer():
+    assert COUNTS["test"] == 1000 and RECIPE.epochs * COUNTS["train"] == STEPS * RECIPE.batch_size
     assert many.args == ((2, 5),) and few.args == ((0, 2),)
     assert SMOKE.test.folds == 1 and len(SMOKE.test) == len(SMOKE.train) == 48
     assert set(FILLERS).isdisjoint([*studies.NUMERALS, *studies.ROWS, *studies.COLUMNS])
@@ -60,7 +60,7 @@ def test_the_test_has_2000_pairs_in_folds_of_400_and_few_fillers_are_fewer():
 def test_the_dummy_baseline_is_above_chance_and_far_below_a_system():
     floor = TASK.dummy_baseline(SMOKE)
     assert 0.002 < floor < 0.05
-    ranks = match(torch.eye(400), torch.arange(400))
+    ranks = match(torch.eye(200), torch.arange(200))
     found = TASK.summary({"text_rank": ranks.text_rank.numpy(), "image_rank": ranks.image_rank.numpy()})
     assert found["r1"] == 1.0 and TASK.metric == "r1"
 
@@ -123,6 +123,9 @@ def test_probes_read_facts_and_fillers(few_shown):
         torch.nn.init.zeros_(step.score.weight)
     assert studies.ratios(model, SMOKE) == pytest.approx([1.0, 1.0, 1.0], rel=0.05)
     assert studies.growth(model, SMOKE) == pytest.approx(0.0, abs=1e-6)
+    tied = network(Variant(rar=2, tied=True), **SMOKE.options).eval()
+    assert [len(weights) for _, weights in studies.aggregated_words(tied, SMOKE)] == [2] * studies.SHOWN
+    assert studies.growth(network(Variant(rcr=2), **SMOKE.options).eval(), SMOKE) == 0
     fed = network(Variant(rcr=2), **SMOKE.options).eval()
     for step in fed.matcher.regulate:
         torch.nn.init.zeros_(step.sharpness[2].weight)
