@@ -12,7 +12,8 @@ from provenn.cli import main
 from provenn.core.cost import macs
 from provenn.core.errors import UserError
 from provenn.inference.prune import methods
-from provenn.surgery.pruned import load_masks, load_packed
+from provenn.nn.masks import Masks
+from provenn.surgery.pruned import load_masks, load_packed, save_masks
 
 SHORT = {"max_steps": 3, "batch_size": 8}
 
@@ -102,6 +103,27 @@ def test_pruned_weights_without_their_masks_are_refused(sparse, tmp_path):
     with pytest.raises(UserError, match="strategy fsdp replaces the weights"):
         provenn.train("dimap", "digits", weights=sparse, recipe=SHORT, strategy="fsdp", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_masks_of_another_pruning_are_refused(sparse, tmp_path):
+    shutil.copy(sparse / "weights.safetensors", tmp_path)
+    masks = load_masks(sparse / "masks.safetensors")
+    first = next(iter(masks.kept))
+    file = tmp_path / "masks.safetensors"
+    save_masks(Masks({**masks.kept, first: ~masks.kept[first]}, masks.groups), file)
+    with pytest.raises(UserError, match=f"is of another pruning than the weights beside it: it has zeros in {first}"):
+        provenn.train("dimap", "digits", weights=tmp_path, recipe=SHORT, out=tmp_path / "out")
+    with pytest.raises(UserError, match="is of another pruning"):
+        provenn.prune(tmp_path, method="dimap", ratio=0.5, out=tmp_path / "out")
+    save_masks(Masks({"head.other": masks.kept[first]}, {"head.other": ""}), file)
+    with pytest.raises(UserError, match=r"is not of the weights beside it: .* no parameter head\.other"):
+        provenn.train("dimap", "digits", weights=tmp_path, recipe=SHORT, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_pruned_weights_on_data_of_other_classes_say_what_to_do(sparse, tmp_path):
+    with pytest.raises(UserError, match="tune the ones that were pruned on this data with --two-steps, and prune what"):
+        provenn.train("dimap", "patches", weights=sparse, recipe=SHORT, out=tmp_path / "other")
 
 
 def test_training_starts_from_dense_weights_as_well(run, tmp_path):

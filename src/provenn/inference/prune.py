@@ -148,11 +148,16 @@ def _option(name: str, value: Any, hint: Any) -> Any:
     return typed(name, value, hint)
 
 
-def masks_of(path: str | Path, label: "Label") -> "Masks | None":
+def masks_of(path: str | Path, label: "Label", model: "nn.Module") -> "Masks | None":
     """The masks beside a weight file that was pruned; None of one that was not.
 
+    Args:
+        path: of the weights.
+        label: of them.
+        model: with these weights.
+
     Raises:
-        UserError: they are not there, damaged, or of another model.
+        UserError: they are not there, damaged, of another model, or of another pruning.
     """
     from provenn.surgery.pruned import load_masks
     from provenn.training import weights
@@ -168,7 +173,18 @@ def masks_of(path: str | Path, label: "Label") -> "Masks | None":
             f"{path} was pruned, and {file} is not there: give the folder that the pruning wrote, or its weights "
             "would grow back"
         )
-    return load_masks(file)
+    masks = load_masks(file)
+    try:
+        pairs = masks.of(model)
+    except ValueError as error:
+        raise UserError(f"{file} is not of the weights beside it: {error}") from None
+    for name, (weight, mask) in pairs.items():
+        if weight.detach()[~mask].any():
+            raise UserError(
+                f"{file} is of another pruning than the weights beside it: it has zeros in {name} where they have "
+                "none; give a folder as one pruning wrote it"
+            )
+    return masks
 
 
 def _way(method: str) -> tuple[catalog.Card, catalog.Pruning]:
@@ -216,7 +232,7 @@ def _of_file(path: Path, preset: str | None, how: dict[str, Any]) -> _Given:
     label = weights.label_of(path)
     if label is not None:
         network, label = paper(label.paper).load(path, preset=preset)
-        earlier = masks_of(path, label)
+        earlier = masks_of(path, label, network)
         if earlier is not None:
             how = {**how, "before": label.trained_on[PRUNED]}
         return replace(_ours(network, label, str(path), how), earlier=earlier)

@@ -348,7 +348,7 @@ def _in_two_steps(
 
 def _start(card: catalog.Card, weights: str | Path, preset: str | None) -> _Start:
     model, label = Paper(card).load(weights, preset=preset)
-    return _Start(str(weights), model.state_dict(), label, masks_of(weights, label))
+    return _Start(str(weights), model.state_dict(), label, masks_of(weights, label, model))
 
 
 def _as_started(start: _Start, built_with: dict[str, Any], data: str, two_steps: bool) -> dict[str, Any]:
@@ -359,6 +359,12 @@ def _as_started(start: _Start, built_with: dict[str, Any], data: str, two_steps:
     """
     for name, value in built_with.items():
         if name in start.label.options and start.label.options[name] != value and not two_steps:
+            if start.masks is not None:
+                raise UserError(
+                    f"{start.source} was built with {name} = {start.label.options[name]}, and {data} asks for {value}: "
+                    "pruned weights are tuned on data of their own kind; tune the ones that were pruned on this data "
+                    "with --two-steps, and prune what comes out"
+                )
             raise UserError(
                 f"{start.source} was built with {name} = {start.label.options[name]}, and {data} asks for {value}: "
                 "start from weights of such data, add --two-steps to train what differs first, or leave --weights out"
