@@ -125,8 +125,8 @@ class Told(torch.nn.Module):
         self.weight, self.change = torch.nn.Parameter(torch.zeros(1)), change
 
     def forward(self, tokens, targets, *_):
-        answers = [self.change(number, row) for number, row in enumerate(targets.clamp_min(0))]
-        return torch.nn.functional.one_hot(torch.stack(answers), len(CHARACTERS)).float()
+        answers = [self.change(number, row) for number, row in enumerate(targets.clone())]
+        return torch.nn.functional.one_hot(torch.stack(answers).clamp_min(0), len(CHARACTERS)).float()
 
 
 def names_in(dataset) -> set[str]:
@@ -333,22 +333,48 @@ def test_answers_of_moved_boxes_are_of_the_entry_that_has_the_box():
         assert {studies.LOOKS[k] for k in shown} == {text.partition("?")[2][0]}  # what lies in the cited entry's box
 
 
-def test_an_untuned_model_sees_pictures_alone(data, monkeypatch):
+def test_an_untuned_model_has_as_many_steps_on_pictures_alone(data, monkeypatch):
     seen, recipe = [], replace(studies.RECIPE, max_steps=8)
 
     def stages(model, some, **_):
-        seen.extend((stage.name, stage.recipe.epochs, stage.data.fingerprint) for stage in some)
+        seen.extend((stage.name, stage.recipe, stage.data.fingerprint) for stage in some)
         return [studies.Fit(model, {})]
 
     monkeypatch.setattr(studies, "run_stages", stages)
     monkeypatch.setattr(TASK, "evaluate", lambda model, dataset: {"accuracy": 0.25})
     in_stages(lambda: Binder(Variant("boxes")), TASK, data, recipe)
     (first, begun, plain), (second, tuned, entries) = seen
-    assert (first, second) == ("pictures alone", "tuning") and begun + tuned == studies.RECIPE.epochs
+    assert (first, second) == ("pictures alone", "tuning") and (begun.epochs, tuned.epochs) == (5, 16)
+    assert begun.epochs + tuned.epochs == studies.RECIPE.epochs
     assert entries == data.fingerprint != plain == plain_data(0, True).fingerprint
     seen.clear()
     fit = in_stages(lambda: Binder(Variant("boxes", tuned=False)), TASK, data, recipe)
-    assert [name for name, *_ in seen] == ["pictures alone"] and fit.metrics == {"accuracy": 0.25}
+    assert seen == [(first, begun, plain), (first, tuned, plain)] and fit.metrics == {"accuracy": 0.25}
+    assert len(plain_data(0, True).train) == len(data.train)  # an epoch has as many steps
+
+
+def test_the_rate_of_what_is_not_tuned_is_chosen_by_pictures_alone(data):
+    """In both directions it has 0 at every rate, which would choose the first."""
+    kinds = [KINDS[int(part.tensors[-1][0])] for part in data.val.datasets]
+    assert kinds == [*studies.ASKED, *SEEN]
+    assert [KINDS[int(part.tensors[-1][0])] for part in data.test.datasets] == list(studies.ASKED)
+    seen = {KINDS.index(kind) for kind in SEEN}
+
+    def of_pictures(number, wanted):  # answers about pictures begin with no citation, and have none
+        return wanted if "[" not in said_in(wanted) else wanted.fill_(DOT)
+
+    model = Told(of_pictures)
+    for tuned, on_val in ((True, 0.0), (False, 1.0)):
+        model.variant = Variant("boxes", tuned)
+        assert TASK.evaluate(model, data.val)["accuracy"] == on_val
+        assert TASK.evaluate(model, data.test)["accuracy"] == 0
+    assert seen == {int(part.tensors[-1][0]) for part in plain_data(700, True).val.datasets}
+
+
+def test_questions_about_pictures_are_of_all_three_kinds(data):
+    only_where = Told(lambda number, wanted: wanted if len(said_in(wanted)) == 6 else wanted.fill_(DOT))
+    assert studies.about_pictures(Told(), data) == 1
+    assert studies.about_pictures(only_where, data) == pytest.approx(1 / 3, abs=0.05)
 
 
 def test_what_is_left_out_is_told_by_two_other_texts_in_both_kinds():
