@@ -280,6 +280,32 @@ def test_bad_options_are_refused(options, said):
         TASK.load(**{"source": "regions", **options})
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pictures": "train"},
+        {"names": "train"},
+        {"same_category": True},
+        {"steps": 2},
+        {"cite": False},
+        {"located": False},
+    ],
+)
+def test_a_file_is_not_tested_with_what_is_of_scenes_alone(folder, model_and_meta, options):
+    ((name, value),) = options.items()
+    with pytest.raises(
+        UserError, match=f"{name}={value} is of the embedded scenes, and not of a file: leave"
+    ) as caught:
+        TASK.held_out(str(folder / "samples.jsonl"), model_and_meta[1], **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("source", "options"), [("tiles", {"steps": 1}), ("regions", {"located": False})])
+def test_scenes_are_not_tested_with_what_is_of_the_other_ones(model_and_meta, source, options):
+    with pytest.raises(UserError, match="leave it out"):
+        TASK.held_out(source, model_and_meta[1], **options)
+
+
 @pytest.fixture
 def model_and_meta():
     meta = {

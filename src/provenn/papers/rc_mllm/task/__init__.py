@@ -332,15 +332,21 @@ class RegionQuestions(VisualQuestionAnswering):
                 raise UserError(f"pictures must be one of {', '.join(NAMES[1:])}, got {pictures!r}")
             chosen: Any = pictures  # a split
             if named == "tiles":
+                _refuse("of regions, and not of tiles", steps=(steps, 0))
                 found = build_tiles(
                     chosen, seed, TILED["test"], names=names or None, cite=cite, located=located, orders=ORDERS
                 )
                 drawn, samples = _seen(found)
                 samples = [s for s in samples if not same_category or len({e.category for e in s.entries}) == 1]
             else:
+                _refuse("of tiles, and not of regions", located=(located, True))
                 drawn, samples = _drawn(chosen, seed, SCENES["test"], names, steps, cite, same_category, ORDERS)
             regions = Regions(samples, meta, drawn, control, orders=ORDERS)
             return HeldOut(regions, f"{len(regions):,} questions about {pictures} pictures of {named}", regions.orders)
+        _refuse(
+            "of the embedded scenes, and not of a file", pictures=(pictures, "test"), names=(names, ""),
+            same_category=(same_category, False), steps=(steps, 0), cite=(cite, True), located=(located, True),
+        )  # fmt: skip
         samples = read_samples(named, boxes)
         if not whole:
             samples = _parted(samples, val_share, seed, named)["test"]
@@ -470,6 +476,19 @@ def _check(
         raise UserError(f"examples must be at least 1, got {examples}")
     if not 1 <= turns <= 20:
         raise UserError(f"turns must be from 1 to 20, got {turns}")
+
+
+def _refuse(why: str, **options: tuple[object, object]) -> None:
+    """Options that other data have, each with its value and its default.
+
+    Raises:
+        UserError: one that is not the default.
+    """
+    for name, (value, default) in options.items():
+        if value != default:
+            raise UserError(
+                f"{name}={value} is {why}: leave it out, or set {name}={default} where the weights were trained with it"
+            )
 
 
 def _drawn(
