@@ -280,6 +280,32 @@ def test_bad_options_are_refused(options, said):
         TASK.load(**{"source": "regions", **options})
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pictures": "train"},
+        {"names": "train"},
+        {"same_category": True},
+        {"steps": 2},
+        {"cite": False},
+        {"located": False},
+    ],
+)
+def test_a_file_is_not_tested_with_what_is_of_scenes_alone(folder, model_and_meta, options):
+    ((name, value),) = options.items()
+    with pytest.raises(
+        UserError, match=f"{name}={value} is of the embedded scenes, and not of a file: leave"
+    ) as caught:
+        TASK.held_out(str(folder / "samples.jsonl"), model_and_meta[1], **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("source", "options"), [("tiles", {"steps": 1}), ("regions", {"located": False})])
+def test_scenes_are_not_tested_with_what_is_of_the_other_ones(model_and_meta, source, options):
+    with pytest.raises(UserError, match="leave it out"):
+        TASK.held_out(source, model_and_meta[1], **options)
+
+
 @pytest.fixture
 def model_and_meta():
     meta = {
@@ -534,6 +560,28 @@ def test_each_sample_of_a_users_test_stands_in_three_orders(folder):
         assert sample.entries[citations(sample.answer)[0] - 1].category == "dog"
     pictures = [{sample.image for sample in part.samples} for part in (data.train, data.val, data.test)]
     assert not pictures[0] & pictures[1] and not pictures[0] & pictures[2] and not pictures[1] & pictures[2]
+
+
+def test_what_is_sorted_is_asked_once_and_has_no_spread_over_orders(folder):
+    """Sorted, each order of a question would be the same again, and the spread 0 of itself."""
+    file = str(folder / "samples.jsonl")
+    data = TASK.load(file, size=16, control="order")
+    model = small(data.options).eval()
+    assert len(data.test) == 1 and "asked once" not in data.about and "stands once" in data.about
+    assert "order_spread" not in TASK.evaluate(model, data.test)
+    held = TASK.held_out(file, data.meta, control="order")
+    assert (len(held.dataset), held.overlap) == (6, 1) and "order_spread" not in TASK.evaluate(model, held.dataset)
+    thrice = TASK.held_out(file, data.meta, control="removed")
+    assert (len(thrice.dataset), thrice.overlap) == (18, 3) and "order_spread" in TASK.evaluate(model, thrice.dataset)
+    assert "order_spread" not in TASK.evaluate(model, data.val)  # whose questions stand once
+    for source in ("tiles", "regions"):
+        meta = TASK.load(source, examples=2, control="order").meta
+        once, all_orders = (TASK.held_out(source, meta, control=control) for control in ("order", ""))
+        assert 3 * len(once.dataset) == len(all_orders.dataset) and (once.overlap, all_orders.overlap) == (1, 3)
+        questions = [sample.question for sample in once.dataset.samples]
+        assert questions == [sample.question for sample in all_orders.dataset.samples[::3]]
+        for sample in once.dataset.samples:
+            assert list(sample.entries) == sorted(sample.entries, key=lambda entry: entry.box)
 
 
 def test_known_and_new_names_and_pictures_are_chosen_each_by_itself():

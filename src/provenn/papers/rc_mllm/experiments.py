@@ -17,15 +17,18 @@ from provenn.papers.rc_mllm.studies import (
     RECIPE,
     TASK,
     Variant,
+    about_pictures,
     accuracy_of,
     answered_falsely,
     binding_data,
     citation_f1,
+    entry_and_fact,
+    half_at_least,
     in_stages,
+    kept_over_orders,
     lookup_gain,
     network,
-    refusals_over_counts,
-    spread_of_orders,
+    refusals_in_place,
 )
 from provenn.papers.rc_mllm.task.tokens import RegionWords
 
@@ -37,7 +40,7 @@ BINDING = Study(
         "boxes": ("boxes as text", Variant("boxes")),
         "crops": ("a crop beside each entry", Variant("crops")),
         "marks": ("numbered marks", Variant("marks")),
-        "before": ("before tuning", Variant("boxes", tuned=False)),
+        "before": ("pictures alone, as many steps", Variant("boxes", tuned=False)),
     },
     build=network,
     recipe=RECIPE,
@@ -47,29 +50,34 @@ BINDING = Study(
         "boxes moved": partial(accuracy_of, "V2C", "moved"),
         "boxes left out": partial(accuracy_of, "V2C", "bare"),
         "citation F1": citation_f1,
-        "spread of orders": spread_of_orders,
+        "kept over orders": kept_over_orders,
         "false answers": answered_falsely,
-        "refusals over counts": refusals_over_counts,
+        "refusals in place": refusals_in_place,
+        "entry and fact": partial(half_at_least, entry_and_fact),
+        "about pictures": partial(half_at_least, about_pictures),
         "look-up over text": lookup_gain,
     },
     trained=in_stages,
     about=(
         "three digits (scikit-learn) in nine cells of 8×8 with entries in random order; names and glyphs of the test "
-        "are new. An answer is right where it also says where the digit is"
+        "are new. Each text of a test tells name and price, so that a lot among the entries is right in a third"
     ),
     kind="entries",
-    note="Every variant first learns questions about pictures alone. Tuned ones then learn all kinds alike.",
+    note=(
+        "Every variant first learns questions about pictures alone, for 5 epochs. Tuned ones then learn all kinds, for "
+        "16. What is not tuned has these 16 on pictures alone too, and its rate by questions about these."
+    ),
 )
 
 EXPERIMENTS: dict[str, Any] = {
     "v2c_above_shortcuts": BINDING.figure("boxes", metric="V2C", shown=("crops", "marks")),
     "c2v_above_shortcuts": BINDING.figure("boxes", metric="C2V", shown=("crops", "marks")),
-    "v2c_near_crops": BINDING.against("boxes", "crops", metric="V2C"),
-    "v2c_near_marks": BINDING.against("boxes", "marks", metric="V2C"),
+    "v2c_near_crops": BINDING.against("boxes", "crops", metric="entry and fact"),
+    "v2c_near_marks": BINDING.against("boxes", "marks", metric="entry and fact"),
     "follows_moved_boxes": BINDING.figure("boxes", metric="boxes moved"),
-    "order_matters_little": BINDING.figure("boxes", metric="spread of orders"),
+    "order_matters_little": BINDING.figure("boxes", metric="kept over orders"),
     "no_boxes_no_binding": BINDING.figure("boxes", metric="boxes left out"),
-    "refuses_over_counts": BINDING.figure("boxes", metric="refusals over counts", shown=("crops",)),
+    "refuses_in_place": BINDING.figure("boxes", metric="refusals in place", shown=("crops",)),
     "tuned_v2c": BINDING.against("boxes", "before", metric="V2C", may_guess="an untuned model never saw an entry"),
     "tuned_c2v": BINDING.against("boxes", "before", metric="C2V", may_guess="an untuned model never saw an entry"),
     "tuned_v2c_none": BINDING.against(
@@ -83,7 +91,7 @@ EXPERIMENTS: dict[str, Any] = {
     ),
     "tuned_false_answers": BINDING.against("boxes", "crops", metric="false answers"),
     "plain_questions_kept": BINDING.against(
-        "boxes", "before", metric="plain", may_guess="an untuned model never saw an entry"
+        "boxes", "before", metric="about pictures", may_guess="an untuned model never saw an entry"
     ),
     "lookup_above_text": BINDING.figure("boxes", metric="look-up over text"),
 }

@@ -1,7 +1,7 @@
 """Questions about pictures whose objects come with texts: `visual-question-answering` with a context of regions.
 
 A system is as in `multimodal-chat`. A prompt is that of `provenn.papers.rc_mllm.protocol`, after the picture's place.
-Each question of a test stands there in three orders of its entries.
+Each question of a test stands there in three orders of its entries, or once where a control sorts them.
 """
 
 from collections import Counter
@@ -91,6 +91,8 @@ class Regions(Talks):
         control: removed leaves boxes out, permuted moves them on, order sorts entries from left to right without boxes.
         joined: whether samples in a row about one picture with the same entries are one conversation, whose entries
             stand before the first question alone.
+        orders: in how many orders of its entries each sample stands, one after the other. Where the control sorts them,
+            these are the same, and one is kept.
     """
 
     def __init__(
@@ -100,8 +102,10 @@ class Regions(Talks):
         pictures: Tensor | None = None,
         control: str = "",
         joined: bool = False,
+        orders: int = 1,
     ):
-        self.samples = [controlled(sample, control) for sample in samples]
+        kept, self.orders = (samples[::orders], 1) if control == "order" else (samples, orders)
+        self.samples = [controlled(sample, control) for sample in kept]
         bare = control in ("removed", "order")
         talks = enumerate(self.samples, 1)
         runs = groupby(talks, lambda each: (each[1].image, each[1].entries) if joined else each[0])
@@ -204,7 +208,8 @@ class RegionQuestions(VisualQuestionAnswering):
             at_least: how often a word must occur in the training to be known.
             val_share: of the samples, what is cut off for validation, and again for the test.
             boxes: pixels (left, top, right, bottom), coco (left, top, width, height) or thousandths of the picture.
-            control: removed, permuted or order, for a control; nothing by default.
+            control: removed, permuted or order, for a control; nothing by default. With order, which sorts entries,
+                each question of a test is asked once.
             examples: of the scenes, how many are trained on. Default: 1,500 of regions, 3,000 of tiles.
             steps: of regions, single steps about each that are trained on, from 0 to 3. Default: 2.
             cite: of the scenes, whether prompts ask for citations.
@@ -253,11 +258,13 @@ class RegionQuestions(VisualQuestionAnswering):
             "size": size or SIZE,
         }
         sets = {
-            split: Regions(_in_orders(some, seed) if split == "test" else some, meta, None, control)
+            split: Regions(_in_orders(some, seed), meta, None, control, orders=ORDERS)
+            if split == "test"
+            else Regions(some, meta, None, control)
             for split, some in parts.items()
         }
         train, val, test = (f"{len(sets[split]):,} samples to" for split in ("train", "val", "test"))
-        about = f"{train} train on, {val} validate, {test} test, where each stands in {ORDERS} orders of its entries."
+        about = f"{train} train on, {val} validate, {test} test, where each stands {_times(sets['test'])}."
         return self._data(str(named), sets, meta, {"image_size": meta["size"]}, about)  # type: ignore[arg-type]  # they are talks
 
     def _scenes(
@@ -278,12 +285,12 @@ class RegionQuestions(VisualQuestionAnswering):
             **reading,
         }
         sets = {
-            split: Regions(some, meta, pictures, control, joined and split == "train")
+            split: Regions(some, meta, pictures, control, joined and split == "train", ORDERS if split == "test" else 1)
             for split, (pictures, some) in drawn.items()
         }
         about = (
             f"{len(drawn['train'][1]):,} samples about scenes of coloured digits and shapes to train on. The test has "
-            f"{len(sets['test']):,}: each question in {ORDERS} orders of its entries, with glyphs, photographs and "
+            f"{len(sets['test']):,}: each question {_times(sets['test'])}, with glyphs, photographs and "
             "names that are not in the training. Owners, places and prices are invented."
         )
         return self._data(name, sets, meta, {"image_size": SCENE}, about)  # type: ignore[arg-type]  # they are Talks
@@ -325,20 +332,27 @@ class RegionQuestions(VisualQuestionAnswering):
                 raise UserError(f"pictures must be one of {', '.join(NAMES[1:])}, got {pictures!r}")
             chosen: Any = pictures  # a split
             if named == "tiles":
+                _refuse("of regions, and not of tiles", steps=(steps, 0))
                 found = build_tiles(
                     chosen, seed, TILED["test"], names=names or None, cite=cite, located=located, orders=ORDERS
                 )
                 drawn, samples = _seen(found)
                 samples = [s for s in samples if not same_category or len({e.category for e in s.entries}) == 1]
             else:
+                _refuse("of tiles, and not of regions", located=(located, True))
                 drawn, samples = _drawn(chosen, seed, SCENES["test"], names, steps, cite, same_category, ORDERS)
-            about = f"{len(samples):,} questions about {pictures} pictures of {named}"
-            return HeldOut(Regions(samples, meta, drawn, control), about, ORDERS)
+            regions = Regions(samples, meta, drawn, control, orders=ORDERS)
+            return HeldOut(regions, f"{len(regions):,} questions about {pictures} pictures of {named}", regions.orders)
+        _refuse(
+            "of the embedded scenes, and not of a file", pictures=(pictures, "test"), names=(names, ""),
+            same_category=(same_category, False), steps=(steps, 0), cite=(cite, True), located=(located, True),
+        )  # fmt: skip
         samples = read_samples(named, boxes)
         if not whole:
             samples = _parted(samples, val_share, seed, named)["test"]
         about = f"all of {named}" if whole else f"the test of {named}"
-        return HeldOut(Regions(_in_orders(samples, seed), meta, None, control), about, ORDERS)
+        regions = Regions(_in_orders(samples, seed), meta, None, control, orders=ORDERS)
+        return HeldOut(regions, about, regions.orders)
 
     def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = ANSWERED_AT_ONCE) -> Scores:
         """Of each question what `score_answers` says of its answer."""
@@ -348,7 +362,7 @@ class RegionQuestions(VisualQuestionAnswering):
         starts = range(0, len(regions), batch_size)
         for start in progress.track(starts, "answering") if len(starts) > 4 else starts:
             said += answers(model, regions, range(start, min(start + batch_size, len(regions))))
-        return score_answers(said, regions.samples)
+        return score_answers(said, regions.samples, regions.orders)
 
     def summary(self, scores: Scores) -> dict[str, float]:
         """Accuracy of questions that have an answer, of each kind; citations, refusals, RCIDScore and spread."""
@@ -462,6 +476,19 @@ def _check(
         raise UserError(f"examples must be at least 1, got {examples}")
     if not 1 <= turns <= 20:
         raise UserError(f"turns must be from 1 to 20, got {turns}")
+
+
+def _refuse(why: str, **options: tuple[object, object]) -> None:
+    """Options that other data have, each with its value and its default.
+
+    Raises:
+        UserError: one that is not the default.
+    """
+    for name, (value, default) in options.items():
+        if value != default:
+            raise UserError(
+                f"{name}={value} is {why}: leave it out, or set {name}={default} where the weights were trained with it"
+            )
 
 
 def _drawn(
@@ -633,17 +660,24 @@ def _in_orders(samples: Sequence[Sample], seed: int) -> list[Sample]:
     return [reorder(one, rng.permutation(len(one.entries)).tolist()) for one in samples for _ in range(ORDERS)]
 
 
+def _times(regions: Regions) -> str:
+    return (
+        f"in {regions.orders} orders of its entries" if regions.orders > 1 else "once, its entries from left to right"
+    )
+
+
 # Scores
 
 
-def score_answers(said: Sequence[str], samples: Sequence[Sample]) -> Scores:
+def score_answers(said: Sequence[str], samples: Sequence[Sample], orders: int = ORDERS) -> Scores:
     """Of each answer columns of numbers: see `summarise`. What no sample asks for has no column.
 
     An answer that cites an entry that is not there has one wrong citation more; nothing else happens.
 
     Args:
         said: what was answered.
-        samples: what was asked; in runs of three where each stands in three orders.
+        samples: what was asked; in runs of as many as there are orders.
+        orders: in how many orders each stands.
     """
     judge = FactJudge(values())
     kinds = [kind for kind in (*KINDS, *STEPS) if any(sample.kind == kind for sample in samples)]
@@ -664,7 +698,7 @@ def score_answers(said: Sequence[str], samples: Sequence[Sample]) -> Scores:
                 **{f"cited {name}": float(value) for name, value in counts._asdict().items()},
                 **dict(zip(("coverage", "accuracy", "consistency"), rcid or (0.0,) * 3)),
                 "rcid": rcid.score if rcid else 0.0,
-                "order": float(number % ORDERS),
+                **({"order": float(number % orders)} if orders > 1 else {}),
             }
         )
     scores = {name: np.array([row[name] for row in rows]) for name in (rows[0] if rows else {})}
@@ -683,7 +717,7 @@ def summarise(scores: Scores) -> dict[str, float]:
     - `citation_precision`, `citation_recall`, `citation_f1` and `uncited`, of answers that were to cite
     - `refusal_recall` of unanswerable questions and `false_refusal` of answerable ones
     - RCIDScore with its parts
-    - `order_spread`, the largest accuracy of the three orders less the smallest
+    - `order_spread`, the largest accuracy of the orders less the smallest, where there are several
     """
     right, asked = scores["right"], scores["asked"] > 0
 
@@ -691,7 +725,6 @@ def summarise(scores: Scores) -> dict[str, float]:
         return float(values[chosen].mean()) if chosen.any() else 0.0
 
     kinds = {name.removeprefix("is "): column > 0 for name, column in scores.items() if name.startswith("is ")}
-    by_order = [mean(right, asked & (scores["order"] == order)) for order in range(ORDERS)]
     found = {"accuracy": mean(right, asked), **{kind: mean(right, chosen) for kind, chosen in kinds.items()}}
     if "cited right" in scores:
         total = {name: float(scores[f"cited {name}"].sum()) for name in ("right", "given", "wanted", "answers", "bare")}
@@ -705,7 +738,9 @@ def summarise(scores: Scores) -> dict[str, float]:
         found["refusal_recall"] = mean(scores["refused"], scores["unanswerable"] > 0)
     if "answerable" in scores:
         found["false_refusal"] = mean(scores["refused"], scores["answerable"] > 0)
-    found["order_spread"] = max(by_order) - min(by_order)
+    if "order" in scores:
+        by_order = [mean(right, asked & (scores["order"] == order)) for order in range(ORDERS)]
+        found["order_spread"] = max(by_order) - min(by_order)
     if "RCID" in kinds:
         parts = {"rcid_score": "rcid", **{f"rcid_{name}": name for name in ("coverage", "accuracy", "consistency")}}
         found |= {name: mean(scores[column], kinds["RCID"]) for name, column in parts.items()}
