@@ -208,8 +208,9 @@ def bench(
 
     if budget not in BUDGETS:
         raise UserError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
-    if own:
-        _own(slug, own, (jobs, cluster), device=device, budget=budget, out=out, resume=resume, json=json)
+    theirs = {"size": size, "batch": batch, "threads": threads, "reference": reference, "forms": forms}
+    if words := _own_words(slug, own, backbones, theirs):
+        _own(slug, words, (jobs, cluster), device=device, budget=budget, out=out, resume=resume, json=json)
         return
     if jobs != 1 or cluster is not None:
         raise UserError("--jobs and --cluster are for a paper's own benchmark that has trials: leave them out")
@@ -220,7 +221,6 @@ def bench(
         side = SIZE if size is None else size
         _latency(backbones, side, numbers, reference, _forms(forms or FORMS), ROUNDS[budget], out, json)
         return
-    theirs = {"size": size, "batch": batch, "threads": threads, "reference": reference, "forms": forms}
     for name, value in theirs.items():
         if value is not None:
             raise UserError(f"--{name} needs --backbones, such as --backbones A,B: add it, or leave --{name} out")
@@ -249,6 +249,22 @@ def bench(
 
 ROUNDS = {"smoke": 1, "small": 7, "paper": 15}  # of --backbones
 SHARED = ("device", "budget")  # options that a paper's own benchmark may take and that stand in the list of all
+
+
+def _own_words(
+    slug: str | None, own: Sequence[str] | None, backbones: str | None, shared: Mapping[str, Any]
+) -> list[str]:
+    """What a paper's own benchmark is given: its options, and of those that --backbones has too the ones it takes."""
+    from provenn.core.settings import arguments_of
+
+    given = {name: value for name, value in shared.items() if value is not None}
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    if own:
+        return [*own, *words]
+    if slug is None or backbones is not None or not given or not catalog.card(slug).has("bench"):
+        return []
+    takes = arguments_of(catalog.card(slug).resolve("bench:sweep"), but=SHARED)
+    return words if given.keys() <= takes.keys() else []
 
 
 def _own(

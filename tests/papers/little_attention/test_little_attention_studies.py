@@ -320,6 +320,27 @@ def test_only_a_search_runs_elsewhere(tmp_path, capsys):
     assert "not both" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("held", ["hello\n", '{"op_code": 0}\n', "[1]\n", "\xff", None])
+def test_a_store_of_something_else_is_refused_and_left_alone(held, tmp_path):
+    pytest.importorskip("optuna")
+    wanted, store = search(tmp_path, "stages"), tmp_path / "s.journal"
+    store.mkdir() if held is None else store.write_text(held, encoding="latin-1")
+    with pytest.raises(UserError, match=r"s\.journal holds no search of Optuna \(.*name another file with --store"):
+        wanted.sweep()
+    assert store.is_dir() if held is None else store.read_text(encoding="latin-1") == held
+
+
+def test_what_backbones_share_with_a_benchmark_of_a_paper_reaches_it(tmp_path, capsys):
+    words = ["bench", "little_attention", "--network", "regions", "--blocks", "se", "--budget", "smoke", "--out"]
+    assert main([*words, str(tmp_path / "x"), "--batch", "3"]) == 0
+    told = capsys.readouterr().err
+    assert "stage 3, batch 3" in told and "batch 1" not in told
+    assert main([*words, str(tmp_path / "y"), "--size", "9"]) == 2
+    assert "no such option: --size" in capsys.readouterr().err
+    assert main(["bench", "little_attention", "--batch", "-1", "--out", str(tmp_path / "z")]) == 2
+    assert "--batch" in capsys.readouterr().err
+
+
 def test_rules_make_the_space_smaller(tmp_path):
     pytest.importorskip("optuna")
     wanted = search(tmp_path, "narrow", 48)

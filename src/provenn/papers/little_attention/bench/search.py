@@ -5,6 +5,7 @@ does what the paper is reported to do, after "Designing Network Design Spaces" (
 arXiv:2003.13678): sample the space, accept the rule that helps most, sample inside. How it does so is inferred.
 """
 
+import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -18,6 +19,7 @@ import torch
 
 from provenn.core.cost import interleaved
 from provenn.core.errors import UserError
+from provenn.core.files import check_writable
 from provenn.evidence.measurement import Table
 from provenn.evidence.run import Run
 from provenn.evidence.sweep import Point, Row, Sweep
@@ -193,13 +195,7 @@ class Search:
         except ImportError:
             raise UserError("a search needs Optuna: pip install 'provenn[search]'") from None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        storage = None
-        if self.store:
-            from optuna.storages import JournalStorage
-            from optuna.storages.journal import JournalFileBackend
-
-            Path(self.store).parent.mkdir(parents=True, exist_ok=True)
-            storage = JournalStorage(JournalFileBackend(self.store))
+        storage = self._journal() if self.store else None
         samplers: dict[str, Callable[[], Any]] = {
             "stages": lambda: optuna.samplers.RandomSampler(seed=self.seed),
             "narrow": lambda: optuna.samplers.RandomSampler(seed=self.seed),
@@ -213,6 +209,26 @@ class Search:
             directions=["maximize", "minimize"],
             load_if_exists=True,
         )
+
+    def _journal(self) -> Any:
+        """The file in which the study is kept.
+
+        Raises:
+            UserError: it holds something else, or cannot be written.
+        """
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
+
+        check_writable(Path(self.store).parent)
+        try:
+            if Path(self.store).exists() and (first := Path(self.store).read_text().partition("\n")[0]):
+                json.loads(first)["op_code"]  # Optuna would write behind one line of anything
+            return JournalStorage(JournalFileBackend(self.store))
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            told = " ".join(str(error).split())[:120]
+            raise UserError(
+                f"{self.store} holds no search of Optuna ({told}): name another file with --store, or a new one"
+            ) from None
 
     @property
     def task_data(self) -> Any:
