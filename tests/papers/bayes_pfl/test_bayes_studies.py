@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from provenn.data.defects import CATEGORIES
 from provenn.evidence import Measurement, Study
@@ -103,6 +104,17 @@ def test_templates_are_whole_sentences():
             expected = encode_sentences(model, [f"{word} {name}" for word in words])
             torch.testing.assert_close(texts[row, state], expected)
     assert not {word for words in TEMPLATES for word in words} & {s.split()[0] for s in HELD_OUT[1]} - {"stained"}
+
+
+def test_every_pair_of_templates_is_trained(data):
+    model = made("templates").float().train()
+    batch = next(iter(DataLoader(data.train, batch_size=4, collate_fn=data.collate)))
+    losses = []
+    for chosen in (0, 1, 2, None, None, None, None, None, None, None, None):
+        torch.manual_seed(len(losses))
+        model.turn = False
+        losses.append(float(model.losses(batch, chosen)["pixel"].detach()))
+    assert len(set(losses[:3])) == 3 and set(losses[3:]) == set(losses[:3])
 
 
 def test_noise_is_of_a_words_size_and_does_not_learn():

@@ -10,6 +10,7 @@ from torch import Tensor
 from provenn.core.cost import macs
 from provenn.evidence import Measurement, Run, Study, Table, Timing, measures
 from provenn.papers.bayes_pfl.model import BayesPFL, Samples, bayes_clip, bayes_vit_l14
+from provenn.papers.bayes_pfl.rivals import TEMPLATES
 from provenn.papers.bayes_pfl.studies import (
     HEAD,
     LEVEL,
@@ -38,7 +39,7 @@ ABOUT = (
 RCA = head(plain=True, attention="rca")
 HEADS: dict[str, tuple[str, Variant]] = {
     "contrast": ("local contrast", head("contrast")),
-    "templates": ("hand-written templates", head("templates", plain=True, prompts=1)),
+    "templates": ("hand-written templates", head("templates", plain=True, prompts=len(TEMPLATES[0]))),
     "pair": ("one pair", head(plain=True, prompts=1)),
     "pair long": ("one pair, three times the steps", head(plain=True, prompts=1, longer=3.0)),
     "three": ("three pairs", head(plain=True)),
