@@ -386,6 +386,28 @@ def test_the_small_clip_sees_no_texture_of_the_test():
 # Names
 
 
+def test_weights_are_tested_on_what_their_training_held_out(tmp_path):
+    from PIL import Image
+
+    import provenn
+
+    rng = np.random.default_rng(0)
+    mask = np.zeros((16, 16), np.uint8)
+    mask[4:9, 4:9] = 255
+    for name in ("cap", "nut", "pin"):
+        for number in range(10):
+            for kind in ("good", "bad", "masks"):
+                file = tmp_path / "parts" / name / kind / f"{number}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                pixels = mask if kind == "masks" else rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(file)
+    overrides = {"unseen": "nut", "size": 16, "clip_steps": 1, "samples": 1}
+    provenn.train("bayes_pfl", tmp_path / "parts", recipe={"max_steps": 1, "batch_size": 2}, overrides=overrides,
+                  out=tmp_path / "run")  # fmt: skip
+    found = provenn.evaluate("bayes_pfl", tmp_path / "parts", weights=tmp_path / "run")
+    assert found.examples == 12 and found.about == f"the test images of one category in {tmp_path / 'parts'}"
+
+
 def test_names_become_words():
     assert [called(name) for name in ("macaroni2", "pcb1", "metal_nut", "pipe_fryum", "Bottle")] == [
         "macaroni", "printed circuit board", "metal nut", "pipe fryum", "bottle",
