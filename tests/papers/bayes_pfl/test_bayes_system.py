@@ -1,12 +1,15 @@
 """The system: prompts, samples, what learns in which stage, names, the authors' files, folders of CLIP."""
 
 import re
+import shutil
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import provenn
 from provenn.core.cost import count_parameters
 from provenn.core.errors import UserError
 from provenn.papers import bayes_pfl
@@ -386,10 +389,9 @@ def test_the_small_clip_sees_no_texture_of_the_test():
 # Names
 
 
-def test_weights_are_tested_on_what_their_training_held_out(tmp_path):
+@pytest.fixture
+def parts(tmp_path):
     from PIL import Image
-
-    import provenn
 
     rng = np.random.default_rng(0)
     mask = np.zeros((16, 16), np.uint8)
@@ -401,11 +403,14 @@ def test_weights_are_tested_on_what_their_training_held_out(tmp_path):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 pixels = mask if kind == "masks" else rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(file)
+    return tmp_path / "parts"
+
+
+def test_weights_are_tested_on_what_their_training_held_out(parts, tmp_path):
     overrides = {"unseen": "nut", "size": 16, "clip_steps": 1, "samples": 1}
-    provenn.train("bayes_pfl", tmp_path / "parts", recipe={"max_steps": 1, "batch_size": 2}, overrides=overrides,
-                  out=tmp_path / "run")  # fmt: skip
-    found = provenn.evaluate("bayes_pfl", tmp_path / "parts", weights=tmp_path / "run")
-    assert found.examples == 12 and found.about == f"the test images of one category in {tmp_path / 'parts'}"
+    provenn.train("bayes_pfl", parts, recipe={"max_steps": 1, "batch_size": 2}, overrides=overrides, out=tmp_path)
+    found = provenn.evaluate("bayes_pfl", parts, weights=tmp_path)
+    assert found.examples == 12 and found.about == f"the test images of one category in {parts}"
 
 
 def test_names_become_words():
@@ -503,6 +508,31 @@ def test_a_clip_comes_from_its_folder(folder):
     assert model(torch.randn(2, 3, 48, 48), ["nut", "bolt"]).heat.shape == (2, 48, 48)
 
 
+@pytest.fixture
+def unchecked():
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)  # a label of JSON holds lists, which are no tuples
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+def test_weights_find_their_clip_again_where_it_was_moved(folder, parts, tmp_path, unchecked):
+    shutil.copytree(folder, tmp_path / "clip")
+    overrides = {**HERE, "unseen": "nut", "size": 16, "samples": 1, "clip": str(tmp_path / "clip")}
+    provenn.train(
+        "bayes_pfl", parts, preset="bayes_vit_b16", recipe={"max_steps": 1, "batch_size": 2}, overrides=overrides,
+        out=tmp_path / "run",
+    )  # fmt: skip
+    before = provenn.evaluate("bayes_pfl", parts, weights=tmp_path / "run").metrics
+    (tmp_path / "clip").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=r"clip: there is no such folder, .* lies now with --set clip=FOLDER"):
+        provenn.evaluate("bayes_pfl", parts, weights=tmp_path / "run")
+    moved = {"clip": str(tmp_path / "moved")}
+    assert provenn.evaluate("bayes_pfl", parts, weights=tmp_path / "run", overrides=moved).metrics == before
+    picture = parts / "nut/bad/0.png"
+    assert "score" in provenn.predict("bayes_pfl", [picture], weights=tmp_path / "run", overrides=moved)
+
+
 def test_a_clip_of_other_sizes_is_refused(folder, tmp_path):
     with pytest.raises(UserError, match="its vision tower has dim 64, and this preset 1024"):
         bayes_pfl.bayes_vit_l14(clip=str(folder))
@@ -549,8 +579,6 @@ def authors_head(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def test_a_released_head_loads_upon_its_clip(folder, tmp_path):
     """As the authors' trainer saves it: under MyModel, with copies and what computes nothing."""
-    import provenn
-
     torch.manual_seed(3)
     made = bayes_clip(**HERE, image_size=32, clip=str(folder), samples=2, prompts=2, flows=3).eval()
     with torch.no_grad():

@@ -547,11 +547,12 @@ def bayes_clip(
         image_size: side of the images that positions are made for, in pixels.
         activation: "gelu", as the authors have it, or "quick_gelu", as OpenAI's weights were trained.
         clip: a folder of Hugging Face with CLIP's weights and tokenizer. Default: new weights, and the category object.
+            Trained weights hold its weights and not its tokenizer: they name the folder, or get it anew.
         layers, prompts, context, state, flows, samples, specific, agnostic, bias_scale, attention, stage, smoothing,
             top, invertible, official_log_det, standardised, turn, noise_seed: as of `BayesPFL`.
 
     Raises:
-        UserError: the folder holds another model, or one of other sizes.
+        UserError: there is no such folder, or it holds another model, or one of other sizes.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
@@ -577,6 +578,11 @@ def bayes_clip(
 
 
 def _from_folder(folder: str | Path, vision: VisionConfig, text: TextConfig) -> ContrastivePair:
+    if not Path(folder).is_dir():
+        raise UserError(
+            f"{folder}: there is no such folder, whose tokenizer reads the categories: say where that CLIP of Hugging "
+            "Face lies now with --set clip=FOLDER"
+        )
     pair = ContrastivePair.from_huggingface(folder)
     if pair.layout != "clip":
         raise UserError(f"{folder} holds a {pair.layout}: expected a CLIP")
