@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 
 import jaxtyping
 import numpy as np
@@ -19,7 +20,7 @@ from provenn.papers.bayes_pfl.clip import small_clip
 from provenn.papers.bayes_pfl.experiments import one_by_one
 from provenn.papers.bayes_pfl.model import CLIP_MEAN, CLIP_STD, Samples
 from provenn.papers.bayes_pfl.official import convert
-from provenn.papers.bayes_pfl.training import stages
+from provenn.papers.bayes_pfl.training import _in_stage, stages
 from provenn.papers.bayes_pfl.training.pictures import (
     KINDS,
     WORDS,
@@ -307,6 +308,39 @@ def test_rates_are_ten_and_a_hundred_times_as_large():
     assert not any("encoder" in name or "attention" in name or "to_text" in name for name in fast)
     assert all(group["betas"] == (0.5, 0.999) for group in optimizer.param_groups)
     assert len(named) == sum(p.requires_grad for p in model.parameters())
+
+
+def test_what_does_not_decay_is_as_the_recipe_says():
+    model = bayes_defects()
+    recipe = Recipe(optimizer="adam", lr=1e-4, weight_decay=0.1, no_decay=("context", "fuse.*", "temperature*"))
+
+    def decays() -> dict[str, float]:
+        groups = model.optimizers(recipe).param_groups
+        found = {id(p): (group["weight_decay"], group["lr"]) for group in groups for p in group["params"]}
+        return {name: found[id(p)] for name, p in model.named_parameters() if id(p) in found}
+
+    for stage, still in ((1, {"context", "temperature_pixel", "temperature_image"}), (2, set())):
+        with _in_stage(stage, model):
+            found = decays()
+            for name, (decay, _) in found.items():
+                assert decay == (0.0 if name in still or name.startswith("fuse.") else 0.1), name
+            if stage == 1:
+                assert found["context"][1] == 10 * found["text_mapping.weight"][1] == pytest.approx(1e-3)
+    vectors = model.optimizers(replace(recipe, no_decay=(), decay_vectors=False)).param_groups
+    assert all((p.ndim >= 2) == (group["weight_decay"] > 0) for group in vectors for p in group["params"])
+
+
+def test_a_recipe_of_other_systems_is_refused_before_the_first_stage():
+    task = get_task("anomaly-detection")
+    data, model = task.load("defects"), bayes_defects()
+    for recipe, message in (
+        (Recipe(layer_decay=0.65), "layer_decay=0.65: the blocks of CLIP are frozen, .* leave layer_decay at 1"),
+        (Recipe(no_decay=("*embedding*",)), r"no_decay: nothing that learns is called '\*embedding\*'; there are cont"),
+    ):
+        with pytest.raises(UserError, match=message):
+            stages(model, task, data, recipe)
+        with pytest.raises(UserError, match=message):
+            model.optimizers(recipe)
 
 
 def test_stages_follow_each_other():
