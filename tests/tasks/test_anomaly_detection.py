@@ -1,6 +1,7 @@
 """Anomaly detection: figures by category, splits, thresholds without the test, heat maps, and what is refused."""
 
 import csv
+import warnings
 
 import numpy as np
 import pytest
@@ -155,6 +156,22 @@ def test_a_folder_is_trained_on_by_good_images_or_without_the_unseen_categories(
         with pytest.raises(UserError, match=message):
             TASK.load(root, size=16, unseen=unseen)
     assert len(TASK.held_out(root, META).dataset) == 36
+
+
+def test_no_image_that_was_trained_on_is_tested_in_silence(root):
+    for options in ({}, {"unseen": "nut"}):
+        data = TASK.load(root, size=16, seed=3, **options)
+        with warnings.catch_warnings(action="error"):
+            held = TASK.held_out(root, data.meta, seed=3, whole=False, **options)
+        assert held.dataset.parts == data.test.parts and not {*held.dataset.parts} & {*data.train.parts}
+        assert "seen" not in held.about
+    seen = TASK.load(root, size=16, seed=3, unseen="nut").meta
+    (name,) = seen["categories"]
+    for options in ({"whole": True}, {"whole": False}, {"whole": False, "unseen": name}):
+        with pytest.warns(UserWarning, match=f"{name}: these weights were trained on categories of this name"):
+            held = TASK.held_out(root, seen, seed=3, **options)
+        assert held.about.endswith(f", of which the weights may have seen {name}")
+    assert TASK.held_out(root, META).about == f"the test images of 3 categories in {root}"
 
 
 def test_options_that_fit_no_embedded_data_are_refused():

@@ -19,7 +19,16 @@ from torch.utils.data import DataLoader, Dataset
 from provenn.core import progress
 from provenn.core.errors import UserError
 from provenn.core.files import atomic_write, check_no_input, is_stream, output_suffix
-from provenn.data.defects import CATEGORIES, SIDE, Drawn, Part, composed_defects, read_defect_mask, read_defects
+from provenn.data.defects import (
+    CATEGORIES,
+    SIDE,
+    Drawn,
+    Inspected,
+    Part,
+    composed_defects,
+    read_defect_mask,
+    read_defects,
+)
 from provenn.data.images import SUFFIXES, images_in, read_pixels, resize_pixels
 from provenn.data.tables import check_table, write_table
 from provenn.nn.anomaly import Anomalies
@@ -179,15 +188,33 @@ class AnomalyDetection(Task):
         seed: int = 0,
         whole: bool = True,
         layout: str | None = None,
+        unseen: str = "",
     ) -> HeldOut:
-        """The test images of all categories, at the size of the weights."""
+        """The test images, at the size of the weights: of all categories, or those that `load` holds out.
+
+        Args:
+            source, seed, layout, unseen: as in `load`.
+            meta: of the weights; it names the categories that they were trained on.
+            whole: take the test images of all categories, whatever `unseen` is. Without it, take the part that `load`
+                holds out for the test. Where it has categories whose defects may have been trained on, that is said.
+        """
         named = self._named(source)
         if isinstance(named, str):
             return HeldOut(Composed(composed_defects("test", seed), meta, TEXTURES), f"the test split of {named}")
         found = read_defects(named, layout)
-        return HeldOut(
-            Inspections(found.test, meta), f"the test images of {len(found.categories)} categories in {named}"
-        )
+        parts = found.test if whole else _split(named, found, seed, unseen)[2]
+        categories = sorted({part.category for part in parts})
+        number = "one category" if len(categories) == 1 else f"{len(categories)} categories"
+        about = f"the test images of {number} in {named}"
+        known = [name for name in categories if name in meta["categories"]]
+        if known and (whole or unseen or known != categories):
+            which = f"{', '.join(known[:5])}{', …' if len(known) > 5 else ''}"
+            progress.say(
+                f"{named}: {which}: these weights were trained on categories of this name, so the figures may be of "
+                "images that they have seen; without --split all, and in the unchanged folder, those are left out"
+            )
+            about += f", of which the weights may have seen {which}"
+        return HeldOut(Inspections(parts, meta), about)
 
     def dummy_baseline(self, data: TaskData) -> float:
         """AP of pixels without learning: at random, or by how far the mean of 3×3 pixels lies from that of 15×15."""
@@ -428,8 +455,8 @@ def _composed(seed: int) -> TaskData:
     )
 
 
-def _folder(root: Path, seed: int, layout: str | None, size: int, unseen: str) -> TaskData:
-    found = read_defects(root, layout)
+def _split(root: Path, found: Inspected, seed: int, unseen: str) -> tuple[list[Part], list[Part], list[Part]]:
+    """What is trained on, validated and tested: see `AnomalyDetection.load`."""
     wanted = [name.strip() for name in unseen.split(",") if name.strip()]
     unknown = next((name for name in wanted if name not in found.categories), None)
     if unknown is not None:
@@ -459,6 +486,12 @@ def _folder(root: Path, seed: int, layout: str | None, size: int, unseen: str) -
         test = [part for part in found.test if part not in held]
         if not train:
             raise UserError(f"{root} has {len(rows)} good images: expected at least 2 of a category to train on")
+    return train, val, test
+
+
+def _folder(root: Path, seed: int, layout: str | None, size: int, unseen: str) -> TaskData:
+    found = read_defects(root, layout)
+    train, val, test = _split(root, found, seed, unseen)
     categories = sorted({part.category for part in train})
     meta = {"size": size, "categories": categories, "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
     sets = {
@@ -482,7 +515,7 @@ def _folder(root: Path, seed: int, layout: str | None, size: int, unseen: str) -
         collate=join_named(found.categories),
         about=f"{len(train):,} images of {len(categories)} categories to train on, {len(val):,} to validate, "
         f"{len(test):,} to test, of {len({part.category for part in test})} categories"
-        + (" that are not trained on." if wanted else "; the training has good images alone."),
+        + (" that are not trained on." if unseen.strip(", ") else "; the training has good images alone."),
     )
 
 

@@ -1,14 +1,18 @@
 """What the experiments compare: each control is what its name says, and no texture is in two splits."""
 
+import asyncio
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from provenn.data.defects import CATEGORIES
+from provenn.evidence import Measurement, Study
 from provenn.nn.anomaly import Anomalies
-from provenn.papers.bayes_pfl.experiments import HEADS, ON_THE_WAY, SCALE, UNSEEN, operations
+from provenn.papers.bayes_pfl.experiments import EXPERIMENTS, HEADS, ON_THE_WAY, SCALE, UNSEEN, operations
 from provenn.papers.bayes_pfl.layers import INIT
 from provenn.papers.bayes_pfl.rivals import HELD_OUT, TEMPLATES, LocalContrast, encode_sentences
 from provenn.papers.bayes_pfl.studies import (
@@ -102,6 +106,17 @@ def test_templates_are_whole_sentences():
     assert not {word for words in TEMPLATES for word in words} & {s.split()[0] for s in HELD_OUT[1]} - {"stained"}
 
 
+def test_every_pair_of_templates_is_trained(data):
+    model = made("templates").float().train()
+    batch = next(iter(DataLoader(data.train, batch_size=4, collate_fn=data.collate)))
+    losses = []
+    for chosen in (0, 1, 2, None, None, None, None, None, None, None, None):
+        torch.manual_seed(len(losses))
+        model.turn = False
+        losses.append(float(model.losses(batch, chosen)["pixel"].detach()))
+    assert len(set(losses[:3])) == 3 and set(losses[3:]) == set(losses[:3])
+
+
 def test_noise_is_of_a_words_size_and_does_not_learn():
     model = made("noise")
     drawn = model.draw(torch.zeros(4, 64, dtype=torch.float64))
@@ -146,29 +161,63 @@ def test_all_heads_stand_upon_the_clip_of_the_seed(data):
     assert decayed["recipe"] == replace(SHORT, epochs=12, weight_decay=0.01)
 
 
-def test_a_training_is_looked_at_on_its_way():
+def test_a_training_is_looked_at_after_each_epoch():
     given = seen_defects(0, True)
-    done = traced(lambda: network(HEADS["rca"][1]), TASK, given, SHORT, seed=0)
+    short = replace(SHORT, epochs=2, max_steps=None, batch_size=40)
+    done = traced(lambda: network(HEADS["rca"][1]), TASK, given, replace(short, lr=1e-3), seed=0)
     trace = done.model.trace
-    assert len(trace) == 1
+    assert len(trace) == 2 and trace[0] != trace[1]
     with done.model.in_stage(1), torch.no_grad():
-        assert trace[0] == [TASK.evaluate(done.model, split)["pixel_ap"] for split in (given.val, given.test)]
+        assert trace[1] == tuple(TASK.evaluate(done.model, split)["pixel_ap"] for split in (given.val, given.test))
+    untrained = traced(lambda: network(HEADS["rca"][1]), TASK, given, replace(short, lr=1e-30), seed=0).model.trace
+    assert untrained[0] == untrained[1] != trace[0], "the first look is after the first epoch"
 
 
 @pytest.mark.parametrize(
     ("trace", "expected"),
     [
         ([[0.0, 0.02], [2 * LEVEL, 0.06]], 0.04),
-        ([[LEVEL, 0.5], [1.0, 0.9]], 0.5),
-        ([[0.01, 0.2], [0.02, 0.3]], 0.3),
+        ([[0.0, 0.02], [LEVEL, 0.06]], 0.06),
         ([[0.0, 0.1], [LEVEL / 2, 0.2], [1.5 * LEVEL, 0.6]], 0.4),
+        ([[0.0, 0.1], [2 * LEVEL, 0.3], [0.0, 0.5], [2 * LEVEL, 0.7]], 0.2),
+        ([[LEVEL, 0.5], [1.0, 0.9]], None),
+        ([[2 * LEVEL, 0.5], [0.0, 0.1], [1.0, 0.9]], None),
+        ([[0.01, 0.2], [0.02, 0.3]], None),
+        ([], None),
     ],
 )
-def test_unseen_skill_is_read_where_seen_skill_reaches_the_level(trace, expected, data):
+def test_unseen_skill_is_read_where_seen_skill_rises_to_the_level(trace, expected, data):
     model = torch.nn.Identity()
     model.trace = trace
-    assert unseen_at_level(model, data) == pytest.approx(expected)
+    assert unseen_at_level(model, data) == (None if expected is None else pytest.approx(expected))
     assert unseen_at_level(torch.nn.Identity(), data) is None
+
+
+def at_level(monkeypatch, reached: dict[str, list[float | None]]) -> Measurement:
+    async def measure(self, run, variants, **_):
+        return {variant: reached[variant] for variant in variants}, {"note": "", "seeds": run.seeds}
+
+    monkeypatch.setattr(Study, "measure", measure)
+    return asyncio.run(EXPERIMENTS["regularised_at_equal_skill"](SimpleNamespace(seeds=[7, 8])))
+
+
+def test_sides_are_compared_where_both_reach_the_level(monkeypatch):
+    reached = {"both": [0.3, 0.4], "rca": [0.1, None], "light": [0.2, 0.1], "strong": [None, None]}
+    measured = at_level(monkeypatch, reached)
+    assert measured.values == [0.3, 0.4] and measured.baselines == [0.2, 0.1]
+    assert measured.note == (
+        " three pairs, RCA has no figure for seed 8. three pairs, RCA, weight decay 1e-2 has no figure for seed 7, 8."
+    )
+    assert [row[0] for row in measured.tables[0].rows] == [ON_THE_WAY.label(name) for name in ("both", "rca", "light")]
+
+
+def test_a_side_that_never_reaches_the_level_leaves_no_measurement(monkeypatch):
+    reached = {"both": [None, 0.4], "rca": [0.1, None], "light": [0.2, None], "strong": [None, None]}
+    measured = at_level(monkeypatch, reached)
+    assert measured.missed and measured.effect is None
+    assert measured.needs.startswith(f"trainings that pass a pixel AP of {LEVEL:g} on seen textures between two looks:")
+    assert "both distributions does not for seed 7; best of three pairs, RCA," in measured.needs
+    assert measured.needs.endswith("weight decay 1e-2 does not for seed 8")
 
 
 class Told(torch.nn.Module):

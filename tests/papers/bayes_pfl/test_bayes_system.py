@@ -1,12 +1,16 @@
 """The system: prompts, samples, what learns in which stage, names, the authors' files, folders of CLIP."""
 
 import re
+import shutil
+from dataclasses import replace
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import provenn
 from provenn.core.cost import count_parameters
 from provenn.core.errors import UserError
 from provenn.papers import bayes_pfl
@@ -16,7 +20,7 @@ from provenn.papers.bayes_pfl.clip import small_clip
 from provenn.papers.bayes_pfl.experiments import one_by_one
 from provenn.papers.bayes_pfl.model import CLIP_MEAN, CLIP_STD, Samples
 from provenn.papers.bayes_pfl.official import convert
-from provenn.papers.bayes_pfl.training import stages
+from provenn.papers.bayes_pfl.training import _in_stage, stages
 from provenn.papers.bayes_pfl.training.pictures import (
     KINDS,
     WORDS,
@@ -306,6 +310,39 @@ def test_rates_are_ten_and_a_hundred_times_as_large():
     assert len(named) == sum(p.requires_grad for p in model.parameters())
 
 
+def test_what_does_not_decay_is_as_the_recipe_says():
+    model = bayes_defects()
+    recipe = Recipe(optimizer="adam", lr=1e-4, weight_decay=0.1, no_decay=("context", "fuse.*", "temperature*"))
+
+    def decays() -> dict[str, float]:
+        groups = model.optimizers(recipe).param_groups
+        found = {id(p): (group["weight_decay"], group["lr"]) for group in groups for p in group["params"]}
+        return {name: found[id(p)] for name, p in model.named_parameters() if id(p) in found}
+
+    for stage, still in ((1, {"context", "temperature_pixel", "temperature_image"}), (2, set())):
+        with _in_stage(stage, model):
+            found = decays()
+            for name, (decay, _) in found.items():
+                assert decay == (0.0 if name in still or name.startswith("fuse.") else 0.1), name
+            if stage == 1:
+                assert found["context"][1] == 10 * found["text_mapping.weight"][1] == pytest.approx(1e-3)
+    vectors = model.optimizers(replace(recipe, no_decay=(), decay_vectors=False)).param_groups
+    assert all((p.ndim >= 2) == (group["weight_decay"] > 0) for group in vectors for p in group["params"])
+
+
+def test_a_recipe_of_other_systems_is_refused_before_the_first_stage():
+    task = get_task("anomaly-detection")
+    data, model = task.load("defects"), bayes_defects()
+    for recipe, message in (
+        (Recipe(layer_decay=0.65), "layer_decay=0.65: the blocks of CLIP are frozen, .* leave layer_decay at 1"),
+        (Recipe(no_decay=("*embedding*",)), r"no_decay: nothing that learns is called '\*embedding\*'; there are cont"),
+    ):
+        with pytest.raises(UserError, match=message):
+            stages(model, task, data, recipe)
+        with pytest.raises(UserError, match=message):
+            model.optimizers(recipe)
+
+
 def test_stages_follow_each_other():
     data = get_task("anomaly-detection").load("defects")
     task, recipe = get_task("anomaly-detection"), Recipe(epochs=24, schedule="cosine", warmup_steps=5, lr=1e-3)
@@ -384,6 +421,30 @@ def test_the_small_clip_sees_no_texture_of_the_test():
 
 
 # Names
+
+
+@pytest.fixture
+def parts(tmp_path):
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    mask = np.zeros((16, 16), np.uint8)
+    mask[4:9, 4:9] = 255
+    for name in ("cap", "nut", "pin"):
+        for number in range(10):
+            for kind in ("good", "bad", "masks"):
+                file = tmp_path / "parts" / name / kind / f"{number}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                pixels = mask if kind == "masks" else rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(file)
+    return tmp_path / "parts"
+
+
+def test_weights_are_tested_on_what_their_training_held_out(parts, tmp_path):
+    overrides = {"unseen": "nut", "size": 16, "clip_steps": 1, "samples": 1}
+    provenn.train("bayes_pfl", parts, recipe={"max_steps": 1, "batch_size": 2}, overrides=overrides, out=tmp_path)
+    found = provenn.evaluate("bayes_pfl", parts, weights=tmp_path)
+    assert found.examples == 12 and found.about == f"the test images of one category in {parts}"
 
 
 def test_names_become_words():
@@ -481,6 +542,31 @@ def test_a_clip_comes_from_its_folder(folder):
     assert model(torch.randn(2, 3, 48, 48), ["nut", "bolt"]).heat.shape == (2, 48, 48)
 
 
+@pytest.fixture
+def unchecked():
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)  # a label of JSON holds lists, which are no tuples
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+def test_weights_find_their_clip_again_where_it_was_moved(folder, parts, tmp_path, unchecked):
+    shutil.copytree(folder, tmp_path / "clip")
+    overrides = {**HERE, "unseen": "nut", "size": 16, "samples": 1, "clip": str(tmp_path / "clip")}
+    provenn.train(
+        "bayes_pfl", parts, preset="bayes_vit_b16", recipe={"max_steps": 1, "batch_size": 2}, overrides=overrides,
+        out=tmp_path / "run",
+    )  # fmt: skip
+    before = provenn.evaluate("bayes_pfl", parts, weights=tmp_path / "run").metrics
+    (tmp_path / "clip").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=r"clip: there is no such folder, .* lies now with --set clip=FOLDER"):
+        provenn.evaluate("bayes_pfl", parts, weights=tmp_path / "run")
+    moved = {"clip": str(tmp_path / "moved")}
+    assert provenn.evaluate("bayes_pfl", parts, weights=tmp_path / "run", overrides=moved).metrics == before
+    picture = parts / "nut/bad/0.png"
+    assert "score" in provenn.predict("bayes_pfl", [picture], weights=tmp_path / "run", overrides=moved)
+
+
 def test_a_clip_of_other_sizes_is_refused(folder, tmp_path):
     with pytest.raises(UserError, match="its vision tower has dim 64, and this preset 1024"):
         bayes_pfl.bayes_vit_l14(clip=str(folder))
@@ -527,8 +613,6 @@ def authors_head(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def test_a_released_head_loads_upon_its_clip(folder, tmp_path):
     """As the authors' trainer saves it: under MyModel, with copies and what computes nothing."""
-    import provenn
-
     torch.manual_seed(3)
     made = bayes_clip(**HERE, image_size=32, clip=str(folder), samples=2, prompts=2, flows=3).eval()
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -480,21 +481,33 @@ class BayesPFL(nn.Module):
         finally:
             self.stage = before
 
+    def check_recipe(self, recipe: Any) -> None:
+        """Does the recipe say what can be done here?
+
+        Raises:
+            UserError: `layer_decay`, as no row of blocks learns; a pattern of `no_decay` that no name meets.
+        """
+        if recipe.layer_decay != 1:
+            raise UserError(
+                f"layer_decay={recipe.layer_decay:g}: the blocks of CLIP are frozen, so no rate can fall from block to "
+                "block: leave layer_decay at 1"
+            )
+        named = [name for name, _ in self.named_parameters() if not name.startswith("clip.")]
+        for pattern in recipe.no_decay:
+            if not any(fnmatchcase(name, pattern) for name in named):
+                raise UserError(f"no_decay: nothing that learns is called {pattern!r}; there are {', '.join(named)}")
+
     def optimizers(self, recipe: Any) -> torch.optim.Optimizer:
         """The recipe's: prompts and flows learn at ten times its rate, and temperatures at a hundred times."""
-        groups: dict[float, list[nn.Parameter]] = {1.0: [], FASTER: [], FASTEST: []}
-        for name, parameter in self.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            bank = name in ("context", "normal", "abnormal") or ".free." in name or ".amortised." in name
-            fast = bank or name.endswith(".states")
-            groups[FASTEST if name.startswith("temperature") else FASTER if fast else 1.0].append(parameter)
-        made = replace(recipe, layer_decay=1.0).make_optimizer(self)
+        self.check_recipe(recipe)
+        named = {p: name for name, p in self.named_parameters() if p.requires_grad}
+        here = tuple(pattern for pattern in recipe.no_decay if any(fnmatchcase(n, pattern) for n in named.values()))
+        made = replace(recipe, no_decay=here).make_optimizer(self)  # of a stage, in which others may be still
         for group in list(made.param_groups):
             made.param_groups.remove(group)
-        for factor, parameters in groups.items():
-            if parameters:
-                made.add_param_group({"params": parameters, "lr": recipe.lr * factor})
+            for factor in (1.0, FASTER, FASTEST):
+                if some := [p for p in group["params"] if _faster(named[p]) == factor]:
+                    made.add_param_group({**group, "params": some, "lr": recipe.lr * factor})
         return made
 
     @torch.no_grad()
@@ -503,6 +516,14 @@ class BayesPFL(nn.Module):
     ) -> Float[Tensor, "batch 2 pairs dim"]:
         """The text embeddings of all sampled prompts, of length 1."""
         return self.embed_texts(*self.name_tokens(names, len(images)), self.draw(self.see(images).feature))
+
+
+def _faster(name: str) -> float:
+    """What the learning rate of a parameter is multiplied by."""
+    if name.startswith("temperature"):
+        return FASTEST
+    bank = name in ("context", "normal", "abnormal") or ".free." in name or ".amortised." in name
+    return FASTER if bank or name.endswith(".states") else 1.0
 
 
 def bayes_clip(
@@ -547,11 +568,12 @@ def bayes_clip(
         image_size: side of the images that positions are made for, in pixels.
         activation: "gelu", as the authors have it, or "quick_gelu", as OpenAI's weights were trained.
         clip: a folder of Hugging Face with CLIP's weights and tokenizer. Default: new weights, and the category object.
+            Trained weights hold its weights and not its tokenizer: they name the folder, or get it anew.
         layers, prompts, context, state, flows, samples, specific, agnostic, bias_scale, attention, stage, smoothing,
             top, invertible, official_log_det, standardised, turn, noise_seed: as of `BayesPFL`.
 
     Raises:
-        UserError: the folder holds another model, or one of other sizes.
+        UserError: there is no such folder, or it holds another model, or one of other sizes.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
@@ -577,6 +599,11 @@ def bayes_clip(
 
 
 def _from_folder(folder: str | Path, vision: VisionConfig, text: TextConfig) -> ContrastivePair:
+    if not Path(folder).is_dir():
+        raise UserError(
+            f"{folder}: there is no such folder, whose tokenizer reads the categories: say where that CLIP of Hugging "
+            "Face lies now with --set clip=FOLDER"
+        )
     pair = ContrastivePair.from_huggingface(folder)
     if pair.layout != "clip":
         raise UserError(f"{folder} holds a {pair.layout}: expected a CLIP")

@@ -1,16 +1,20 @@
 """Data, networks and trainings of Bayes-PFL's experiments: one small CLIP a seed, and heads of all kinds upon it."""
 
 import copy
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 
+from provenn.evidence import Measurement, Run
+from provenn.evidence.study import Contrast
 from provenn.papers.bayes_pfl.clip import small_clip
 from provenn.papers.bayes_pfl.model import BayesPFL
 from provenn.papers.bayes_pfl.rivals import HELD_OUT, LocalContrast, NoisyBank, Templates, encode_sentences
@@ -20,12 +24,11 @@ from provenn.tasks import Task, TaskData, fingerprint, get_task
 from provenn.tasks.anomaly_detection import TEXTURES, AnomalyDetection, Composed, join_named
 from provenn.tasks.base import device_of
 from provenn.tasks.embedded import CATEGORIES, COUNTS, SIDE, Drawn, composed_defects
-from provenn.training import Fit, Hardware, Recipe, Stage, fit, fit_stages, run_stages
+from provenn.training import Batches, Fit, Hardware, Recipe, fit, fit_stages, run_stages
 
 ONE_CPU = Hardware()
 CLIP_STEPS = 400  # of the small CLIP of each seed
 SIZES = {"train": 10, "val": 2, "test": 5}  # textures of each split; which ones, the seed decides
-SEGMENTS = 6  # of a training that is looked at on its way
 LEVEL = 0.1  # pixel AP on seen textures at which unseen ones are compared; set before any run, and not tuned
 HEAD = Recipe(
     epochs=24, batch_size=32, optimizer="adam", lr=1e-3, betas=(0.5, 0.999), schedule="cosine", warmup_steps=30,
@@ -177,6 +180,23 @@ def _upon(build: Callable[[], nn.Module], data: TaskData, seed: int, short: bool
     return model
 
 
+class Looks(AnomalyDetection):
+    """The same work, which looks at unseen textures whenever it validates on seen ones.
+
+    Args:
+        unseen: images of unseen textures. Each look adds the pixel AP on seen and on unseen ones to `trace`.
+    """
+
+    def __init__(self, unseen: Dataset):
+        self.unseen = unseen
+        self.trace: list[tuple[float, float]] = []
+
+    def evaluate(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> dict[str, float]:
+        seen = super().evaluate(model, dataset, batch_size)
+        self.trace.append((seen[self.metric], super().evaluate(model, self.unseen, batch_size)[self.metric]))
+        return seen
+
+
 def traced(
     build: Callable[[], nn.Module],
     task: Task,
@@ -187,27 +207,67 @@ def traced(
     hardware: Hardware = ONE_CPU,
     title: str = "",
 ) -> Fit:
-    """Stage 1 in six parts of equal length and constant rate; after each the AP on seen and on unseen textures.
+    """Stage 1 at a constant rate; after each epoch the pixel AP on seen and on unseen textures.
 
-    The model carries them as `trace`.
+    The model carries them as `trace`. There is no look before the first epoch.
     """
     first: Any = build()
     recipe = replace(_of_variant(recipe, first.variant), schedule="constant", warmup_steps=0, patience=None)
     torch.manual_seed(seed)
     model: Any = _upon(build, data, seed, recipe.max_steps is not None, hardware)
-    part = replace(recipe, epochs=max(1, recipe.epochs // SEGMENTS))
-    whole = stages(model, task, data, part)[0]
-    listed = [replace(whole, name=f"prompts {number}") for number in range(1 if recipe.max_steps else SEGMENTS)]
-    model.trace = []
-
-    def look(stage: Stage, done: Fit) -> None:
-        with model.in_stage(1), torch.no_grad():
-            model.eval()
-            model.trace.append([task.evaluate(model, split)["pixel_ap"] for split in (data.val, data.test)])
-
-    run_stages(model, listed, seed=seed, hardware=hardware, after=look)
+    looks = Looks(data.test)
+    stage = stages(model, looks, replace(data, test=Batches.of([])), recipe)[0]
+    run_stages(model, [stage], seed=seed, hardware=hardware)
+    model.trace = looks.trace
     with torch.no_grad():
         return Fit(model, task.evaluate(model.eval(), data.test))
+
+
+@dataclass(frozen=True)
+class AtLevel(Contrast):
+    """A contrast whose figure a training may lack; without one on a side, for any seed, there is no measurement.
+
+    A side of several variants has the best, or the worst, of those that have a figure.
+    """
+
+    def __digest__(self) -> tuple[Any, ...]:
+        return *super().__digest__(), AtLevel.worst, AtLevel.best, AtLevel.lacking, AtLevel.__call__
+
+    def worst(self, reached: Mapping[str, list[Any]]) -> list[float]:
+        rows = zip(*(reached[variant] for variant in self.systems), strict=True)
+        return [min(value for value in row if value is not None) for row in rows]
+
+    def best(self, reached: Mapping[str, list[Any]]) -> list[float]:
+        rows = zip(*(reached[variant] for variant in self.baselines), strict=True)
+        return [max(value for value in row if value is not None) for row in rows]
+
+    def lacking(self, reached: Mapping[str, list[Any]], variants: tuple[str, ...], seeds: Sequence[int]) -> list[int]:
+        """Seeds for which none of some variants has a figure."""
+        return [seed for k, seed in enumerate(seeds) if all(reached[variant][k] is None for variant in variants)]
+
+    async def __call__(self, run: Run) -> Measurement:
+        every = (*self.systems, *self.baselines)
+        reached, facts = await self.study.measure(run, every, metric=self.metric)
+        missing = {
+            side: seeds
+            for side, variants in zip(self.sides, (self.systems, self.baselines), strict=True)
+            if (seeds := self.lacking(reached, variants, run.seeds))
+        }
+        if missing:
+            where = "; ".join(f"{side} does not for seed {_listed(seeds)}" for side, seeds in missing.items())
+            return Measurement.not_measured(
+                f"trainings that pass a pixel AP of {LEVEL:g} on seen textures between two looks: {where}"
+            )
+        for variant in every:
+            if seeds := self.lacking(reached, (variant,), run.seeds):
+                facts["note"] += f" {self.study.label(variant)} has no figure for seed {_listed(seeds)}."
+        known = {variant: [value for value in values if value is not None] for variant, values in reached.items()}
+        facts["tables"] = [self.study._table(self.metric or self.study.of_task.metric, known)]
+        return Measurement.of("difference", self.worst(reached), self.best(reached), sides=self.sides, **facts)
+
+
+def _listed(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds))
 
 
 # Probes
@@ -240,22 +300,17 @@ def image_auroc(model: nn.Module, data: TaskData) -> float:
 
 
 def unseen_at_level(model: nn.Module, data: TaskData) -> float | None:
-    """Pixel AP on unseen textures where that on seen ones first reaches `LEVEL`, between two looks by a line.
+    """Pixel AP on unseen textures where that on seen ones first rises to `LEVEL`, between two looks by a line.
 
-    A training that never reaches it gives its last.
+    None of a training that never reaches it, or that is there at the first look: how it was at the level, nobody saw.
     """
-    trace = getattr(model, "trace", None)
-    if trace is None:
+    trace = getattr(model, "trace", None) or [(LEVEL, 0.0)]
+    if trace[0][0] >= LEVEL:
         return None
-    before: list[float] | None = None
-    for seen, unseen in trace:
+    for (before, unseen_before), (seen, unseen) in pairwise(trace):
         if seen >= LEVEL:
-            if before is None or seen == before[0]:
-                return float(unseen)
-            share = (LEVEL - before[0]) / (seen - before[0])
-            return float(before[1] + share * (unseen - before[1]))
-        before = [seen, unseen]
-    return float(trace[-1][1])
+            return float(unseen_before + (LEVEL - before) / (seen - before) * (unseen - unseen_before))
+    return None
 
 
 def _sampled(model: BayesPFL, data: TaskData) -> tuple[Tensor, list[str]]:

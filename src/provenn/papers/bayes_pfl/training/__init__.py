@@ -40,8 +40,10 @@ def stages(model: BayesPFL, task: Task, data: TaskData, recipe: Recipe) -> list[
         recipe: of the prompts; the scores have a quarter of the epochs, at a constant rate.
 
     Raises:
-        UserError: a large CLIP with new weights, on which nothing can be learned.
+        UserError: a large CLIP with new weights, on which nothing can be learned; or a recipe of other systems, see
+            `BayesPFL.check_recipe`.
     """
+    model.check_recipe(recipe)
     listed = []
     if model.clip_steps:
         # The seed of the run fixes what is drawn.
