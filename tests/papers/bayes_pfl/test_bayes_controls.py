@@ -365,8 +365,8 @@ def test_local_contrast_learns_to_mark_defects():
 
 def test_experiments_read_the_metric_that_they_name():
     metrics = {name: each.metric for name, each in EXPERIMENTS.items() if hasattr(each, "metric")}
-    for kind in ("blend", "stain", "scratch"):
-        place = f"forms_of_{kind}{'es' if kind == 'scratch' else 's'}"
+    for kind in ("blend", "stain"):
+        place = f"forms_of_{kind}s"
         probe = EXPERIMENTS[place].study.probes[metrics[place]]
         assert probe.keywords == {"kind": kind}
     assert (metrics["cover_over_others"], metrics["spread_over_gaussian"]) == ("cover", "spread")

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from provenn.data.defects import CATEGORIES
 from provenn.evidence import Measurement, Study
 from provenn.nn.anomaly import Anomalies
+from provenn.papers.bayes_pfl import studies as bayes_studies
 from provenn.papers.bayes_pfl.experiments import EXPERIMENTS, HEADS, ON_THE_WAY, SCALE, UNSEEN, operations
 from provenn.papers.bayes_pfl.layers import INIT
 from provenn.papers.bayes_pfl.rivals import HELD_OUT, TEMPLATES, LocalContrast, encode_sentences
@@ -85,6 +86,8 @@ def test_heads_differ_in_what_their_labels_say():
     assert made("gaussian").specific.steps == 0 and made("official").bias_scale == 1.0
     assert made("both").bias_scale == made("gaussian").bias_scale == SCALE
     assert HEADS["pair long"][1] == HEADS["pair"][1]._replace(longer=3.0)
+    long = bayes_studies._of_variant(bayes_studies.HEAD, HEADS["pair long"][1])
+    assert (long.epochs, long.patience) == (3 * bayes_studies.HEAD.epochs, 3 * bayes_studies.HEAD.patience)
 
 
 def test_a_plain_layer_sees_no_patch():

@@ -170,7 +170,9 @@ def tuned(
 
 
 def _of_variant(recipe: Recipe, variant: Variant) -> Recipe:
-    return replace(recipe, epochs=max(1, round(recipe.epochs * variant.longer)), weight_decay=variant.decay)
+    patience = None if recipe.patience is None else max(1, round(recipe.patience * variant.longer))
+    epochs = max(1, round(recipe.epochs * variant.longer))
+    return replace(recipe, epochs=epochs, patience=patience, weight_decay=variant.decay)
 
 
 def _upon(build: Callable[[], nn.Module], data: TaskData, seed: int, short: bool, hardware: Hardware) -> BayesPFL:
