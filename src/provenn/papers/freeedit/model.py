@@ -328,7 +328,8 @@ class FreeEdit(nn.Module):
         Raises:
             UserError: steps out of range, or another sampler.
         """
-        count, (s_t, s_i) = steps or self.design.steps, guidance or self.design.guidance
+        count = self.design.steps if steps is None else steps
+        s_t, s_i = self.design.guidance if guidance is None else guidance
         if not 1 <= count <= STEPS:
             raise UserError(f"steps must lie between 1 and {STEPS}, got {count}")
         if not (tokens == self.placeholder).any():
