@@ -240,6 +240,8 @@ def test_a_list_is_read_in_the_pieces_of_a_tokenizer(listed, tokenizer):
         ({"target": "none.png"}, "there is no file"),
         ({"quality": 2}, "quality must be"),
         ({"split": "dev"}, "split must be one of"),
+        ({"kind": "swap"}, "kind must be one of add, replace, remove, describe, or left out, got 'swap'"),
+        ({"kind": 1}, "kind must be a text"),
         ({"colour": 1}, "what is 'colour'"),
         ({"source": 3}, "source must be a text"),
     ],
