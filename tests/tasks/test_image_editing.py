@@ -280,7 +280,10 @@ def test_a_picture_is_edited_and_written(listed, tmp_path):
         (["a.png", "replace the seven with S*"], {"reference": "grey.png"}, "is grey, and the source"),
         (["a.png"], {}, "a picture and an instruction"),
         (["remove the seven", "a.png"], {}, "the picture first"),
-        (["a.png", "remove the seven"], {"strength": 99}, "strength must lie"),
+        (["a.png", "replace the seven with S*"], {"reference": "r.png", "strength": 99}, "strength must lie"),
+        (["a.png", "remove the seven"], {"strength": 0.5}, "strength is of a reference, and there is none: give"),
+        (["a.png", "remove the seven"], {"strength": 0}, "strength is of a reference, and there is none: give"),
+        (["a.png", "remove the seven"], {"noun": "seven"}, "noun is of a reference, and there is none: give"),
     ],
 )
 def test_what_does_not_belong_together_is_refused_in_one_line(listed, inputs, options, words):
