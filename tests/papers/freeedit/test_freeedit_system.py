@@ -110,6 +110,14 @@ def test_a_picture_does_not_depend_on_its_batch(system):
     torch.testing.assert_close(both[1:], alone)
 
 
+@pytest.mark.parametrize("with_reference", [True, False])
+def test_an_empty_batch_gives_an_empty_batch(system, with_reference):
+    source, tokens, reference, noun = (part[:0] for part in request())
+    given = (reference, noun) if with_reference else ()
+    assert system.edit(source, tokens, *given, seeds=[], steps=2).shape == (0, 3, 16, 16)
+    assert system.edit(source, tokens, *given).shape == (0, 3, 16, 16)
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "euler"])
 @torch.no_grad()
 def test_guidance_of_one_is_none_and_more_moves_the_picture(system, sampler):

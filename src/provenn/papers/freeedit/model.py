@@ -335,6 +335,8 @@ class FreeEdit(nn.Module):
         if not (tokens == self.placeholder).any():
             reference = None
         scheduler = self.scheduler(sampler)
+        if source.shape[0] == 0:  # which neither diffusers' U-Net nor the resizing of references takes
+            return source.clone()
         scheduler.set_timesteps(count, device=source.device)
         seen = self.latents(source, self.design.source_scaling)
         told = self.read(tokens, reference, noun)
