@@ -189,6 +189,22 @@ def test_a_frozen_editor_learns_its_branches_alone(data):
     assert names and all(".processor." in name for name in names)
 
 
+@pytest.mark.parametrize("freeze", [True, False])
+def test_stage_2_leaves_removals_as_they_were_where_the_denoiser_is_frozen_alone(data, freeze):
+    system = freeedit_small(45, 5, freeze=freeze).eval()
+    source, tokens, *_ = (part[1:] for part in request())
+    before = system.edit(source, tokens, steps=2)
+    batch = next(iter(DataLoader(data.train, batch_size=4)))
+    with phases(system, TASK, data, Recipe())[2].learning(system) as inside:
+        optimizer = torch.optim.SGD([p for p in inside.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            inside.training_loss(batch).backward()
+            optimizer.step()
+    assert all(layer.to_out.weight.any() for layer in system.refer.layers.values())
+    assert system.edit(source, tokens, steps=2).equal(before) == freeze
+
+
 def test_a_training_of_all_phases_ends_with_a_branch_that_learned(data):
     recipe = Recipe(epochs=1, max_steps=12, batch_size=4, lr=1e-3)
     small = replace(data, test=Subset(data.test, range(6)), val=Subset(data.val, range(4)))
