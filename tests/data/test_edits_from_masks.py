@@ -120,6 +120,7 @@ def test_the_command_takes_a_folder_of_masks(tmp_path, capsys):
     assert main([str(root), str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out.startswith("6 triplets; left out: none")
     assert main([str(tmp_path / "nothing"), str(tmp_path / "more")]) == 2
+    assert f"{tmp_path / 'nothing'} does not exist: give a folder" in capsys.readouterr().err
     assert main([]) == 2
 
 

@@ -314,3 +314,10 @@ def test_mosaics_repeat_and_their_splits_share_no_column():
 def test_slices_of_the_brain_lie_apart():
     heights = [set(part) for part in HEIGHTS.values()]
     assert all(min(abs(a - b) for a in x for b in y) >= 6 for x in heights for y in heights if x is not y)
+
+
+def test_a_path_that_is_no_folder_is_told_from_one_that_is_nowhere(tmp_path):
+    (tmp_path / "a.txt").write_text("")
+    for name, words in (("a.txt", "is a file: give a folder"), ("nope", "does not exist: give a folder")):
+        with pytest.raises(UserError, match=f"{name} {words}"):
+            read_folder(tmp_path / name)

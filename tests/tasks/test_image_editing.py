@@ -240,6 +240,8 @@ def test_a_list_is_read_in_the_pieces_of_a_tokenizer(listed, tokenizer):
         ({"target": "none.png"}, "there is no file"),
         ({"quality": 2}, "quality must be"),
         ({"split": "dev"}, "split must be one of"),
+        ({"kind": "swap"}, "kind must be one of add, replace, remove, describe, or left out, got 'swap'"),
+        ({"kind": 1}, "kind must be a text"),
         ({"colour": 1}, "what is 'colour'"),
         ({"source": 3}, "source must be a text"),
     ],
@@ -278,7 +280,10 @@ def test_a_picture_is_edited_and_written(listed, tmp_path):
         (["a.png", "replace the seven with S*"], {"reference": "grey.png"}, "is grey, and the source"),
         (["a.png"], {}, "a picture and an instruction"),
         (["remove the seven", "a.png"], {}, "the picture first"),
-        (["a.png", "remove the seven"], {"strength": 99}, "strength must lie"),
+        (["a.png", "replace the seven with S*"], {"reference": "r.png", "strength": 99}, "strength must lie"),
+        (["a.png", "remove the seven"], {"strength": 0.5}, "strength is of a reference, and there is none: give"),
+        (["a.png", "remove the seven"], {"strength": 0}, "strength is of a reference, and there is none: give"),
+        (["a.png", "remove the seven"], {"noun": "seven"}, "noun is of a reference, and there is none: give"),
     ],
 )
 def test_what_does_not_belong_together_is_refused_in_one_line(listed, inputs, options, words):

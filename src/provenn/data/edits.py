@@ -373,7 +373,7 @@ def read_edits(root: Path) -> dict[str, list[Listed]]:
         root: the folder, or the list itself.
 
     Raises:
-        UserError: no list, a line of another form, or S* without a reference or the other way round.
+        UserError: no list, a line of another form or kind, or S* without a reference or the other way round.
     """
     file = root if root.is_file() else root / LIST
     if not file.is_file():
@@ -416,11 +416,14 @@ def _listed(entry: Any, folder: Path, where: str) -> tuple[str, Listed]:
         raise UserError(f"{where}: quality must be a number from 0 to 1, got {str(quality)[:60]!r}")
     if split not in SPLITS:
         raise UserError(f"{where}: split must be one of {', '.join(SPLITS)}, got {split!r}")
+    kind = word("kind", "")
+    if kind and kind not in KINDS:
+        raise UserError(f"{where}: kind must be one of {', '.join(KINDS)}, or left out, got {kind[:60]!r}")
     noun = word("noun", "")
     said = word("described", instruction.replace(PLACEHOLDER, noun or "object"))
     source, target = (present(path(key, True), key) for key in ("source", "target"))
     return split, Listed(
-        source, target, reference, path("mask", False), instruction, noun, said, word("kind", ""), float(quality), where
+        source, target, reference, path("mask", False), instruction, noun, said, kind, float(quality), where
     )
 
 

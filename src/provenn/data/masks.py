@@ -333,7 +333,9 @@ def read_folder(root: Path, skip_broken: bool = False) -> MaskFolder:
         UserError: says what is missing, or that an image has no mask.
     """
     if not root.is_dir():
-        raise UserError(f"{root} is a file: give a folder that holds images/ and masks/")
+        raise UserError(
+            f"{root} {'is a file' if root.exists() else 'does not exist'}: give a folder that holds images/ and masks/"
+        )
     classes, colours = _classes(root)
     images, masks = (_first_folder(root, names) for names in (IMAGE_FOLDERS, MASK_FOLDERS))
     folders: dict[str, tuple[Path, Path]] = {}

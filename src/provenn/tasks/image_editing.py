@@ -298,8 +298,9 @@ class ImageEditing(Task):
             inputs: the picture, then the instruction, with S* where the reference belongs.
             output: the edited picture, at the size that the model works at.
             reference: a picture of what S* stands for, in the source's mode.
-            noun: what the reference shows, in a word or two.
-            strength: λ of the reference's branch; 0 switches it off. Default: the system's.
+            noun: what the reference shows, in a word or two. Refused without a reference.
+            strength: λ of the reference's branch; 0 switches it off. Refused without a reference. Default: the
+                system's.
             guidance, image_guidance: s_T of instruction and reference, and s_I of the source. Default: the system's.
             steps: of sampling. Default: the system's.
             seed: of the noise that is begun with.
@@ -312,6 +313,9 @@ class ImageEditing(Task):
         check_placeholder(instruction, reference is not None)
         if reference is not None:
             check_modes(file, Path(reference))
+        elif strength is not None or noun:
+            option = "noun" if strength is None else "strength"
+            raise UserError(f"{option} is of a reference, and there is none: give --reference FILE, or leave it out")
         if output is None:
             raise UserError("an edited picture needs a path: add -o FILE.png")
         if output_suffix(output, ".png") not in SUFFIXES:

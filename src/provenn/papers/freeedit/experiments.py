@@ -2,7 +2,7 @@
 
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,92 +44,115 @@ async def outcomes(run: Run) -> list[dict[str, float]]:
 def gaps(found: list[dict[str, float]]) -> list[Table]:
     """The usage diagnostic, printed with every result: what switching the branch off costs each variant."""
     rows: list[list[Any]] = []
-    for name in ("DRRA", "DRRA shared", "RASA", "DRRA, frozen editor", "blind branch"):
+    for name in ("DRRA", "blind branch"):
         on, off = (float(np.mean([each[key] for each in found])) for key in (name, f"{name}, λ = 0"))
         rows.append([name, round(on, 5), round(off, 5), round(off - on, 5)])
     return [Table(caption="Is the branch used? Error with it and with λ = 0, mean over seeds",
                   columns=["variant", "λ = 1", "λ = 0", "gap"], rows=rows)]  # fmt: skip
 
 
-def beside(
-    ours: str, theirs: str | Sequence[str], floor: str, sides: tuple[str, str], *, ratio: bool = False
-) -> Callable[[Run], Awaitable[Measurement]]:
+class Pair(NamedTuple):
+    """Two numbers of each seed that are compared.
+
+    Args:
+        ours, theirs: names of an `outcome`; of several rivals, the one of the lowest mean.
+        sides: what the record calls them.
+        kind: of the edits, one of `KINDS`. Default: all that have a reference.
+        ratio: whether the first is divided by the second.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    sides: tuple[str, str]
+    kind: str = ""
+    ratio: bool = False
+
+
+DUMMIES = ("source returned", "mean object")  # answers that read neither instruction nor reference
+
+
+def named(name: str, kind: str) -> str:
+    """The name of an outcome for edits of one kind."""
+    return f"{name}, {kind}" if kind else name
+
+
+def lowest(found: list[dict[str, float]], names: Sequence[str], kind: str = "") -> str:
+    """Which of some outcomes has the lowest mean over seeds."""
+    whole = [named(name, kind) for name in names]
+    return min(whole, key=lambda name: float(np.mean([each[name] for each in found])))
+
+
+def beside(pair: Pair) -> Callable[[Run], Awaitable[Measurement]]:
     """What measures one number of each seed against another, or against the best of several."""
-    rivals = [theirs] if isinstance(theirs, str) else list(theirs)
 
     async def measured(run: Run) -> Measurement:
         found = await outcomes(run)
-        best = min(rivals, key=lambda name: float(np.mean([each[name] for each in found])))
-        values, baselines, floors = ([each[name] for each in found] for name in (ours, best, floor))
-        form = Measurement.ratio if ratio else Measurement.paired
+        best, floor = (lowest(found, names, pair.kind) for names in (pair.theirs, DUMMIES))
+        values, baselines, floors = (
+            [each[name] for each in found] for name in (named(pair.ours, pair.kind), best, floor)
+        )
+        form = Measurement.ratio if pair.ratio else Measurement.paired
         return form(
             values,
             baselines,
             seeds=run.seeds,
             unit=UNIT,
             data=ABOUT,
-            sides=sides,
+            sides=pair.sides,
             setting=said(run),
             skills=[
                 Skill(variant=side, values=of, dummy_baseline=floors, higher_is_better=False)
-                for side, of in zip(sides, (values, baselines))
+                for side, of in zip(pair.sides, (values, baselines))
             ],
             tables=gaps(found),
-            note=f"{NOTE} The baseline is {best}.",
+            note=f"{NOTE} The baseline is {best}. The dummy baseline is {floor}.",
         )
 
     return measured
 
 
-SOURCE, MEAN = "source returned", "mean object"  # the dummy baselines
-COMPARED = {
+PAIRS = {
     # what the reference tells
-    "over_description": beside("DRRA", "description", SOURCE, ("reference", "description")),
-    "over_class_word": beside("DRRA", "class word", SOURCE, ("reference", "class word")),
-    "over_queries": beside("DRRA", "query tokens", MEAN, ("DRRA", "query tokens")),
-    "over_wrong_reference": beside("DRRA", "wrong reference", SOURCE, ("its reference", "another's")),
-    "near_pasted": beside("DRRA", "pasted", MEAN, ("DRRA", "pasted along the mask"), ratio=True),
-    # forms of the branch
-    "drra_over_blind": beside("DRRA", "blind branch", MEAN, ("DRRA", "blind branch")),
-    "reference_gap": beside("DRRA", "DRRA, λ = 0", SOURCE, ("λ = 1", "λ = 0")),
-    "rasa_over_queries": beside("RASA", "query tokens", MEAN, ("RASA", "query tokens")),
-    "shared_over_queries": beside("DRRA shared", "query tokens", MEAN, ("DRRA shared", "query tokens")),
-    "drra_over_rasa": beside("DRRA", "RASA", MEAN, ("DRRA", "RASA")),
+    "over_description": Pair("DRRA", ("description",), ("reference", "description")),
+    "over_queries": Pair("DRRA", ("query tokens",), ("DRRA", "query tokens")),
+    "over_wrong_reference": Pair("DRRA", ("wrong reference",), ("its reference", "another's")),
+    "near_pasted": Pair("DRRA", ("pasted",), ("DRRA", "pasted along the mask"), ratio=True),
+    # what the branch tells
+    "drra_over_blind": Pair("DRRA", ("blind branch",), ("DRRA", "blind branch")),
+    "reference_gap": Pair("DRRA", ("DRRA, λ = 0",), ("λ = 1", "λ = 0")),
     # what is left of the editor with the branch off
-    "removal_after_training": beside(
-        "DRRA, λ = 0, remove", "stage 1, remove", f"{SOURCE}, remove", ("after stage 2", "stage 1"), ratio=True
+    "removal_after_training": Pair(
+        "DRRA, λ = 0", ("query tokens",), ("DRRA, λ = 0", "query tokens"), kind="remove", ratio=True
     ),
-    "removal_frozen": beside(
-        "DRRA, frozen editor, λ = 0, remove", "stage 1, remove", f"{SOURCE}, remove", ("frozen", "stage 1"), ratio=True
-    ),
-    "removal_against_rasa": beside("DRRA, λ = 0, remove", "RASA, remove", f"{SOURCE}, remove", ("DRRA, λ = 0", "RASA")),
     # phases
-    "phased_over_joint": beside("quality tuned", "joint", MEAN, ("phased", "joint")),
-    "tuning_helps": beside("quality tuned", "DRRA", MEAN, ("tuned", "not tuned")),
+    "phased_over_joint": Pair("DRRA, tuned", ("joint, tuned",), ("phased", "joint")),
+    "tuning_helps": Pair("DRRA, tuned", ("DRRA, further",), ("the cleanest tenth", "a tenth as it comes")),
     # the whole against others, by kind of edit
     **{
-        f"superior_{kind}": beside(
-            f"quality tuned, {kind}",
-            [f"description, {kind}", f"query tokens, {kind}"],
-            f"{SOURCE}, {kind}",
+        f"superior_{kind}": Pair(
+            "DRRA, tuned",
+            ("description, tuned", "query tokens, tuned"),
             ("FreeEdit", "better of description and query tokens"),
+            kind=kind,
         )
         for kind in ("add", "replace", "remove")
     },
 }
+COMPARED = {name: beside(pair) for name, pair in PAIRS.items()}
 
 
 @measures("overlap_of_masked")
 async def overlap_of_masked(run: Run) -> Measurement:
     """IoU of changed pixels, as a share of that of an editor that is given the region."""
     found = await outcomes(run)
-    values, baselines = ([each[f"{name}, sampled IoU"] for each in found] for name in ("DRRA", "masked"))
+    values, baselines, floors = (
+        [each[f"{name}, sampled IoU"] for each in found] for name in ("DRRA", "masked", "constant answer")
+    )
     sides = ("no mask", "given the mask")
-    none = [0.0] * len(found)
     return Measurement.ratio(
         values, baselines, seeds=run.seeds, unit="IoU of changed pixels", data=ABOUT, sides=sides,
         setting=said(run), tables=gaps(found), note=NOTE,
-        skills=[Skill(variant=side, values=of, dummy_baseline=none, higher_is_better=True)
+        skills=[Skill(variant=side, values=of, dummy_baseline=floors, higher_is_better=True)
                 for side, of in zip(sides, (values, baselines))],
     )  # fmt: skip
 
@@ -138,13 +161,16 @@ async def overlap_of_masked(run: Run) -> Measurement:
 async def outside_of_masked(run: Run) -> Measurement:
     """Error outside of sampled pictures, as a multiple of that of an editor that is given the region."""
     found = await outcomes(run)
-    inside, floors = ([each[name] for each in found] for name in ("DRRA", "source returned"))
+    floor = lowest(found, DUMMIES)
+    inside, given, floors = ([each[name] for each in found] for name in ("DRRA", "masked", floor))
     values, baselines = ([each[f"{name}, sampled outside"] for each in found] for name in ("DRRA", "masked"))
+    sides = ("no mask", "given the mask")
     return Measurement.ratio(
-        values, baselines, seeds=run.seeds, unit="squared error outside", data=ABOUT,
-        sides=("no mask", "given the mask"), setting=said(run), tables=gaps(found), note=NOTE,
-        # Who changes nothing has no error outside: that it edits shows inside.
-        skills=[Skill(variant="no mask", values=inside, dummy_baseline=floors, higher_is_better=False)],
+        values, baselines, seeds=run.seeds, unit="squared error outside", data=ABOUT, sides=sides,
+        setting=said(run), tables=gaps(found), note=NOTE,
+        # Who changes nothing has no error outside: that they edit shows inside.
+        skills=[Skill(variant=side, values=of, dummy_baseline=floors, higher_is_better=False)
+                for side, of in zip(sides, (inside, given))],
     )  # fmt: skip
 
 

@@ -328,12 +328,15 @@ class FreeEdit(nn.Module):
         Raises:
             UserError: steps out of range, or another sampler.
         """
-        count, (s_t, s_i) = steps or self.design.steps, guidance or self.design.guidance
+        count = self.design.steps if steps is None else steps
+        s_t, s_i = self.design.guidance if guidance is None else guidance
         if not 1 <= count <= STEPS:
             raise UserError(f"steps must lie between 1 and {STEPS}, got {count}")
         if not (tokens == self.placeholder).any():
             reference = None
         scheduler = self.scheduler(sampler)
+        if source.shape[0] == 0:  # which neither diffusers' U-Net nor the resizing of references takes
+            return source.clone()
         scheduler.set_timesteps(count, device=source.device)
         seen = self.latents(source, self.design.source_scaling)
         told = self.read(tokens, reference, noun)

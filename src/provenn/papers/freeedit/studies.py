@@ -6,22 +6,24 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from provenn.papers.freeedit.model import FreeEdit, freeedit_small
 from provenn.papers.freeedit.training import QUALITY_RATE, cleanest, opened
 from provenn.tasks import TaskData, get_task
 from provenn.tasks.base import count_examples, fingerprint
-from provenn.tasks.image_editing import KINDS, Edit, Edits, Written, composed_edits, vocabulary
+from provenn.tasks.image_editing import KINDS, Edit, Edits, composed_edits, vocabulary
 from provenn.training import Batches, Hardware, Recipe, Stage, run_stages
 
-STEPS = 450  # of each stage; joint training has those of two
-TUNING = 45  # steps of quality tuning
+PRIOR = 450  # steps of the prior, which all share
+STEPS = 300  # of each stage after it; joint training has those of two
+TUNING = 30  # steps of quality tuning
 LEARNING = Recipe(
     epochs=1000, batch_size=16, lr=2e-3, weight_decay=0.01, schedule="cosine", warmup_steps=30, clip=1.0
 )  # fmt: skip
-SIZES: dict[str, Any] = {"steps": STEPS, "tuning": TUNING}
+SIZES: dict[str, Any] = {"prior": PRIOR, "steps": STEPS, "tuning": TUNING}
 FULL, SMOKE = {"train": 6000, "val": 200, "test": 400}, {"train": 32, "val": 4, "test": 8}  # pairs of each split
 NOISY = (0.7, 0.96)  # share of the schedule at which predictions of the clean image are judged
 LEVELS = 4  # of noise that each pair is judged at
@@ -34,8 +36,7 @@ class Told(Dataset):
 
     Args:
         edits: the edits.
-        form: "reference" as they are; "description" in words alone; "class" with the noun in place of S*; "masked" with
-            the region grey in the source.
+        form: "reference" as they are; "description" in words alone; "masked" with the region grey in the source.
     """
 
     def __init__(self, edits: Edits, form: str):
@@ -46,27 +47,11 @@ class Told(Dataset):
 
     def __getitem__(self, index: int) -> Edit:
         edit = self.edits[index]
-        nothing = torch.zeros_like(edit.reference)
         if self.form == "description":
-            return edit._replace(tokens=edit.described, reference=nothing)
-        if self.form == "class":
-            said = with_noun(self.edits.written[index])
-            tokens = self.edits.vocabulary.encode(said)
-            padded = tokens + [self.edits.vocabulary.pad] * (len(edit.tokens) - len(tokens))
-            return edit._replace(tokens=torch.tensor(padded), reference=nothing)
+            return edit._replace(tokens=edit.described, reference=torch.zeros_like(edit.reference))
         if self.form == "masked":
             return edit._replace(source=torch.where(edit.mask, torch.full_like(edit.source, 0.5), edit.source))
         return edit
-
-
-def with_noun(one: Written) -> str:
-    """The instruction with the noun of the new object in place of S*, and of a description the noun alone."""
-    if one.noun:
-        return one.instruction.replace("a S*", "S*").replace("S*", f"a {one.noun}")
-    if one.kind == "describe":
-        head, _, thing = one.described.rpartition(" with ")
-        return f"{head} with a {thing.split()[-1]}"
-    return one.instruction
 
 
 def edits_of(seed: int, smoke: bool, form: str = "reference") -> TaskData:
@@ -95,16 +80,20 @@ class Bench:
     device: str
 
     def trained(self, model: FreeEdit, data: TaskData, plan: Sequence[tuple[str, int]]) -> FreeEdit:
-        """A copy of a model after stages, each a phase and its steps; "begin" before one takes the prior over."""
+        """A copy of a model after stages, each a phase and its steps; "begin" before one takes the prior over.
+
+        Two phases are quality tuning: "quality" on the cleanest tenth, and "further" on a tenth as it comes.
+        """
         model, stages = deepcopy(model), list[Stage]()
         data = replace(data, val=Batches.of([]), test=Batches.of([]))  # judged here, by errors at high noise
         for number, (phase, steps) in enumerate(plan):
             begins, name = phase.startswith("begin "), phase.removeprefix("begin ")
-            tuned = name == "quality"
+            tuned = name in ("quality", "further")
             recipe = replace(LEARNING, max_steps=2 if self.smoke else steps)
             if tuned:
                 recipe = replace(recipe, lr=QUALITY_RATE * recipe.lr, warmup_steps=0)
-            part, learning = (cleanest(data), "details") if tuned else (data, name)
+            part = cleanest(data) if name == "quality" else first_tenth(data) if name == "further" else data
+            learning = "details" if tuned else name
             task = get_task("image-editing")
             stages.append(Stage(f"{name} {number}", task, part, recipe, opened(learning, begins=begins)))
         run_stages(model, stages, seed=self.seed, hardware=Hardware(device=self.device))
@@ -122,6 +111,12 @@ class Bench:
             if model.refer is not None:
                 model.refer.reset()
         return model
+
+
+def first_tenth(data: TaskData) -> TaskData:
+    """As many pairs of the training as `cleanest` keeps, in the order that they were drawn in."""
+    train: Dataset[Any] = Subset(data.train, range(count_examples(cleanest(data).train)))
+    return replace(data, train=train)
 
 
 @torch.no_grad()
@@ -173,14 +168,50 @@ def overlap(model: FreeEdit, given: Dataset, pairs: Dataset, drawn: int = DRAWN)
     numbers = range(min(drawn, count_examples(pairs)))
     batch, truth = (Edit(*(torch.stack(parts) for parts in zip(*(of[k] for k in numbers)))) for of in (given, pairs))
     edited = model.edit(batch.source, batch.tokens, batch.reference, batch.noun, seeds=numbers)
-    due, changed = ((picture - truth.source).abs().amax(1).flatten(1) > CHANGED for picture in (truth.target, edited))
-    union = (changed | due).sum(1).clamp(min=1)
+    due, changed = (changed_pixels(picture, truth.source) for picture in (truth.target, edited))
     outside = ~truth.mask[:, 0].flatten(1)
     squared = (edited - truth.target).square().mean(1).flatten(1)
     return {
-        "IoU": float(((changed & due).sum(1) / union).mean()),
+        "IoU": mean_iou(changed, due),
         "outside": float(((squared * outside).sum(1) / outside.sum(1)).mean()),
     }
+
+
+def changed_pixels(picture: Tensor, source: Tensor) -> Bool[Tensor, "batch pixels"]:
+    """Where pictures differ from their sources by more than `CHANGED` in any colour."""
+    return (picture - source).abs().amax(1).flatten(1) > CHANGED
+
+
+def mean_iou(changed: Bool[Tensor, "batch pixels"], due: Bool[Tensor, "batch pixels"]) -> float:
+    """Intersection over union of changed pixels and those that were to change, mean over pictures."""
+    return float(((changed & due).sum(1) / (changed | due).sum(1).clamp(min=1)).mean())
+
+
+def constant_overlap(pairs: Dataset, train: Dataset, drawn: int = DRAWN) -> float:
+    """The highest mean IoU of any answer that is the same for all edits: the dummy baseline of `overlap`.
+
+    Nothing changes, everything does, the picture has one of 6×6×6 colours, or those pixels change that do so in at
+    least some share of the training. Which answer it is, is chosen on the pairs that are judged.
+
+    Args:
+        pairs: the edits that are judged.
+        train: the training, of which the first 500 are read.
+        drawn: how many pairs are judged.
+    """
+    source, target = _stacked(pairs, drawn)
+    due = changed_pixels(target, source)
+    often = changed_pixels(*reversed(_stacked(train, 500))).float().mean(0)
+    levels = torch.linspace(0, 1, 6)
+    answers = [torch.zeros_like(due), torch.ones_like(due)]
+    answers += [changed_pixels(colour.view(1, 3, 1, 1), source) for colour in torch.cartesian_prod(*[levels] * 3)]
+    answers += [(often >= share).expand_as(due) for share in often.unique()]
+    return max(mean_iou(answer, due) for answer in answers)
+
+
+def _stacked(edits: Dataset, count: int) -> tuple[Tensor, Tensor]:
+    """Sources and targets of the first edits."""
+    some = [edits[k] for k in range(min(count, count_examples(edits)))]
+    return torch.stack([edit.source for edit in some]), torch.stack([edit.target for edit in some])
 
 
 def of_kind(errors: Tensor, data: Told, kinds: Sequence[str]) -> float:
@@ -195,9 +226,9 @@ REFERENCED = ("add", "replace")
 def outcome(smoke: bool, device: str, seed: int) -> dict[str, float]:
     """All numbers of a seed: errors inside the object by variant, and what else the experiments compare."""
     bench = Bench(seed, smoke, device)
-    data = {form: edits_of(seed, smoke, form) for form in ("reference", "description", "class", "masked")}
+    data = {form: edits_of(seed, smoke, form) for form in ("reference", "description", "masked")}
     test: dict[str, Any] = {form: part.test for form, part in data.items()}
-    prior = bench.trained(bench.built(mode="none"), data["reference"], [("prior", STEPS)])
+    prior = bench.trained(bench.built(mode="none"), data["reference"], [("prior", PRIOR)])
     first = bench.trained(prior, data["reference"], [("begin instruction", STEPS)])
     found: dict[str, float] = {}
 
@@ -209,11 +240,8 @@ def outcome(smoke: bool, device: str, seed: int) -> dict[str, float]:
             found[f"{name}, {kind}"] = of_kind(errors["inside"], test[form], (kind,))
             found[f"{name}, {kind}, outside"] = of_kind(errors["outside"], test[form], (kind,))
 
-    note("stage 1", first)
     variants: dict[str, dict[str, Any]] = {
-        "query tokens": {"mode": "none"}, "blind branch": {"mode": "self"}, "RASA": {"mode": "rasa"},
-        "DRRA shared": {"mode": "drra", "share": True}, "DRRA": {"mode": "drra"},
-        "DRRA, frozen editor": {"mode": "drra", "freeze": True},
+        "query tokens": {"mode": "none"}, "blind branch": {"mode": "self"}, "DRRA": {"mode": "drra"},
     }  # fmt: skip
     kept: dict[str, FreeEdit] = {}
     for name, options in variants.items():
@@ -223,26 +251,31 @@ def outcome(smoke: bool, device: str, seed: int) -> dict[str, float]:
         if options["mode"] != "none":
             note(f"{name}, λ = 0", model, scale=0.0)
         kept[name] = model
-    for form, name in (("description", "description"), ("class", "class word")):
-        told = bench.trained(prior, data[form], [("begin instruction", STEPS), ("details", STEPS)])
-        note(name, told, form)
-    masked = bench.trained(bench.built(prior), data["masked"], [("begin instruction", STEPS), ("details", STEPS)])
-    tuned = bench.trained(kept["DRRA"], data["reference"], [("quality", TUNING)])
+    plan = [("begin instruction", STEPS), ("details", STEPS)]
+    described = bench.trained(prior, data["description"], plan)
+    note("description", described, "description")
+    masked = bench.trained(bench.built(prior), data["masked"], plan)
+    note("masked", masked, "masked")
+    for name in ("DRRA", "query tokens"):
+        note(f"{name}, tuned", bench.trained(kept[name], data["reference"], [("quality", TUNING)]))
+    tuned = bench.trained(described, data["description"], [("quality", TUNING)])
+    note("description, tuned", tuned, "description")
+    note("DRRA, further", bench.trained(kept["DRRA"], data["reference"], [("further", TUNING)]))
     whole = bench.trained(bench.built(prior), data["reference"], [("begin details", 2 * STEPS)])
-    note("quality tuned", tuned)
-    note("joint", bench.trained(whole, data["reference"], [("quality", TUNING)]))
+    note("joint, tuned", bench.trained(whole, data["reference"], [("quality", TUNING)]))
     wrong = Shuffled(test["reference"])
     found["wrong reference"] = of_kind(clean_errors(kept["DRRA"], wrong)["inside"], test["reference"], REFERENCED)
-    mean = mean_object(data["reference"].train)
+    means = mean_objects(data["reference"].train)
     for name, guess in {
         "source returned": lambda batch: batch.source,
-        "mean object": lambda batch: torch.where(batch.mask, mean, batch.source),
+        "mean object": lambda batch: torch.where(batch.mask, means[batch.kind], batch.source),
         "pasted": pasted,
     }.items():
         errors = simple_errors(test["reference"], guess)
         found[name] = of_kind(errors, test["reference"], REFERENCED)
         for kind in KINDS:
             found[f"{name}, {kind}"] = of_kind(errors, test["reference"], (kind,))
+    found["constant answer, sampled IoU"] = constant_overlap(test["reference"], data["reference"].train)
     for name, model, form in (("DRRA", kept["DRRA"], "reference"), ("masked", masked, "masked")):
         found |= {
             f"{name}, sampled {what}": value for what, value in overlap(model, test[form], test["reference"]).items()
@@ -268,10 +301,12 @@ class Shuffled(Dataset):
         return edit._replace(reference=self.edits[self.referenced[(at + 1) % len(self.referenced)]].reference)
 
 
-def mean_object(train: Dataset) -> Tensor:
-    """The mean colour of what edits put in, of the first 500 pairs."""
+def mean_objects(train: Dataset) -> Float[Tensor, "kinds 3 1 1"]:
+    """The mean colour of what edits of each kind put in, of the first 500 pairs; of all where a kind has none."""
     edits = [train[k] for k in range(min(500, count_examples(train)))]
-    return torch.cat([edit.target[:, edit.mask[0]] for edit in edits], dim=1).mean(1)[:, None, None]
+    of_kinds = ([edit for edit in edits if edit.kind == kind] or edits for kind in range(len(KINDS)))
+    colours = [torch.cat([edit.target[:, edit.mask[0]] for edit in some], dim=1).mean(1) for some in of_kinds]
+    return torch.stack(colours)[:, :, None, None]
 
 
 def pasted(batch: Edit) -> Tensor:

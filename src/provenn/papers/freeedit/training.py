@@ -28,7 +28,7 @@ def phases(model: nn.Module, task: Task, data: TaskData, recipe: Recipe, *, join
     - prior: extractor and text transformer learn, as a model of pictures.
     - instruction: the denoiser, which begins as the extractor, and the Q-Former learn, without refer-attention.
     - details: denoiser, Q-Former and branches learn, with λ = 1. The branches begin as copies.
-    - quality: the same learn on the cleanest tenth.
+    - quality: the same learn on the cleanest tenth of each kind.
 
     The paper starts from Stable Diffusion, which has its prior: with the option `start` the first stage is left out,
     and the others share its steps. Of a `design` that freezes, the denoiser stays as stage 1 left it from details on.
@@ -109,9 +109,17 @@ def _open(model: FreeEdit, *, phase: str, learns: Learns, begins: bool) -> Itera
 
 
 def cleanest(data: TaskData) -> TaskData:
-    """The share of the training of the highest quality, by its own word."""
-    quality = np.array([float(data.train[k].quality) for k in range(len(data.train))])  # type: ignore[arg-type]
-    count = max(1, round(CLEANEST * len(quality)))
-    best = np.argsort(-quality, kind="stable")[:count].tolist()
+    """The share of the training of the highest quality, by its own word, of each kind of edit.
+
+    Removals are all clean, since nothing is repainted there: of all kinds together they alone would stay.
+    """
+    edits = [data.train[k] for k in range(len(data.train))]  # type: ignore[arg-type]
+    quality, kinds = np.array([(float(edit.quality), int(edit.kind)) for edit in edits]).T
+    best: list[int] = []
+    for kind in np.unique(kinds):
+        numbers = np.flatnonzero(kinds == kind)
+        count = max(1, round(CLEANEST * len(numbers)))
+        best += numbers[np.argsort(-quality[numbers], kind="stable")[:count]].tolist()
+    best.sort()
     train: Dataset[Any] = Subset(data.train, best)
     return replace(data, train=train)
