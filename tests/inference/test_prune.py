@@ -122,7 +122,7 @@ def test_masks_of_another_pruning_are_refused(sparse, tmp_path):
 
 
 def test_pruned_weights_on_data_of_other_classes_say_what_to_do(sparse, tmp_path):
-    with pytest.raises(UserError, match="tune the ones that were pruned on this data with --two-steps, and prune what"):
+    with pytest.raises(UserError, match="tune unpruned weights on this data with --two-steps, and prune what"):
         provenn.train("dimap", "patches", weights=sparse, recipe=SHORT, out=tmp_path / "other")
 
 

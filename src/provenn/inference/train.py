@@ -362,8 +362,7 @@ def _as_started(start: _Start, built_with: dict[str, Any], data: str, two_steps:
             if start.masks is not None:
                 raise UserError(
                     f"{start.source} was built with {name} = {start.label.options[name]}, and {data} asks for {value}: "
-                    "pruned weights are tuned on data of their own kind; tune the ones that were pruned on this data "
-                    "with --two-steps, and prune what comes out"
+                    "tune unpruned weights on this data with --two-steps, and prune what comes out"
                 )
             raise UserError(
                 f"{start.source} was built with {name} = {start.label.options[name]}, and {data} asks for {value}: "
