@@ -494,8 +494,8 @@ class MultimodalChat(Task):
             UserError: always.
         """
         raise UserError(
-            f"{self.name} writes its answers token by token, with a cache, which is no single graph of ONNX: a decoder of "
-            "Llama's or Qwen2's layout without a paper's layers goes by `provenn.huggingface.save_huggingface`"
+            f"{self.name} writes its answers token by token, with a cache, which is no single graph of ONNX: a "
+            "decoder of Llama's or Qwen2's layout without a paper's layers goes by `provenn.huggingface.save_huggingface`"
         )
 
     def picture(self, model: nn.Module, data: TaskData) -> "Figure | None":
