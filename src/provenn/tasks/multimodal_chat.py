@@ -495,7 +495,7 @@ class MultimodalChat(Task):
         """
         raise UserError(
             f"{self.name} writes its answers token by token, with a cache, which is no single graph of ONNX: a "
-            "decoder of Llama's or Qwen2's layout without a paper's layers goes by `provenn.huggingface.save_huggingface`"
+            "decoder of Llama's or Qwen2's layout without a paper's layers goes by provenn.huggingface.save_huggingface"
         )
 
     def picture(self, model: nn.Module, data: TaskData) -> "Figure | None":
