@@ -97,6 +97,18 @@ def test_features_of_regions_lie_on_the_disk_with_their_lengths(tmp_path):
     assert some.lengths.tolist() == [3, 1] and (some.images[0] == parts["train"].images[2]).all()
 
 
+def test_numbers_of_real_regions_are_finite(tmp_path):
+    features(tmp_path, lengths=[1, 2, 3, 3, 3, 3])
+    values = np.load(tmp_path / "train_ims.npy")
+    values[0, 1] = np.nan  # not real
+    np.save(tmp_path / "train_ims.npy", values)
+    assert len(read_captions(tmp_path)["train"].captions) == 6
+    values[4, 2, 1] = np.inf
+    np.save(tmp_path / "train_ims.npy", values)
+    with pytest.raises(UserError, match=r"train_ims.npy: image 4, region 2 holds NaN or infinity"):
+        read_captions(tmp_path)
+
+
 def test_an_image_that_stands_once_for_each_caption_is_one_image(tmp_path):
     features(tmp_path, images=10, each=1)
     values = np.load(tmp_path / "train_ims.npy")

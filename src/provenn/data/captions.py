@@ -27,6 +27,7 @@ LAYOUTS = ("karpathy", "coco", "flickr30k", "features", "plain")
 SPLITS = {"train": ("train", "restval"), "val": ("val", "dev"), "test": ("testall", "test")}
 PLAIN = ("captions.csv", "captions.tsv", "captions.txt")
 TOKENS = ("results_20130124.token", "results.csv", "Flickr8k.token.txt")
+BLOCK = 256  # images of features that are looked at together
 TOKEN = re.compile(r"(.+?)#(\d+)\t(.*)")  # 1000092795.jpg#0, a tab, a caption
 
 
@@ -294,6 +295,7 @@ def _precomputed(root: Path, name: str) -> Captioned:
                 f"{lengths_file}: expected {count} numbers from 1 to {images.shape[1]}, one for each image, got "
                 f"{len(lengths)} from {lengths.min()} to {lengths.max()}"
             )
+    _check_finite(features, images, lengths)
     if (
         each == 1
         and count % 5 == 0
@@ -302,6 +304,20 @@ def _precomputed(root: Path, name: str) -> Captioned:
         images, each = images[::5], 5  # each image five times, as in the field's files of dev and test
         lengths = None if lengths is None else lengths[::5]
     return Captioned(images, [captions[each * k : each * (k + 1)] for k in range(len(images))], lengths)
+
+
+def _check_finite(file: Path, images: np.ndarray, lengths: np.ndarray | None) -> None:
+    """Are all numbers of real regions finite? Read part by part, as the array may be larger than the memory."""
+    for start in range(0, len(images), BLOCK):
+        wrong = ~np.isfinite(images[start : start + BLOCK]).all(2)
+        if lengths is not None:
+            wrong &= np.arange(images.shape[1]) < lengths[start : start + BLOCK, None]
+        if wrong.any():
+            image, region = np.argwhere(wrong)[0]
+            raise UserError(
+                f"{file}: image {start + image}, region {region} holds NaN or infinity: expected finite numbers, so "
+                "extract its features again"
+            )
 
 
 def _array(file: Path, dimensions: int) -> np.ndarray:

@@ -99,6 +99,29 @@ def test_padding_changes_nothing_whatever_it_holds():
     assert (more.weights[..., 5:] == 0).all()
 
 
+def test_padding_passes_no_gradient_whatever_it_holds():
+    query, context = (l2_normalise(drawn(1, n, 6, seed=n)) for n in (4, 5))
+    real = torch.tensor([[True, True, True, False]])
+    query[0, 3] = torch.nan
+    query.requires_grad_()
+    context.requires_grad_()
+    found = regulated_attention(query, context, query_mask=real).values[:, :3].square().sum(-1) @ torch.rand(3).double()
+    of_query, of_context = torch.autograd.grad(found.sum(), (query, context))
+    assert of_context.isfinite().all() and of_query[0, :3].isfinite().all() and (of_query[0, 3] == 0).all()
+
+
+def test_what_is_zero_stays_zero_in_onnx(tmp_path):
+    class Lengths(torch.nn.Module):
+        def forward(self, x):
+            return l2_normalise(x)
+
+    file = tmp_path / "lengths.onnx"
+    torch.onnx.export(Lengths(), (torch.ones(2, 3),), file, dynamo=True, verbose=False)
+    given = torch.tensor([[0.0, 0.0, 0.0], [0.0, 3.0, 4.0]])
+    ran = pytest.importorskip("onnxruntime").InferenceSession(file).run(None, {"x": given.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(ran), l2_normalise(given))
+
+
 def test_attention_is_in_single_precision_under_autocast():
     query, context = l2_normalise(drawn(1, 4, 6)).float(), l2_normalise(drawn(1, 5, 6, seed=1)).float()
     with torch.autocast("cpu", torch.bfloat16):

@@ -32,6 +32,7 @@ from provenn.papers.rcar.layers import (
     check_temperature,
     initialise,
     l2_normalise,
+    off_zero,
 )
 
 Host = Literal["mean", "max", "sum", "lse", "alignment", "sgr", "saf"]
@@ -274,7 +275,7 @@ class Similarity(nn.Module):
             used: Tensor | None = None
             if number < len(self.align):
                 # l2norm(Σ_i α_i c_i) is Σ_i (α_i / length) c_i: no second pass over d numbers.
-                shares = weights / (lengths_of(weights, gram)[..., None] + EPSILON)
+                shares = weights / off_zero(lengths_of(weights, gram)[..., None])
                 local = self.align[number](rows, packing.pack(shares) @ context)
             if number < len(self.align) and (self.rar or number == self.rcr):
                 a, mask = join_whole(whole, packing.unpack(local), query_mask)
@@ -486,7 +487,7 @@ class AttentionFiltration(nn.Module):
     def forward(self, a: Float[Tensor, "contexts sets nodes align"], mask: Bool[Tensor, "1 sets nodes"]) -> Tensor:
         scores = apply_single(self.score, a)[..., 0]
         gates = self._norm(scores, mask.expand_as(scores)).sigmoid().masked_fill(~mask, 0)
-        shares = gates / (gates.sum(-1, keepdim=True) + EPSILON)
+        shares = gates / off_zero(gates.sum(-1, keepdim=True))
         return l2_normalise((shares[..., None, :] @ a.masked_fill(~mask[..., None], 0))[..., 0, :])
 
     def _norm(self, scores: Tensor, mask: Tensor) -> Tensor:

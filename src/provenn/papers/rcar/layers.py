@@ -31,7 +31,12 @@ def l2_normalise(x: Float[Tensor, "*shape"], dim: int = -1) -> Float[Tensor, "*s
     >>> l2_normalise(torch.tensor([3.0, 4.0])).tolist()
     [0.6000000238418579, 0.800000011920929]
     """
-    return x / (torch.linalg.vector_norm(x, dim=dim, keepdim=True) + EPSILON)
+    return x / off_zero(torch.linalg.vector_norm(x, dim=dim, keepdim=True))
+
+
+def off_zero(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """x + 10⁻⁸ of numbers that are at least 0, also where what exports to ONNX drops so small an addition."""
+    return (x + EPSILON).clamp_min(EPSILON)
 
 
 def apply_single(module: nn.Module, x: Tensor) -> Tensor:
@@ -106,7 +111,8 @@ def regulated_attention(
     [[[0.5, 0.5], [0.5, 0.5]]]
     """
     with without_autocast(query):
-        query, context = at_least_single(query), at_least_single(hide_tokens(context, context_mask))
+        query = at_least_single(hide_tokens(query, query_mask))
+        context = at_least_single(hide_tokens(context, context_mask))
         asked = query if factors is None else query * factors
         lam = temperature if not isinstance(temperature, Tensor) else temperature[:, None]
         weights = attention_weights(
@@ -171,7 +177,7 @@ def scaled_similarities(
     if scaling.endswith("l2norm"):
         return l2_normalise(similarity, dim=-2)
     if scaling.endswith("l1norm"):
-        return similarity / (similarity.abs().sum(dim=-2, keepdim=True) + EPSILON)
+        return similarity / off_zero(similarity.abs().sum(dim=-2, keepdim=True))
     return similarity
 
 
