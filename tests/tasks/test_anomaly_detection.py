@@ -14,7 +14,7 @@ from provenn.core.errors import UserError
 from provenn.data.defects import Drawn
 from provenn.nn.anomaly import Anomalies
 from provenn.tasks import TaskData, get_task
-from provenn.tasks.anomaly_detection import Composed, best_threshold, evaluated, floors, join_named
+from provenn.tasks.anomaly_detection import Composed, best_threshold, evaluated, floors, join_named, shrink_mask
 from provenn.training import Recipe, fit
 
 TASK = get_task("anomaly-detection")
@@ -172,6 +172,24 @@ def test_no_image_that_was_trained_on_is_tested_in_silence(root):
             held = TASK.held_out(root, seen, seed=3, **options)
         assert held.about.endswith(f", of which the weights may have seen {name}")
     assert TASK.held_out(root, META).about == f"the test images of 3 categories in {root}"
+
+
+def test_no_defect_falls_between_the_pixels_that_are_seen(root):
+    file = next(root.rglob("*_mask.png"))
+    drawn = np.zeros((160, 160), np.uint8)
+    drawn[100:103, 21:23] = 255
+    for side in (8, 16, 40, 160, 200):
+        Image.fromarray(drawn).save(file)
+        seen = shrink_mask(file, side)
+        assert seen.shape == (side, side) and set(seen.unique().tolist()) == {0.0, 1.0}
+        rows, columns = seen.nonzero().float().add(0.5).mul(160 / side).mean(0).tolist()
+        assert abs(rows - 101.5) <= 160 / side and abs(columns - 22) <= 160 / side
+    Image.fromarray(drawn[1::3, 1::3]).save(file)
+    whole = drawn[1::3, 1::3] > 0
+    assert (shrink_mask(file, len(whole)).numpy() == whole).all()
+    Image.fromarray(0 * drawn).save(file)
+    with pytest.raises(UserError, match="the mask of a defect is black everywhere: mark the defect"):
+        shrink_mask(file, 16)
 
 
 def test_options_that_fit_no_embedded_data_are_refused():

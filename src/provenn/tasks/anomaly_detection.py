@@ -72,12 +72,28 @@ class Inspections(Dataset):
         if not 0 <= index < len(self):
             raise IndexError(f"there are {len(self)} images, asked for number {index}")
         part, side = self.parts[index], int(self.meta["size"])
-        mask = torch.zeros(side, side)
-        if part.mask is not None:
-            drawn = torch.from_numpy(read_defect_mask(part.mask)).float()
-            mask = F.interpolate(drawn[None, None], (side, side), mode="nearest-exact")[0, 0]
+        mask = torch.zeros(side, side) if part.mask is None else shrink_mask(part.mask, side)
         image = standardise(_seen(read_pixels(part.image), side).float() / 255, self.meta)
         return image, self.names.index(part.category), torch.tensor(float(part.mask is not None)), mask
+
+
+def shrink_mask(file: Path, side: int) -> Float[Tensor, "side side"]:
+    """A mask at the size that is seen, by the nearest pixel; of a defect that falls between, each cell that it touches.
+
+    Args:
+        file: of the mask; what is not black is defect.
+        side: of the square, in pixels.
+
+    Raises:
+        UserError: all of it is black.
+    """
+    drawn = torch.from_numpy(read_defect_mask(file)).float()[None, None]
+    if not drawn.any():
+        raise UserError(
+            f"{file}: the mask of a defect is black everywhere: mark the defect, or move its image to the good ones"
+        )
+    mask = F.interpolate(drawn, (side, side), mode="nearest-exact")
+    return (mask if mask.any() else F.adaptive_max_pool2d(drawn, side))[0, 0]
 
 
 class Composed(Dataset):
