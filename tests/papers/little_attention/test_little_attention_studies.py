@@ -16,12 +16,14 @@ from provenn.papers.little_attention.bench import sweep
 from provenn.papers.little_attention.bench.search import Search, accept, compare, pareto_front, rules_of
 from provenn.papers.little_attention.inspection import inspect
 from provenn.papers.little_attention.studies import (
+    DRAWN,
     SPACE,
     Branches,
     Net,
     attention_parameters,
     cameras,
     first_and_second,
+    gate_on_covered,
     gate_on_occluder,
     network,
     put_into_trained,
@@ -32,6 +34,7 @@ from provenn.papers.little_attention.studies import (
     tuned_to,
     two_step,
 )
+from provenn.papers.little_attention.zoo import RelationAware
 from provenn.tasks import get_task
 from provenn.training import Recipe, run_stages
 
@@ -161,6 +164,30 @@ def test_the_gate_on_an_occluder_is_read_off_relations(data):
     assert gate_on_occluder(network(Net("3.1"), 4).eval(), data) == 0
     with torch.no_grad():
         assert -1 < gate_on_occluder(network(Net("3.1", "rga_s"), 4).eval(), data) < 1
+
+
+def test_a_gate_that_prefers_one_half_of_every_picture_comes_to_0(data, monkeypatch):
+    torch.manual_seed(0)
+    net = network(Net("3.1", "rga_s"), 4).eval()
+    assert -1 < gate_on_covered(net, data) < 1
+    relation = next(m for m in net.modules() if isinstance(m, RelationAware) and m.over == "positions")
+    rows, columns = relation.shape[1:]
+    lower = (torch.arange(rows) >= rows // 2).float().repeat_interleave(columns)
+
+    def by_place(x):
+        return lower.expand(len(x), 1, -1)
+
+    monkeypatch.setattr(relation, "gate", by_place)
+    assert gate_on_covered(net, data) == 0 and gate_on_occluder(net, data) == 1
+    others = iter([lower, lower, 1 - lower, 1 - lower])  # each is asked for by the network and by the probe
+    monkeypatch.setattr(relation, "gate", lambda x: next(others).expand(len(x), 1, -1))  # open where covered
+    assert gate_on_covered(net, data) == 1
+    with pytest.raises(ValueError, match="expected a network with relation-aware attention"):
+        gate_on_covered(network(Net("3.1"), 4).eval(), data)
+
+
+def test_no_placement_was_drawn_twice():
+    assert len(set(DRAWN)) == 4 and set(DRAWN) <= set(SPACE) - {"none"}
 
 
 def test_rules_are_marginal_effects():

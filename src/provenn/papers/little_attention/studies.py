@@ -27,7 +27,7 @@ DEPTHS, WIDTHS = (1, 1, 2), (24, 48, 72)
 ONE, THREE = "3.1", "2.1,3.1,3.2"  # late stages; the last is a head on the embedding, which is never taken alone
 WIDER = (34, 68, 102)  # √2 times as wide: about the multiply-adds of twice the depth
 SPACE = tuple(str(Placement.of_vector([2 * (i >> bit & 1) for bit in range(4)], DEPTHS)) for i in range(16))
-RANDOM = random.Random(0).choice(SPACE[1:])  # the one random place, drawn before anything was trained
+DRAWN = tuple(random.Random(0).sample(SPACE[1:], 4))  # random placements, drawn before anything was trained
 SINGLE = ("1.1", "2.1", "3.1", "3.2")
 SHORT = 4  # identities of a smoke run
 ONE_CPU = Hardware()
@@ -304,6 +304,36 @@ def gate_on_occluder(model: nn.Module, data: TaskData) -> float:
     gate = seen[0].unflatten(2, last.shape[1:])
     rows = last.shape[1] // 2
     return float((gate[:, :, rows:].mean() - gate[:, :, :rows].mean()).item())
+
+
+@torch.no_grad()
+def gate_on_covered(model: nn.Module, data: TaskData) -> float:
+    """The mean gate of relation-aware attention on a covered half of a picture, minus that on the half that is seen.
+
+    Of each of 64 test pictures first the lower half is covered by that of another identity, then the upper one. So a
+    gate that prefers one half of every picture comes to 0.
+
+    Raises:
+        ValueError: the network has no such attention.
+    """
+    relations = [m for m in model.modules() if isinstance(m, RelationAware) and m.over == "positions"]
+    if not relations:
+        raise ValueError("expected a network with relation-aware attention over positions")
+    test: Any = data.test
+    images = torch.stack([test[i][0] for i in range(min(64, len(test)))])
+    others, last = images.roll(len(images) // 2, 0), relations[-1]
+    half, rows = images.shape[2] // 2, last.shape[1] // 2
+    seen: list[Tensor] = []
+    handle = last.register_forward_hook(lambda module, args, _: seen.append(last.gate(args[0])))
+    try:
+        model(torch.cat([images[:, :, :half], others[:, :, half:]], 2).to(device_of(model)))
+        model(torch.cat([others[:, :, :half], images[:, :, half:]], 2).to(device_of(model)))
+    finally:
+        handle.remove()
+    below, above = (gate.unflatten(2, last.shape[1:]) for gate in seen)
+    covered = below[:, :, rows:].mean() + above[:, :, :rows].mean()
+    bare = below[:, :, :rows].mean() + above[:, :, rows:].mean()
+    return float((covered - bare).item() / 2)
 
 
 def rules(scores: Mapping[str, Sequence[float]], places: Sequence[str] = SINGLE) -> list[list[Any]]:
