@@ -37,11 +37,11 @@ FILLERS = (
 FACTS = 3  # of a caption
 NOISE = 0.2  # deviation, where a pixel is 0…1
 FOLD = 200  # images that are searched at a time
-COUNTS = {"train": 7200, "val": 2 * FOLD, "test": 5 * FOLD}
+COUNTS = {"train": 6400, "val": 2 * FOLD, "test": 5 * FOLD}
 SHARES = {"train": (0.0, 0.6), "val": (0.6, 0.75), "test": (0.75, 1.0)}  # of the glyphs of each digit
 FEW, MANY = (0, 2), (2, 5)  # fillers before each fact and at the end
 DIM, ALIGN = 32, 16  # d and m
-BATCH, STEPS = 16, 900
+BATCH, STEPS = 16, 1200
 CELLS, WORDS = 9, 15  # of a pair, for counts
 RIDGE = 10.0
 SHOWN = 100  # test pairs that a probe looks at
@@ -195,7 +195,7 @@ class Variant(NamedTuple):
     tied: bool = False
     kind: str = ""
     hidden: int = 0
-    warm: float = 0.5
+    warm: float = 0.75
 
     def similarity(self) -> Similarity:
         """Of this variant."""
