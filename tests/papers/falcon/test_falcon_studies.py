@@ -250,17 +250,55 @@ def test_views_of_a_region_have_its_label(monkeypatch):
 def test_questions_are_words_before_the_answer():
     data = questions(0, True)
     images, labels = data.train.tensors
-    assert images[:, :3].mean((0, 2, 3)).abs().max() < 1e-3, "the mean that is taken off is the training's"
-    asked = images[:, 3].flatten(1)[:, :48]
-    lengths = (asked >= 0).sum(1)
-    assert (lengths >= 4).all() and (asked.gather(1, lengths[:, None] - 1) >= 0).all()
+    asked = images[:, 1].flatten(1)[:, :48]
+    kinds = asked[:, 0].long()
+    assert ((asked >= 0).sum(1) == torch.where(kinds < 2, 2, 1)).all() and kinds.unique().tolist() == [0, 1, 2, 3]
     model = network(Variant("recompact"), **data.options).eval()
     with torch.no_grad():
         together, alone = model(images[:4]), torch.cat([model(image[None]) for image in images[:4]])
         torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
         other = images[:1].clone()
-        other[0, 3, 0, 0] = (other[0, 3, 0, 0] + 1) % data.options["words"]
+        other[0, 1, 0, 0] = (other[0, 1, 0, 0] + 1) % 4
         assert not torch.allclose(model(other), model(images[:1])) and labels.unique().numel() > 8
+
+
+def test_answers_are_true_of_what_is_drawn(monkeypatch):
+    monkeypatch.setattr(studies, "NOISE", 0.0)
+    data = questions.__wrapped__(0, True)
+    digits, labels = studies._digits(0)["test"]
+
+    def what_is_in(crop):
+        """The class and the side of a digit in a crop."""
+        rows, columns = (crop != 0).any(1).nonzero()[:, 0], (crop != 0).any(0).nonzero()[:, 0]
+        if not len(rows):
+            return None
+        side = next(side for side in studies.ASKED_SIDES if len(rows) <= side)
+        top, left = min(int(rows[0]), SIDE - side), min(int(columns[0]), SIDE - side)
+        known = studies._enlarged(digits, side)
+        apart = (known - crop[top : top + side, left : left + side]).square().sum((1, 2))
+        return int(labels[apart.argmin()]), side
+
+    for image, answer, kind in zip(*data.test.tensors, data.meta["kinds"].tolist()):
+        question, canvas = image[1, 0, :2].long().tolist(), image[0]
+        crops = [what_is_in(canvas[r : r + SIDE, c : c + SIDE]) for r in (0, SIDE) for c in (0, SIDE)]
+        there = [found for found in crops if found]
+        assert question[0] == kind and len({c for c, _ in there}) == len({s for _, s in there}) == len(there)
+        if kind == 0:
+            truth = crops[question[1] - studies.FIRST_CROP][0]
+        elif kind == 1:
+            truth = 5 + [found and found[0] for found in crops].index(question[1] - studies.FIRST_CLASS)
+        elif kind == 2:
+            truth = 8 + len(there)
+        else:
+            truth = max((side, digit) for digit, side in there)[1]
+        assert truth == int(answer)
+
+
+def test_who_reads_the_question_alone_is_the_dummy_baseline():
+    data = questions(0, False)
+    floor = studies.ANSWERING.dummy_baseline(data)
+    assert 0.22 < floor < 0.35, "a fifth of five classes, a quarter of four crops, a third of three counts"
+    assert floor > get_task("image-classification").dummy_baseline(data)
 
 
 def test_the_last_stage_adds_exchange_as_a_copy_and_freezes_the_vit():
@@ -394,7 +432,7 @@ def test_probes_read_off_what_is_lost_and_what_is_asked():
     asked = questions(0, True)
     kinds, right = asked.meta["kinds"], asked.test.tensors[1]
     answers = torch.where(kinds == 1, right, (right + 1) % asked.options["num_classes"])
-    found = [accuracy_of(kind, Told(answers, asked.options["num_classes"]), asked) for kind in ("colour", "noun")]
+    found = [accuracy_of(kind, Told(answers, asked.options["num_classes"]), asked) for kind in ("digit", "place")]
     assert found == [0, 1]
 
 

@@ -16,6 +16,8 @@ from provenn.papers.falcon.crops import places_of
 from provenn.papers.falcon.model import LLAMA_3_1_8B, SIGLIP_LARGE, RegisterViT, falcon_encoder
 from provenn.papers.falcon.rivals import AllTokens
 from provenn.papers.falcon.studies import (
+    ANSWERING,
+    ANSWERS,
     ASKED,
     LONGER,
     MATCHED,
@@ -125,7 +127,7 @@ PAIRS = Study(
 )
 QUESTIONS = Study(
     "four kinds of questions",
-    "image-classification",
+    ANSWERING,
     data=questions,
     variants={
         "falcon": ("FALCON", Variant("falcon")),
@@ -135,11 +137,15 @@ QUESTIONS = Study(
         "keep": ("all 36 patches", Variant("keep", wider=MATCHED)),
     },
     build=network,
-    recipe=RECIPE,
+    recipe=ANSWERS,
     lrs=RATES,
     probes={kind: partial(accuracy_of, kind) for kind in ASKED},
-    trained=in_stages,
-    about="questions about colour, kind, number and place of digits and shapes on photographs and textures, 48×48",
+    trained=partial(from_crops, train=in_stages),
+    about=(
+        "questions about one to three digits (scikit-learn) of 12, 16 and 20 pixels in four crops of 24: which, where, "
+        "how many, and the largest"
+    ),
+    note=BEGUN,
     **SIZES,
 )
 TOKENS = ("pooling", "shuffle", "abstractor")  # others that leave four tokens of a crop

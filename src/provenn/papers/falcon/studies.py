@@ -1,6 +1,8 @@
 """Data, networks and trainings of FALCON's experiments: small encoders of crops, read by a decoder of two layers."""
 
 import copy
+import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,7 +35,8 @@ from provenn.papers.falcon.rivals import (
 )
 from provenn.tasks import Task, TaskData, fingerprint, get_task
 from provenn.tasks.base import device_of
-from provenn.tasks.embedded import GREY, SOURCES, composed_scenes, grey_photograph, photograph, wide_patches, words_of
+from provenn.tasks.embedded import GREY, SOURCES, grey_photograph, photograph, wide_patches
+from provenn.tasks.image_classification import ImageClassification
 from provenn.training import Fit, Hardware, Recipe, Stage, fit, only, run_stages
 
 SIDE, PATCH, REGISTERS = 24, 4, 4  # 36 patches of a crop to 4 tokens: 9-fold
@@ -41,6 +44,7 @@ CANVAS = 48  # pixels of an image's side: 2 × 2 crops
 DEPTH, HEADS, DIM = 3, 2, 32
 COUNTS = {"train": 3200, "val": 400, "test": 1000}
 RECIPE = Recipe(epochs=4, batch_size=32, lr=3e-3, weight_decay=0.05, decay_vectors=False, schedule="onecycle", clip=1.0)
+ANSWERS = replace(RECIPE, epochs=6)  # of networks that answer questions
 LONGER = replace(RECIPE, epochs=8)  # of networks that read digits, begun with a tower that names them in crops
 ON_CROPS = replace(LONGER, batch_size=64)  # of that tower
 ONE_CPU = Hardware()
@@ -353,36 +357,91 @@ def _views_of(name: str, count: int, generator: torch.Generator) -> Float[Tensor
     return torch.cat(parts)
 
 
-ASKED = ("colour", "noun", "count", "position")
-QUESTIONS = {"train": 8, "val": 4, "test": 4}  # of a scene; those of other kinds are left out
+ASKED = ("digit", "place", "count", "largest")
+ASKED_CLASSES, ASKED_SIDES = 5, (12, 16, 20)  # of digits; no two of an image are of one class or one side
+CORNERS = 4  # crops of an image, each with one digit at most
+FIRST_CLASS, FIRST_CROP = len(ASKED), len(ASKED) + ASKED_CLASSES  # words: of questions, of digits, of crops
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def questions(seed: int, smoke: bool) -> TaskData:
-    """Scenes of coloured digits and shapes, 48² pixels, with four kinds of questions; answers are classes."""
-    found: dict[str, list[tuple[Tensor, list[str], str, str]]] = {}
-    for split, many in QUESTIONS.items():
-        count = 24 if smoke else {"train": 2000, "val": 300, "test": 600}[split]
-        scenes = composed_scenes(split, seed, count, side=CANVAS, questions=many)
-        found[split] = [
-            (torch.from_numpy(scene.pixels).permute(2, 0, 1), words_of(asked.text), asked.answer, asked.kind)
-            for scene in scenes
-            for asked in scene.questions
-            if asked.kind in ASKED
-        ]
-    words = sorted({word for rows in found.values() for _, text, _, _ in rows for word in text})
-    answers = sorted({answer for rows in found.values() for _, _, answer, _ in rows})
-    mean = torch.stack([pixels for pixels, *_ in found["train"]]).float().mean((0, 2, 3))[:, None, None]
+    """One to three digits of 12, 16 and 20 pixels in crops of 48² of noise, and one of four kinds of questions.
+
+    Asked are the digit in a crop, the crop of a digit, how many there are, and the largest of two or three. A question
+    is a word of its kind and, of the first two kinds, one of what it is about.
+    """
+    generator = torch.Generator().manual_seed(5 * seed + 11)
     parts, kinds = {}, {}
-    for split, rows in found.items():
-        images = torch.stack([(pixels - mean) / 64 for pixels, *_ in rows])
-        channel = torch.full((len(rows), 1, CANVAS, CANVAS), -1.0)
-        for row, (_, text, _, _) in enumerate(rows):
-            channel[row, 0, 0, : len(text)] = torch.tensor([words.index(word) for word in text], dtype=torch.float32)
-        labels = torch.tensor([answers.index(answer) for _, _, answer, _ in rows])
-        parts[split] = (torch.cat([images, channel], dim=1), labels)
-        kinds[split] = torch.tensor([ASKED.index(kind) for *_, kind in rows])
-    return _made("four kinds of questions", parts, len(answers), {"kinds": kinds["test"]}, words=len(words))
+    for split in COUNTS:
+        count = (2 if split == "train" else 1) * _sized(smoke, split)
+        kind = torch.randint(len(ASKED), (count,), generator=generator)
+        most = len(ASKED_SIDES)
+        many = torch.randint(1, most + 1, (count,), generator=generator)
+        many = torch.where(kind == ASKED.index("largest"), many.clamp_min(2), many)
+        classes, crops, sides = (
+            torch.rand(count, of, generator=generator).argsort(1)[:, :most] for of in (ASKED_CLASSES, CORNERS, most)
+        )
+        canvas = _questioned(split, seed, many, classes, crops, sides, generator)
+        largest = sides.masked_fill(torch.arange(most) >= many[:, None], -1).argmax(1, keepdim=True)
+        none = torch.full_like(many, -1)
+        answers = [classes[:, 0], ASKED_CLASSES + crops[:, 0], ASKED_CLASSES + CORNERS - 1 + many]
+        answers.append(classes.gather(1, largest)[:, 0])
+        about = [FIRST_CROP + crops[:, 0], FIRST_CLASS + classes[:, 0], none, none]
+        labels, told = (torch.stack(of_kind, 1).gather(1, kind[:, None])[:, 0] for of_kind in (answers, about))
+        channel = torch.full((count, 1, CANVAS, CANVAS), -1.0)
+        channel[:, 0, 0, :2] = torch.stack([kind, told], dim=1).float()
+        parts[split], kinds[split] = (torch.cat([canvas, channel], dim=1), labels), kind
+    classes_of_answers = ASKED_CLASSES + CORNERS + len(ASKED_SIDES)
+    meta = {"kinds": kinds["test"]}
+    return _made("four kinds of questions", parts, classes_of_answers, meta, words=FIRST_CROP + CORNERS)
+
+
+def _questioned(
+    split: str, seed: int, many: Tensor, classes: Tensor, crops: Tensor, sides: Tensor, generator: torch.Generator
+) -> Float[Tensor, "count 1 48 48"]:
+    """Noise with so many digits, each of its class, in its crop, and of its side by number."""
+    digits, labels = _digits(seed)[split]
+    of_class = [torch.nonzero(labels == label)[:, 0] for label in range(ASKED_CLASSES)]
+    canvas = NOISE * torch.randn(len(many), 1, CANVAS, CANVAS, generator=generator)
+    for place, (number, side) in itertools.product(range(len(ASKED_SIDES)), enumerate(ASKED_SIDES)):
+        rows = ((sides[:, place] == number) & (many > place)).nonzero()[:, 0]
+        draw = torch.rand(len(rows), generator=generator).tolist()
+        known = [of_class[c] for c in classes[rows, place].tolist()]
+        chosen = torch.stack([own[int(d * len(own))] for d, own in zip(draw, known)])
+        corners = SIDE * torch.stack([crops[rows, place] // 2, crops[rows, place] % 2], dim=1)
+        corners = corners + torch.randint(SIDE - side + 1, (len(rows), 2), generator=generator)
+        canvas[rows] = _pasted(canvas[rows], _enlarged(digits[chosen], side), corners)
+    return canvas
+
+
+def _pasted(canvas: Tensor, digits: Tensor, corners: Tensor) -> Tensor:
+    _paste(canvas, digits, corners)
+    return canvas
+
+
+class Asked(ImageClassification):
+    """Classes as answers; who does not look at the image answers what is most frequent after the question."""
+
+    def dummy_baseline(self, data: TaskData) -> float:
+        """Accuracy of the commonest answer to each question."""
+        known: Any = data.train
+        asked: Any = data.test
+        counts: dict[tuple[float, ...], Counter[int]] = {}
+        for question, label in zip(_questions_of(known.tensors[0]), known.tensors[1].tolist()):
+            counts.setdefault(question, Counter())[label] += 1
+        best = {question: found.most_common(1)[0][0] for question, found in counts.items()}
+        right = [
+            best.get(question) == label
+            for question, label in zip(_questions_of(asked.tensors[0]), asked.tensors[1].tolist())
+        ]
+        return sum(right) / len(right)
+
+
+ANSWERING = Asked()
+
+
+def _questions_of(images: Tensor) -> list[tuple[float, ...]]:
+    return [tuple(row) for row in images[:, -1, 0, :2].tolist()]
 
 
 # Trainings
