@@ -410,12 +410,9 @@ def _questioned(
         chosen = torch.stack([own[int(d * len(own))] for d, own in zip(draw, known)])
         corners = SIDE * torch.stack([crops[rows, place] // 2, crops[rows, place] % 2], dim=1)
         corners = corners + torch.randint(SIDE - side + 1, (len(rows), 2), generator=generator)
-        canvas[rows] = _pasted(canvas[rows], _enlarged(digits[chosen], side), corners)
-    return canvas
-
-
-def _pasted(canvas: Tensor, digits: Tensor, corners: Tensor) -> Tensor:
-    _paste(canvas, digits, corners)
+        pasted = canvas[rows]
+        _paste(pasted, _enlarged(digits[chosen], side), corners)
+        canvas[rows] = pasted
     return canvas
 
 
