@@ -234,6 +234,12 @@ def test_bad_requests_are_answered_in_a_line(run, line, says, capsys):
     assert says in error and "\n" not in error
 
 
+def test_a_value_that_data_do_not_take_is_answered_in_a_line(capsys):
+    assert main(shlex.split("evaluate wings --data composed --set pictures=9")) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "multimodal-chat does not take pictures=9: pictures must be from 1 to 4, got 9" in error
+
+
 def test_data_that_do_not_fit_and_weights_that_are_no_numbers_are_refused(run):
     _, model, data = run
     task = get_task("image-classification")

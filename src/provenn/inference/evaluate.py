@@ -76,7 +76,13 @@ def evaluate(
     if whole is None:
         whole = not _trained_on(label, kind, data)
     split_seed = label.trained_on.get("seed", 0) if seed is None else seed
-    held_out = kind.held_out(data, label.meta, seed=split_seed, whole=whole, **options)
+    try:
+        held_out = kind.held_out(data, label.meta, seed=split_seed, whole=whole, **options)
+    except ValueError as error:
+        if isinstance(error, UserError) or not wanted:
+            raise
+        given = ", ".join(f"{name}={value}" for name, value in wanted.items())
+        raise UserError(f"{label.task} does not take {given}: {error}") from error
     with finite_outputs(model, source_of(chosen, label, weights), str(data)):
         return evaluation.evaluate(
             model.to(choose_device(device)),
