@@ -143,8 +143,8 @@ EXPERIMENTS: dict[str, Any] = {
     "cameras_on_a_par": CAMERAS.against("both", ("cnn", "parts")),
     **{f"regions_{name}": study.against("both", ("plain", "equal")) for name, study in OF_REGIONS.items()},
     **{f"cameras_{name}": study.against("both", ("plain", "equal")) for name, study in OF_CAMERAS.items()},
-    "stale_partners": REGIONS.against("stale", "both", may_guess="the collapse is what is asked for"),
-    "unscaled_rate": SCALE.against("unscaled", "both", may_guess="the collapse is what is asked for"),
+    "stale_partners": REGIONS.against("both", "stale", may_guess="whether it collapses is what is asked for"),
+    "unscaled_rate": SCALE.against("both", "unscaled", may_guess="whether it collapses is what is asked for"),
 }
 
 
