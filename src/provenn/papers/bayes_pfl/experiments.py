@@ -14,6 +14,7 @@ from provenn.papers.bayes_pfl.rivals import TEMPLATES
 from provenn.papers.bayes_pfl.studies import (
     HEAD,
     LEVEL,
+    LOOKED_AT,
     AtLevel,
     Variant,
     cover,
@@ -83,7 +84,7 @@ ON_THE_WAY = Study(
         "strong": ("three pairs, RCA, weight decay 1e-2", head(plain=True, attention="rca", decay=1e-2)),
     },
     build=network,
-    recipe=HEAD,
+    recipe=LOOKED_AT,
     lrs=RATES,
     probes={"unseen at the level": unseen_at_level},
     trained=traced,
