@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from provenn.core.special_tokens import MARKS
 from provenn.nn.decoder import Decoder
+from provenn.ops.point_sampling import nearest_points
 from provenn.papers.lscenellm.layers import MagnifiedBlock, Select, open_regions
 from provenn.papers.lscenellm.model import LSceneLLM, start_narrow
 from provenn.papers.lscenellm.tokens import SceneTokens, dense_around
@@ -22,10 +22,10 @@ from provenn.papers.lscenellm.tokens import SceneTokens, dense_around
 Reads = Literal["regions", "objects", "queries"]
 Opens = Literal["nothing", "attention", "random", "all", "cosine", "scorer"]
 Fuses = Literal["joint", "mean", "text"]
-ASSISTANT = MARKS.index("<assistant>")  # of a vocabulary of words, which begins with the marks
+QUESTION = 2  # tokens of a question: `<start>`, and all of it in one word
 THINGS = 5  # objects of a room
 QUERIES = 16  # of a query-former
-ROOM = {"parents": 6, "points": 340}  # sparse tokens and points of a room, whatever the number of rooms
+ROOM = {"parents": 3, "points": 340}  # sparse tokens and points of a room, whatever the number of rooms
 LOTS = 997.0  # how often all lots come up, in order, between a weight and e times that weight
 
 
@@ -34,8 +34,8 @@ class Variant:
     """A reader of scenes.
 
     Args:
-        reads: what stands in the text: regions as in the paper, each object's mean, spread and middle, or learned
-            queries that attend to regions.
+        reads: what stands in the text: regions as in the paper; each object's mean, spread and middle, with the mean of
+            what is around; or learned queries that attend to regions.
         opens: which dense tokens are read besides.
         fuses: how: by one softmax, by their mean added to the output, or as tokens of the text.
         rooms: of a scene.
@@ -103,9 +103,9 @@ class Reader(LSceneLLM):
             decoder,
             features,
             parents=parents * (1 + variant.children) if variant.equal else parents,
-            group=12 if variant.equal else 32,
+            group=24 if variant.equal else 64,
             children=counted,
-            neighbourhood=64,
+            neighbourhood=128,
             sparse_points=ROOM["points"] * variant.rooms // (1 if variant.equal else 2),
             start_layer=1,
             threshold=variant.threshold,
@@ -115,13 +115,13 @@ class Reader(LSceneLLM):
             block=MeanBlock if variant.fuses == "mean" else MagnifiedBlock,
         )
         self.variant, dim = variant, decoder.norm.weight.shape[0]
-        self.objects = nn.Linear(features + 6, features) if variant.reads == "objects" else None
+        self.objects = nn.Linear(2 * features + 6, features) if variant.reads == "objects" else None
         self.queries = nn.Parameter(torch.randn(QUERIES, dim)) if variant.reads == "queries" else None
         self.keys = nn.Linear(dim, dim, bias=False) if variant.reads == "queries" else None
         self.scorer = nn.Linear(dim, dim, bias=False) if variant.opens == "scorer" else None
 
     def tokenise(self, scenes: Float[Tensor, "batch points channels"]) -> SceneTokens:
-        """Tokens of regions, or of objects with dense ones around their middles."""
+        """Tokens of regions, or of objects with dense ones around their middles; nothing of it learns."""
         labels, scenes = scenes[..., -1].long(), scenes[..., :-1]
         if self.objects is None:
             return super().tokenise(scenes)
@@ -132,13 +132,19 @@ class Reader(LSceneLLM):
         spread = (member @ points.square() - middle.square()).clamp_min(0).sqrt()
         low, high = points.amin(1), points.amax(1)
         placed = (middle - low[:, None]) / (high - low)[:, None].clamp_min(1e-6)
-        sparse = self.objects(torch.cat([member @ features, spread, placed], dim=-1))
-        children, hood = self.sizes["children"], self.sizes["neighbourhood"]
+        children, hood = self.sizes["children"], min(self.sizes["neighbourhood"], points.shape[1])
+        # Without its surroundings nothing but its place says which room an object stands in.
+        near = nearest_points(points, middle, hood)
+        around = features.gather(1, near.flatten(1)[..., None].expand(-1, -1, features.shape[-1]))
+        around = around.unflatten(1, near.shape[1:]).mean(2)
+        sparse = torch.cat([member @ features, spread, placed, around], dim=-1)
         dense, inner = dense_around(points, features, middle, children=children, neighbourhood=hood)
         return SceneTokens(sparse, middle, dense, inner, low, high)
 
     def project(self, tokens: SceneTokens) -> tuple[Float[Tensor, "batch parents dim"], Tensor]:
         """Tokens in the decoder's width: of regions, objects or queries, or dense ones among them."""
+        if self.objects is not None:
+            tokens = tokens._replace(sparse=self.objects(tokens.sparse))
         sparse, dense = super().project(tokens)
         if self.variant.fuses == "text":
             return torch.cat([sparse, dense.flatten(1, 2)], dim=1), dense
@@ -159,8 +165,7 @@ class Reader(LSceneLLM):
         if self.variant.opens not in ("cosine", "scorer"):
             return None, dense
         threshold = self.variant.threshold
-        asked = ((tokens == ASSISTANT).cumsum(1) == 0).to(sparse.dtype)
-        question = (self.decoder.embed(tokens) * asked[..., None]).sum(1) / asked.sum(1, keepdim=True).clamp_min(1)
+        question = self.decoder.embed(tokens[:, :QUESTION]).mean(1)
         if self.scorer is None:
             weights = nn.functional.cosine_similarity(question[:, None], sparse, dim=-1)
             return open_regions(weights, threshold), dense

@@ -1,33 +1,89 @@
-"""Data, probes and trainings of LSceneLLM's experiments, on composed rooms."""
+"""Data, probes and trainings of LSceneLLM's experiments, on composed rooms.
 
-import copy
+A question is one word here, such as `what colour is the ball in the room with the red floor ?`: readers this small
+learn within minutes what stands in a scene, and not in hours what the words of a question say together.
+"""
+
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
+from provenn.core.special_tokens import MARKS
+from provenn.data.chat_tokens import ChatTokens, Turns
+from provenn.data.conversations import Conversation, Exchange
+from provenn.data.rooms import PAINTS
 from provenn.ops.point_sampling import nearest_points
 from provenn.papers.lscenellm.rivals import ROOM, opened_by_last, opened_share
+from provenn.papers.lscenellm.tokens import SceneTokens
 from provenn.tasks import Task, TaskData, fingerprint, get_task
-from provenn.tasks.base import device_of
+from provenn.tasks.base import IGNORED, device_of
 from provenn.tasks.multimodal_chat import padded
-from provenn.tasks.scene_question_answering import THINGS, Room, Scenes, answers, exact_match, join_scenes
+from provenn.tasks.scene_question_answering import (
+    THINGS,
+    Room,
+    Rooms,
+    SceneChat,
+    Scenes,
+    answers,
+    exact_match,
+    join_scenes,
+)
 from provenn.training import Fit, Hardware, Recipe, fit
 
-KINDS = ("small", "part", "large", "floor")  # whose answers are one word
-RECIPE = Recipe(
-    epochs=12, batch_size=32, lr=3e-3, weight_decay=0.05, decay_vectors=False, schedule="onecycle", clip=1.0
-)
-TRAINED = 1600  # scenes; with fewer the readers learn them by heart
-ASKED_AT_ONCE = 64
+ASKED = {
+    "small": "what colour is the ball in the room with the {} floor ?",
+    "part": "what colour is the lid of the box in the room with the {} floor ?",
+    "large": "what colour is the box in the room with the {} floor ?",
+}
+KINDS = tuple(ASKED)
+TOLD = {"small": "ball", "part": "lid", "large": "box"}  # of a room
+RECIPE = Recipe(epochs=6, batch_size=64, lr=3e-3, weight_decay=0.05, decay_vectors=False, schedule="onecycle", clip=1.0)
+TRAINED = 4800  # rooms, in scenes of three or of eight; with fewer the readers learn them by heart
+AT_ONCE = 64  # questions, or scenes
+
+
+class OneWord(ChatTokens):
+    """Marks, colours, and each question as a word: `<start> QUESTION red <end>`.
+
+    >>> tokens = OneWord()
+    >>> len(tokens), tokens.asked(ASKED["part"].format("red"))
+    (40, [33])
+    """
+
+    def __init__(self) -> None:
+        self.questions = [asked.format(paint) for asked in ASKED.values() for paint in PAINTS]
+        super().__init__([*MARKS, *PAINTS, *self.questions])
+        self.turns = Turns((self.start,), ((), ()), (), ())
+
+    def asked(self, text: str) -> list[int]:
+        return [self.words.index(text)] if text else []
 
 
 class Labelled(Scenes):
-    """Questions about scenes whose points say of which object they are, by their last number."""
+    """Questions about scenes whose points say of which object they are, by their last number.
+
+    Args:
+        clouds: the scenes, each of which is asked about each of its rooms, once a kind.
+        meta: see `SceneChats`.
+    """
+
+    def __init__(self, clouds: Sequence[Rooms], meta: dict[str, Any]):
+        super().__init__((), meta, clouds)
+        self.chat_tokens = OneWord()
+        self.conversations = [
+            Conversation((Exchange(ASKED[kind].format(room.floor), (getattr(room, TOLD[kind]),), (), kind),), (number,))
+            for number, scene in enumerate(clouds)
+            for room in scene.rooms
+            for kind in KINDS
+        ]
+        self.encoded = [self.chat_tokens.encode(talk, meta["longest"]) for talk in self.conversations]
 
     def scene(self, row: int) -> Tensor:
         """What a system sees of the scene of a question, and the objects of its points."""
@@ -35,19 +91,39 @@ class Labelled(Scenes):
         number: Any = self.conversations[row].images[0]
         return torch.cat([super().scene(row), torch.from_numpy(self.clouds[number].objects)[:, None].float()], dim=1)
 
-    def keep(self, kinds: Sequence[str]) -> "Labelled":
-        """The questions of these kinds alone."""
-        other = copy.copy(self)
-        kept = [row for row, talk in enumerate(self.conversations) if talk.exchanges[0].kind in kinds]
-        other.conversations = [self.conversations[row] for row in kept]
-        other.encoded = [self.encoded[row] for row in kept]
-        return other
 
-    def first(self, count: int) -> "Labelled":
-        """The first questions."""
-        other = copy.copy(self)
-        other.conversations, other.encoded = self.conversations[:count], self.encoded[:count]
-        return other
+class Tokenised(Dataset):
+    """The same questions, with the tokens that a reader makes of each scene: what does not learn is computed once.
+
+    Args:
+        asked: the questions.
+        model: what makes tokens of scenes.
+    """
+
+    def __init__(self, asked: Labelled, model: Any):
+        self.asked = asked
+        rows = {talk.images[0]: row for row, talk in enumerate(asked.conversations)}
+        self.number = {cloud: number for number, cloud in enumerate(rows)}
+        scenes = [asked.scene(row) for row in rows.values()]
+        with torch.no_grad():
+            parts = [model.tokenise(torch.stack(scenes[k : k + AT_ONCE])) for k in range(0, len(scenes), AT_ONCE)]
+        self.tokens = SceneTokens(*(torch.cat(each) for each in zip(*parts, strict=True)))
+
+    def __len__(self) -> int:
+        return len(self.asked)
+
+    def __getitem__(self, index: int) -> tuple[SceneTokens, list[int], list[int]]:
+        encoded = self.asked.encoded[index]
+        number = self.number[self.asked.conversations[index].images[0]]
+        return SceneTokens(*(part[number] for part in self.tokens)), encoded.tokens, encoded.targets
+
+
+def join_tokens(examples: Sequence[Any]) -> SceneChat:
+    """What joins questions with tokens of scenes to a batch."""
+    scenes, tokens, targets = zip(*examples, strict=True)
+    rows, mask = padded(tokens, OneWord().pad)
+    wanted, _ = padded(targets, IGNORED)
+    return SceneChat(rows, mask, wanted, cast(Tensor, SceneTokens(*(torch.stack(part) for part in zip(*scenes)))))
 
 
 @lru_cache(maxsize=4)  # a study asks for them once a trial
@@ -61,23 +137,23 @@ def rooms_data(seed: int, smoke: bool, rooms: int = 3, source: str = "rooms") ->
         source: rooms or scans.
     """
     task, points = get_task("scene-question-answering"), ROOM["points"] * rooms
-    count = 16 if smoke else TRAINED
     # Any: `load` of a task takes its own options.
     load: Any = task.load
-    data = load(source, seed=seed, rooms=rooms, points=points, examples=count, answer=3)
+    data = load(source, seed=seed, rooms=rooms, points=points, examples=16 if smoke else TRAINED // rooms, answer=3)
     parts: dict[str, Labelled] = {}
     for split in ("train", "val", "test"):
         part: Any = getattr(data, split)
-        kept = Labelled(part.conversations, part.meta, part.clouds).keep(KINDS)
-        parts[split] = kept.first(16) if smoke and split != "train" else kept
+        parts[split] = Labelled(part.clouds[:2] if smoke and split != "train" else part.clouds, part.meta)
+    tokens = parts["train"].chat_tokens
     return replace(
         data,
         train=parts["train"],
         val=parts["val"],
         test=parts["test"],
-        fingerprint=fingerprint(data.fingerprint, " ".join(KINDS)),
-        meta={**data.meta, "seed": seed, "smoke": smoke},
-        collate=join_scenes(parts["train"].chat_tokens.pad),
+        fingerprint=fingerprint(data.fingerprint, " ".join(tokens.words)),
+        options={**data.options, "vocab_size": len(tokens)},
+        meta={**data.meta, "seed": seed, "smoke": smoke, "source": source},
+        collate=join_scenes(tokens.pad),
     )
 
 
@@ -86,7 +162,7 @@ def scans_data(seed: int, smoke: bool, rooms: int = 3) -> TaskData:
     return rooms_data(seed, smoke, rooms, "scans")
 
 
-def by_rooms(
+def by_tokens(
     build: Callable[[], nn.Module],
     task: Task,
     data: TaskData,
@@ -96,23 +172,35 @@ def by_rooms(
     hardware: Hardware | None = None,
     title: str = "",
 ) -> Fit:
-    """A training on scenes of as many rooms as the variant says, tested on such scenes."""
+    """A training on tokens of scenes of as many rooms as the variant says, tested on such scenes."""
     first: Any = build()
     more: dict[str, Any] = {} if hardware is None else {"hardware": hardware}
-    return fit(build, task, of_rooms(first, data), recipe, seed=seed, title=title, **more)
+    own: Any = of_rooms(first, data)
+    tokenised = replace(own, train=Tokenised(own.train, first), collate=join_tokens)
+    return fit(build, task, tokenised, recipe, seed=seed, title=title, **more)
 
 
 def of_rooms(model: Any, data: TaskData) -> TaskData:
     """The data of the same seed, with as many rooms in a scene as a model is made for."""
-    return rooms_data(data.meta["seed"], data.meta["smoke"], model.variant.rooms)
+    return rooms_data(data.meta["seed"], data.meta["smoke"], model.variant.rooms, data.meta["source"])
+
+
+RIGHT: WeakKeyDictionary[nn.Module, dict[str, dict[str, float]]] = WeakKeyDictionary()
 
 
 def right_of(model: nn.Module, data: TaskData) -> dict[str, float]:
-    """Of each kind of question the share that is answered word for word."""
+    """Of each kind of question the share that is answered word for word; found once for several probes."""
+    known = RIGHT.setdefault(model, {})
+    if data.fingerprint not in known:
+        known[data.fingerprint] = _right_of(model, data)
+    return known[data.fingerprint]
+
+
+def _right_of(model: nn.Module, data: TaskData) -> dict[str, float]:
     asked: Any = data.test
     said: list[str] = []
-    for start in range(0, len(asked), ASKED_AT_ONCE):
-        said += answers(model, asked, range(start, min(start + ASKED_AT_ONCE, len(asked))))
+    for start in range(0, len(asked), AT_ONCE):
+        said += answers(model, asked, range(start, min(start + AT_ONCE, len(asked))))
     rows: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for told, talk in zip(said, asked.conversations):
         rows[talk.exchanges[0].kind].append(exact_match(told, talk.exchanges[0].answers))
@@ -138,7 +226,7 @@ def small_in_own_rooms(model: nn.Module, data: TaskData) -> float:
 def opened(model: nn.Module, data: TaskData) -> float:
     """Mean share of regions that the last token of a question opens."""
     asked: Any = data.test
-    return opened_share(model, *(part.to(device_of(model)) for part in _prompts(asked, range(ASKED_AT_ONCE))))
+    return opened_share(model, *(part.to(device_of(model)) for part in _prompts(asked, range(AT_ONCE))))
 
 
 def _prompts(asked: Any, rows: range) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,17 +240,16 @@ def _prompts(asked: Any, rows: range) -> tuple[Tensor, Tensor, Tensor]:
 def target(asked: str, kind: str, rooms: Sequence[Room]) -> int:
     """Number of the thing that a question asks about, as the points of its scene say of which thing they are.
 
-    A lid is of its box. The room is named by its floor, and where the floor is asked for by its ball.
+    A lid is of its box. The room is named by its floor.
 
     Raises:
         ValueError: no room of the scene is named so.
     """
-    thing = {"small": "ball", "part": "box", "large": "box", "floor": "floor"}[kind]
-    names = [f"{room.ball} ball" if kind == "floor" else room.named for room in rooms]
+    names = [room.named for room in rooms]
     number = next((k for k, name in enumerate(names) if f" room with the {name} ?" in asked), None)
     if number is None:
         raise ValueError(f"no room of {', '.join(names)} is named in {asked!r}")
-    return number * len(THINGS) + THINGS.index(thing)
+    return number * len(THINGS) + THINGS.index("ball" if kind == "small" else "box")
 
 
 def showing(
@@ -196,15 +283,13 @@ def found(model: nn.Module, data: TaskData) -> dict[str, float]:
     reader: Any = model
     hits: list[Tensor] = []
     shares: list[Tensor] = []
-    for start in range(0, len(asked), ASKED_AT_ONCE):
-        texts, scenes, mask = (
-            part.to(device_of(model)) for part in _prompts(asked, range(start, start + ASKED_AT_ONCE))
-        )
+    for start in range(0, len(asked), AT_ONCE):
+        texts, scenes, mask = (part.to(device_of(model)) for part in _prompts(asked, range(start, start + AT_ONCE)))
         seen = opened_by_last(model, texts, scenes, mask)
         centres = reader.tokenise(scenes).centres
         if seen is None or seen.shape[2] != centres.shape[1]:
             return {"hit": 0.0, "share": 0.0}
-        talks = asked.conversations[start : start + ASKED_AT_ONCE]
+        talks = asked.conversations[start : start + AT_ONCE]
         wanted = torch.tensor(
             [
                 target(talk.exchanges[0].asked, talk.exchanges[0].kind, asked.clouds[talk.images[0]].rooms)
