@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from provenn.papers.lscenellm import studies as lscenellm_studies
 from provenn.papers.lscenellm.experiments import MANY, ROOMS, SCANS, SIZES
 from provenn.papers.lscenellm.rivals import QUESTION, Variant, network
 from provenn.papers.lscenellm.studies import (
@@ -80,12 +81,21 @@ def test_tokens_made_beforehand_give_the_same_answers(data: TaskData, variant: V
     )
 
 
-def test_a_training_reads_scenes_of_as_many_rooms_as_its_variant() -> None:
+def test_a_training_reads_scenes_of_as_many_rooms_as_its_variant(monkeypatch: pytest.MonkeyPatch) -> None:
     data, recipe = rooms_data(701, True), Recipe(epochs=1, max_steps=1, batch_size=4, lr=1e-3)
+    trained: list[Any] = []
+
+    class Noted(Tokenised):
+        def __init__(self, asked: Any, model: Any):
+            super().__init__(asked, model)
+            trained.append(asked)
+
+    monkeypatch.setattr(lscenellm_studies, "Tokenised", Noted)
     for variant in (Variant(opens="nothing"), Variant(opens="nothing", rooms=4)):
         done = by_tokens(lambda variant=variant: network(variant, len(OneWord()), FEATURES), TASK, data, recipe)
         tested: Any = of_rooms(done.model, data).test
-        assert {len(scene.rooms) for scene in tested.clouds} == {variant.rooms}
+        for asked in (trained[-1], tested):
+            assert {len(scene.rooms) for scene in asked.clouds} == {variant.rooms}
     assert of_rooms(network(Variant(), 44, FEATURES), data).fingerprint == data.fingerprint
 
 
