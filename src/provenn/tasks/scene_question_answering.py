@@ -27,14 +27,19 @@ from provenn.data.caption_scores import cider, meteor, rouge_l
 from provenn.data.caption_scores import exact_match as exact_match
 from provenn.data.chat_pieces import read_pieces
 from provenn.data.chat_pieces import tokens_of as tokens_of
-from provenn.data.chat_tokens import MARKS, ChatTokens
+from provenn.data.chat_tokens import MARKS
+from provenn.data.chat_tokens import ChatTokens as ChatTokens
+from provenn.data.chat_tokens import Turns as Turns
 from provenn.data.clouds import SUFFIXES, Cloud, cloud_of, read_cloud
-from provenn.data.conversations import Conversation, Exchange
+from provenn.data.conversations import Conversation as Conversation
+from provenn.data.conversations import Exchange as Exchange
 from provenn.data.point_features import FEATURES as FEATURES
 from provenn.data.point_features import point_features, sampled
+from provenn.data.rooms import PAINTS as PAINTS
 from provenn.data.rooms import THINGS as THINGS
 from provenn.data.rooms import Room as Room
-from provenn.data.rooms import Rooms, composed_rooms, room_words
+from provenn.data.rooms import Rooms as Rooms
+from provenn.data.rooms import composed_rooms, room_words
 from provenn.data.scene_questions import read_scene_questions
 from provenn.data.tables import check_table, read_table, write_table
 from provenn.tasks.base import (

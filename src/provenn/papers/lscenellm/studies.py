@@ -16,9 +16,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from provenn.core.special_tokens import MARKS
-from provenn.data.chat_tokens import ChatTokens, Turns
-from provenn.data.conversations import Conversation, Exchange
-from provenn.data.rooms import PAINTS
 from provenn.ops.point_sampling import nearest_points
 from provenn.papers.lscenellm.rivals import ROOM, opened_by_last, opened_share
 from provenn.papers.lscenellm.tokens import SceneTokens
@@ -26,11 +23,16 @@ from provenn.tasks import Task, TaskData, fingerprint, get_task
 from provenn.tasks.base import IGNORED, device_of
 from provenn.tasks.multimodal_chat import padded
 from provenn.tasks.scene_question_answering import (
+    PAINTS,
     THINGS,
+    ChatTokens,
+    Conversation,
+    Exchange,
     Room,
     Rooms,
     SceneChat,
     Scenes,
+    Turns,
     answers,
     exact_match,
     join_scenes,
