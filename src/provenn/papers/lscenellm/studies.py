@@ -56,7 +56,7 @@ class OneWord(ChatTokens):
 
     >>> tokens = OneWord()
     >>> len(tokens), tokens.asked(ASKED["part"].format("red"))
-    (40, [33])
+    (40, [24])
     """
 
     def __init__(self) -> None:
