@@ -104,8 +104,7 @@ class Tokenised(Dataset):
 
     def __init__(self, asked: Labelled, model: Any):
         self.asked = asked
-        rows = {talk.images[0]: row for row, talk in enumerate(asked.conversations)}
-        self.number = {cloud: number for number, cloud in enumerate(rows)}
+        rows = {talk.images[0]: row for row, talk in enumerate(asked.conversations)}  # clouds are numbered in order
         scenes = [asked.scene(row) for row in rows.values()]
         with torch.no_grad():
             parts = [model.tokenise(torch.stack(scenes[k : k + AT_ONCE])) for k in range(0, len(scenes), AT_ONCE)]
@@ -116,7 +115,7 @@ class Tokenised(Dataset):
 
     def __getitem__(self, index: int) -> tuple[SceneTokens, list[int], list[int]]:
         encoded = self.asked.encoded[index]
-        number = self.number[self.asked.conversations[index].images[0]]
+        number: Any = self.asked.conversations[index].images[0]
         return SceneTokens(*(part[number] for part in self.tokens)), encoded.tokens, encoded.targets
 
 
