@@ -162,6 +162,10 @@ def test_texts_that_are_cut_are_said(root, capsys):
         assert "1 of 1 texts have more than 6 words" in capsys.readouterr().err
         TASK.predict(Embeds(), META, ["dark " * 6], None, gallery=root)
         assert "of 1 texts" not in capsys.readouterr().err
+        file = root / "looked into.txt"
+        file.write_text("dark " * 7)
+        TASK.example(file, META)
+        assert "1 of 1 texts have more than 6 words" in capsys.readouterr().err
 
 
 def test_features_have_lengths_and_fit_no_weights_of_pictures(tmp_path):

@@ -642,8 +642,10 @@ def _example(image: Tensor | None, text: str, meta: dict[str, Any]) -> Example:
     words = _named_words(meta)
     if not text.strip():
         raise UserError("the text is empty: give a caption in words")
+    longest = int(meta["longest"])
+    _say_cut([text], longest, "texts")
     _say_unknown(words, [text])
-    tokens = words.encode(text, int(meta["longest"]))
+    tokens = words.encode(text, longest)
     said = torch.tensor([tokens]), tuple(words.words[token] for token in tokens)
     return Example(image, *said, _shown_scenes() if image is None else None)
 
