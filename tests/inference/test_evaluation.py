@@ -15,9 +15,11 @@ from torch.utils.data import TensorDataset
 import provenn
 from provenn import catalog
 from provenn.cli import main
+from provenn.core import progress
 from provenn.core.errors import UserError
 from provenn.evidence.interval import resampled, student
 from provenn.inference import evaluation
+from provenn.inference.evaluate import held_out_options, recorded
 from provenn.inference.evaluation import evaluate
 from provenn.inference.paper import Paper
 from provenn.tasks import get_task
@@ -270,3 +272,19 @@ def test_options_of_the_training_hold_in_the_evaluation(monkeypatch):
             "urpe", "position-identification", weights="run", device="cpu", overrides={"test_examples": 20}
         )
     assert tokens.shape == (20, 16)
+
+
+def test_options_about_a_data_set_hold_for_the_data_of_the_training_alone(tmp_path, capsys):
+    """Weights that ship were judged in five folds of composed scenes: a folder of one's own is judged whole."""
+    for number in range(5):
+        Image.new("RGB", (64, 64), (50 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    lines = [f"{number}.png,a {word} disc" for number, word in enumerate(("red", "blue", "green", "pink", "grey"))]
+    (tmp_path / "captions.csv").write_text("\n".join(["image,caption", *lines]))
+    assert main(["evaluate", "rcar", "--data", str(tmp_path), "--json"]) == 0
+    told = capsys.readouterr()
+    assert "as in the training" not in told.err and json.loads(told.out)["metrics"]["text_r5"] == 1  # of all five
+    label = weights.Label("rcar", "any", "image-text-retrieval", trained_on={"options": {"folds": 5}})
+    task = get_task("image-text-retrieval")
+    for of_training, found in ((True, {"folds": 5}), (False, {})):
+        with progress.unsaid():
+            assert recorded(label, task, held_out_options(task), {}, of_training) == found

@@ -53,7 +53,7 @@ def evaluate(
     from provenn.core.device import choose_device
     from provenn.core.finite import finite_outputs
     from provenn.inference import evaluation
-    from provenn.tasks import get_task
+    from provenn.tasks import face_of, get_task
 
     if not 1 <= batch_size <= LARGEST:
         raise UserError(f"batch size must be from 1 to {LARGEST}, got {batch_size}")
@@ -72,9 +72,12 @@ def evaluate(
     data = source.data
     fixed = {name: value for name, value in source.options.items() if name in known}
     wanted = {name: typed(name, value, known[name]) for name, value in overrides.items()}
-    options = {**recorded(label, kind, known, wanted), **fixed, **wanted}
+    of_data = face_of(label.task).of_data
+    asks = whole is None or not set(of_data).isdisjoint(label.trained_on.get("options", {}))
+    of_training = asks and _trained_on(label, kind, data)  # reads the data
+    options = {**recorded(label, kind, known, wanted, of_training), **fixed, **wanted}
     if whole is None:
-        whole = not _trained_on(label, kind, data)
+        whole = not of_training
     split_seed = label.trained_on.get("seed", 0) if seed is None else seed
     try:
         held_out = kind.held_out(data, label.meta, seed=split_seed, whole=whole, **options)
@@ -106,15 +109,22 @@ def held_out_options(kind: "Task") -> dict[str, Any]:
     return arguments_of(kind.load, but=("source", "seed", "options", "_"))  # to which it passes all on
 
 
-def recorded(label: "Label", kind: "Task", known: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+def recorded(
+    label: "Label", kind: "Task", known: dict[str, Any], wanted: dict[str, Any], of_training: bool = True
+) -> dict[str, Any]:
     """The options with which a training read its data, for those who test its weights; what differs is said.
 
-    An option of `held_out` whose default is None follows from the weights themselves, such as `length`.
+    An option of `held_out` whose default is None follows from the weights themselves, such as `length`. One that is
+    about a data set is of the data of the training alone.
     """
     import inspect
 
+    from provenn.tasks import face_of
+
     parameters = inspect.signature(kind.held_out).parameters
     follows = {name for name, parameter in parameters.items() if parameter.default is None}
+    if not of_training:
+        follows.update(face_of(kind.name).of_data)
     recorded_options = {name: value for name, value in label.trained_on.get("options", {}).items() if name in known}
     recorded = {
         name: typed(name, value, known[name]) for name, value in recorded_options.items() if name not in follows

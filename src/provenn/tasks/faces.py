@@ -146,6 +146,8 @@ class Face(_Strict):
             `provenn.huggingface.Text`; of several, a metric chooses.
         datasets: by name, the data sets of the field that it reads; `provenn data` lists them.
         predict: options of `provenn predict` by name, in place of `--set NAME=VALUE`.
+        of_data: options of `held_out` that are about a data set, such as which of its categories are kept for the test.
+            Weights bring theirs to the data that they were trained on, and to no other.
         presets_of: another task, whose presets are trained for this one, which has none of its own.
     """
 
@@ -156,6 +158,7 @@ class Face(_Strict):
     materials: tuple[Target, ...] = ()
     datasets: dict[str, DataSet] = Field(default_factory=dict)
     predict: dict[str, PredictOption] = Field(default_factory=dict)
+    of_data: tuple[str, ...] = ()
     presets_of: str | None = None
 
     def resolve(self, target: str) -> Any:
