@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
+import provenn
 from provenn.core import progress
 from provenn.core.errors import UserError
 from provenn.data.chat_tokens import MARKS, ChatTokens
@@ -435,3 +436,14 @@ def test_a_demo_answers_the_question_that_was_typed(root, monkeypatch):
         told = answer(trial)
         assert told["kind"] == "text" and told["size"] == (30, 20) and (root / "shown.png").is_file()
         assert told["text"] == f"what ?\n{VQA.predict(model, META, [str(root / '1.png'), 'what ?'], None)}"
+
+
+@pytest.mark.parametrize("slug, taken", [("wings", False), ("falcon", True)])
+def test_images_of_any_shape_are_for_systems_that_read_them(root, tmp_path, slug, taken):
+    given = {"overrides": {"fit": "keep", "size": 64}, "recipe": {"max_steps": 1}, "out": tmp_path / "run"}
+    if taken:
+        assert provenn.train(slug, root / "data.jsonl", **given)[0] == tmp_path / "run"
+    else:
+        with pytest.raises(UserError, match="wings_small of wings takes no fit=keep: leave it out"):
+            provenn.train(slug, root / "data.jsonl", **given)
+        assert not (tmp_path / "run").exists()

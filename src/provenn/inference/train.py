@@ -143,6 +143,9 @@ def train(
     final = recipe_of(facts, **recipe_overrides)
     training.check_recipe(final, kind)
     of_data, of_system = divided(overrides or {}, kind.load, card.resolve(chosen.build))
+    for name, value in tasks.face_of(kind.name).as_read.items():
+        if of_data.get(name) == value != chosen.reads.get(name):
+            raise UserError(f"{chosen.name} of {card.slug} takes no {name}={value}: leave it out")
     source, named = datasets.resolve(data), data
     data, of_data = source.data, {**source.options, **of_data}
     users_own = data not in kind.embedded

@@ -148,6 +148,8 @@ class Face(_Strict):
         predict: options of `provenn predict` by name, in place of `--set NAME=VALUE`.
         of_data: options of `held_out` that are about a data set, such as which of its categories are kept for the test.
             Weights bring theirs to the data that they were trained on, and to no other.
+        as_read: values of options of `load` that give what few systems take, such as images of any shape: a preset
+            takes them where its own `reads` has them.
         presets_of: another task, whose presets are trained for this one, which has none of its own.
     """
 
@@ -159,6 +161,7 @@ class Face(_Strict):
     datasets: dict[str, DataSet] = Field(default_factory=dict)
     predict: dict[str, PredictOption] = Field(default_factory=dict)
     of_data: tuple[str, ...] = ()
+    as_read: dict[str, Any] = Field(default_factory=dict)
     presets_of: str | None = None
 
     def resolve(self, target: str) -> Any:
