@@ -1,6 +1,7 @@
 """Conversations: every layout to the same exchanges, what is refused with its line, and tokens with their targets."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -55,6 +56,32 @@ def test_each_layout_gives_the_same_exchanges(root, entry):
     assert talk.images == (root / "a.png",)
 
 
+def test_parts_that_name_their_image_have_that_one_and_others_take_theirs_from_the_list(root):
+    content = [{"type": "image"}, {"type": "image", "path": "b.png"}, {"type": "text", "text": "<image> Which?"}]
+    turns = [{"role": "user", "content": content}, MESSAGES[1]]
+    (talk,) = read_conversations(write(root, {"images": ["a.png", "a.png"], "messages": turns}))["train"]
+    assert [file.name for file in talk.images] == ["a.png", "b.png", "a.png"]
+    assert talk.exchanges[0].asked.count("<image>") == 3
+    shown = [{"role": "user", "content": [{"type": "image", "image": "b.png"}]}, MESSAGES[1]]
+    (talk,) = read_conversations(write(root, {"system": "See <image>", "images": ["a.png"], "messages": shown}))[
+        "train"
+    ]
+    assert [file.name for file in talk.images] == ["a.png", "b.png"], "what is said before all is read first"
+
+
+def test_pictures_that_are_not_read_are_said(root):
+    entry = {"image": "a.png", "question": "What?", "answer": "a.png", "mask": "m.PNG", "shot": ["x.jpg"], "note": "n"}
+    with pytest.warns(UserWarning, match="entries have under") as said:
+        read_conversations(write(root, entry, entry, {"question": "Who?", "answer": "I"}))
+    told = [str(warning.message) for warning in said]
+    assert [text.split("train.jsonl: ")[1] for text in told] == [
+        f"the pictures that 2 of 3 entries have under {key!r} are not read" for key in ("mask", "shot")
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_conversations(write(root, {"image": "a.png", "question": "What?", "answer": "c"}))
+
+
 def test_a_list_a_folder_of_splits_and_questions_are_read(root):
     (root / "data.json").write_text(json.dumps([{"conversations": MESSAGE} for MESSAGE in [LLAVA[2:]]]))
     (talk,) = read_conversations(root / "data.json")["train"]
@@ -92,6 +119,22 @@ SAID = {"from": "gpt", "value": "b"}
         ({"text": "a"}, "line 1: expected conversations, messages, or a question with its answer; its keys are text"),
         ([1], "entry 1: expected an object with a conversation"),
         ({"question": "a", "image": 3, "answer": "b"}, "an image must be the name of a file, got '3'"),
+        (
+            {"question": "a", "picture": "a.png", "answer": "b"},
+            "line 1: 'picture' names a picture: expected .* image or",
+        ),
+        (
+            {"question": "a", "video": "a.mp4", "answer": "b"},
+            "line 1: it has 'video': expected pictures and text alone",
+        ),
+        (
+            {"system": "a", "messages": [{"role": "system", "content": "b"}, *MESSAGES]},
+            "turn 1: the system speaks twice",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "image": 3}]}, SAID]},
+            "turn 1: an image must be",
+        ),
         ({"question": " ", "answer": "b"}, "the question is empty"),
         ({"question": "a"}, "the question has no answer"),
         ({"question": "a", "answer": "b", "choices": ["c", "d"]}, "the answer 'b' is none of the choices c, d"),

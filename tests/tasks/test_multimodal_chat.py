@@ -131,6 +131,13 @@ def test_an_answer_is_exact_where_greedy_writing_gives_it():
     assert scores["exact"].sum() > 2
 
 
+def test_an_answer_with_a_word_that_is_not_known_is_never_exact():
+    table = torch.zeros(len(TOKENS), len(TOKENS))
+    table[TOKENS.assistant, TOKENS.unknown] = table[TOKENS.unknown, TOKENS.end] = 1
+    scores = CHAT.scores(Knows(table).eval(), talks(asks(("what ?", "zebra"))))
+    assert scores["exact"].tolist() == [0] and scores["nats"][0] > 0
+
+
 def data_of(whole):
     from provenn.tasks import TaskData
 
@@ -238,6 +245,18 @@ def test_a_file_is_split_by_pictures(root, tokenizer):
     assert len(held_out.dataset) == 20 and held_out.overlap == 2
     assert len(VQA.held_out(root / "data.jsonl", data.meta, whole=False).dataset) == 4
     CHAT.check_meta(data.meta, "here")
+
+
+def test_a_picture_in_two_spellings_is_in_one_split(tmp_path):
+    (tmp_path / "shots").mkdir()
+    for number in range(6):
+        Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(tmp_path / f"{number}.png")
+    names = [f"{way}{number}.png" for number in range(6) for way in ("", "./", "shots/../", f"{tmp_path}/")]
+    lines = [json.dumps({"image": name, "question": "What?", "answer": "a"}) for name in names]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    data = VQA.load(tmp_path / "data.jsonl", size=16)
+    parts = [{talk.images[0].resolve() for talk in part.conversations} for part in (data.train, data.val, data.test)]
+    assert sum(map(len, parts)) == 6 and len(set.union(*parts)) == 6
 
 
 def test_what_is_held_out_of_a_folder_is_its_test(root):

@@ -8,7 +8,7 @@
   `"choices": […]` and `"kind": "…"` where there are some
 
 `image`, `images` or both may be absent: a conversation of text alone. `<image>` stands in a user's turn where an image
-belongs, once for each.
+belongs, once for each. A part that names its image has that one; all others take theirs from the list, in order.
 """
 
 import re
@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from provenn.core import progress
 from provenn.core.errors import UserError
 from provenn.core.inputs import parse_json, read_text
 from provenn.data.captions import Images
+from provenn.data.images import SUFFIXES
 
 LAYOUTS = ("llava", "sharegpt", "messages", "questions")
 PLACEHOLDER = "<image>"
@@ -28,6 +30,10 @@ ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
     "system": "system",
 }  # fmt: skip
+READ = ("image", "images")  # the keys of an entry's pictures
+OF_WORDS = ("id", "question_id", "system", "question", "answer", "answers", "choices", "kind", "question_type")
+UNREAD = ("video", "videos", "audio", "audios")
+NAMED = ("image", "path", "url")  # what names the image of a part
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 ENDINGS = (".jsonl", ".json")
 
@@ -73,8 +79,9 @@ def read_conversations(path: Path, layout: str | None = None) -> dict[str, list[
         layout: one of `LAYOUTS`. Default: what each entry looks like.
 
     Raises:
-        UserError: another layout than the one that is given, an image that is missing, placeholders too many or too
-            few, or turns that are none, with the file and the line or the number.
+        UserError: another layout than the one that is given, an image that is missing or stands under another key,
+            video or sound, placeholders too many or too few, or turns that are none, with the file and the line or the
+            number.
     """
     if layout is not None and layout not in LAYOUTS:
         raise UserError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
@@ -101,7 +108,7 @@ def _files(path: Path) -> dict[str, Path]:
 
 
 def _read(file: Path, images: Images, layout: str | None) -> Iterator[Conversation]:
-    count = 0
+    count, besides = 0, Counter[str]()
     for where, entry in entries_of(file):
         if not isinstance(entry, dict):
             raise UserError(f"{where}: expected an object with a conversation or a question, got {str(entry)[:60]!r}")
@@ -110,10 +117,27 @@ def _read(file: Path, images: Images, layout: str | None) -> Iterator[Conversati
             said = f"it looks like layout={found}" if found else f"its keys are {', '.join(map(str, entry))[:120]}"
             wanted = f"the layout {layout}" if layout else "conversations, messages, or a question with its answer"
             raise UserError(f"{where}: expected {wanted}; {said}")
-        yield _question(entry, images, where) if found == "questions" else _conversation(entry, images, where)
+        talk = _question(entry, images, where) if found == "questions" else _conversation(entry, images, where)
+        others = _pictures_besides(entry)
+        if others and not talk.images:
+            raise UserError(f"{where}: {others[0]!r} names a picture: expected it under {' or '.join(READ)}")
+        besides.update(others)
+        yield talk
         count += 1
     if not count:
         raise UserError(f"{file} is empty: expected a conversation a line")
+    for key, times in besides.items():
+        progress.say(f"{file}: the pictures that {times:,} of {count:,} entries have under {key!r} are not read")
+
+
+def _pictures_besides(entry: dict[str, Any]) -> list[str]:
+    """Keys of an entry that are not read, and name files of pictures."""
+
+    def names_pictures(value: Any) -> bool:
+        names = value if isinstance(value, list) else [value]
+        return bool(names) and all(isinstance(name, str) and name.lower().endswith(SUFFIXES) for name in names)
+
+    return [key for key, value in entry.items() if key not in (*READ, *OF_WORDS) and names_pictures(value)]
 
 
 def entries_of(file: Path) -> Iterator[tuple[str, Any]]:
@@ -146,7 +170,9 @@ def _is_like(layout: str, found: str) -> bool:
 
 
 def _files_of(entry: dict[str, Any], images: Images, where: str) -> list[Path]:
-    given = [entry[key] for key in ("image", "images") if entry.get(key)]
+    if unread := [key for key in UNREAD if entry.get(key)]:
+        raise UserError(f"{where}: it has {unread[0]!r}: expected pictures and text alone")
+    given = [entry[key] for key in READ if entry.get(key)]
     names = [name for value in given for name in (value if isinstance(value, list) else [value])]
     if wrong := [name for name in names if not isinstance(name, str)]:
         raise UserError(f"{where}: an image must be the name of a file, got {str(wrong[0])[:60]!r}")
@@ -154,15 +180,19 @@ def _files_of(entry: dict[str, Any], images: Images, where: str) -> list[Path]:
 
 
 def _conversation(entry: dict[str, Any], images: Images, where: str) -> Conversation:
-    files = _files_of(entry, images, where)
+    listed = _files_of(entry, images, where)
     turns = entry.get("conversations", entry.get("messages"))
     if not isinstance(turns, list) or not turns:
         raise UserError(f"{where}: expected a list of turns, got {str(turns)[:60]!r}")
     system, said = str(entry.get("system") or ""), list[tuple[str, str]]()
+    shown: list[Path | None] = [None] * system.count(PLACEHOLDER)  # of each placeholder, where its part names one
     for number, turn in enumerate(turns, 1):
-        role, text = _turn(turn, files, images, f"{where}, turn {number}")
+        role, text, own = _turn(turn, images, f"{where}, turn {number}")
+        shown += own
         if role == "system" and not said:
-            system = text
+            if system and text:
+                raise UserError(f"{where}, turn {number}: the system speaks twice: expected one text of it")
+            system = system or text
             continue
         expected = "assistant" if len(said) % 2 else "user"
         if role != expected:
@@ -174,31 +204,39 @@ def _conversation(entry: dict[str, Any], images: Images, where: str) -> Conversa
         said.append((role, text))
     if not said or len(said) % 2:
         raise UserError(f"{where}: the last turn has no answer: expected turns of user and assistant by turns")
-    _check_placeholders(sum(text.count(PLACEHOLDER) for _, text in said) + system.count(PLACEHOLDER), files, where)
+    _check_placeholders(len(shown), [*listed, *filter(None, shown)], where)
+    rest = iter(listed)
+    files = tuple(own or next(rest) for own in shown)
     pairs = [Exchange(asked, (answer,)) for (_, asked), (_, answer) in zip(said[::2], said[1::2])]
-    return Conversation(tuple(pairs), tuple(files), system, where)
+    return Conversation(tuple(pairs), files, system, where)
 
 
-def _turn(turn: Any, files: list[Path], images: Images, where: str) -> tuple[str, str]:
-    """Whose it is, and its text; images that it names join the files."""
+def _turn(turn: Any, images: Images, where: str) -> tuple[str, str, list[Path | None]]:
+    """Whose it is, its text, and of each placeholder the image that its part names; None where it names none."""
     if not isinstance(turn, dict):
         raise UserError(f'{where}: expected {{"from", "value"}} or {{"role", "content"}}, got {str(turn)[:60]!r}')
     who, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
     role = ROLES.get(str(who).lower())
     if role is None:
         raise UserError(f"{where}: whose turn is {who!r}? expected one of {', '.join(ROLES)}")
-    if isinstance(text, list):
-        words = []
-        for part in text:
-            if not isinstance(part, dict) or part.get("type") not in ("text", "image"):
-                raise UserError(f"{where}: expected parts of type text or image, got {str(part)[:60]!r}")
-            if part["type"] == "image" and "image" in part:
-                files.append(images.find(str(part["image"]), where))
-            words.append(PLACEHOLDER if part["type"] == "image" else str(part.get("text", "")))
-        text = "\n".join(words)
-    if not isinstance(text, str):
-        raise UserError(f"{where}: expected words, got {str(text)[:60]!r}")
-    return role, text
+    if not isinstance(text, list):
+        if not isinstance(text, str):
+            raise UserError(f"{where}: expected words, got {str(text)[:60]!r}")
+        return role, text, [None] * text.count(PLACEHOLDER)
+    words, own = list[str](), list[Path | None]()
+    for part in text:
+        if not isinstance(part, dict) or part.get("type") not in ("text", "image"):
+            raise UserError(f"{where}: expected parts of type text or image, got {str(part)[:60]!r}")
+        if part["type"] == "image":
+            name = next((part[key] for key in NAMED if part.get(key)), None)
+            if name is not None and not isinstance(name, str):
+                raise UserError(f"{where}: an image must be the name of a file, got {str(name)[:60]!r}")
+            words.append(PLACEHOLDER)
+            own.append(None if name is None else images.find(name, where))
+        else:
+            words.append(str(part.get("text", "")))
+            own += [None] * words[-1].count(PLACEHOLDER)
+    return role, "\n".join(words), own
 
 
 def _check_placeholders(count: int, images: Sequence[Any], where: str) -> None:

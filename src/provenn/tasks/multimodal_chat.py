@@ -9,6 +9,7 @@ rows come one after the other; None where no row has any. For answers in its own
 The loss is the mean over the tokens of answers and their ends; a question is read and never learned.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -329,16 +330,16 @@ class MultimodalChat(Task):
         """Of each conversation `nats` and `tokens` of its answers, and how many of its `answers` are `exact`.
 
         An answer is exact where each of its tokens and its end is the likeliest after those before it: so is what
-        greedy writing gives.
+        greedy writing gives. One with a word that the vocabulary has not, `<unk>`, is never exact.
         """
         talks: Talks = dataset  # type: ignore[assignment]  # a data set of this task
-        pad, end, rows = talks.chat_tokens.pad, talks.chat_tokens.end, []
+        pad, end, unknown, rows = talks.chat_tokens.pad, talks.chat_tokens.end, talks.chat_tokens.unknown, []
         for batch in batches(talks, batch_size, device_of(model), join_chats(pad)):
             logits = logits_of(model, batch).float()
             wanted = batch.targets != IGNORED
             nats = F.cross_entropy(logits.mT, batch.targets, ignore_index=IGNORED, reduction="none")
-            wrong = (logits.argmax(-1) != batch.targets) & wanted
             ends = (batch.targets == end) & wanted
+            wrong = ((logits.argmax(-1) != batch.targets) | ((batch.targets == unknown) & ~ends)) & wanted
             which = ends.long().cumsum(1) - ends.long()  # the exchange that a token's answer belongs to
             faults = torch.zeros(len(wrong), int(ends.sum(1).max()) + 1, device=wrong.device)
             faults.scatter_add_(1, which.clamp_max(faults.shape[1] - 1), wrong.float())
@@ -759,7 +760,7 @@ def _with_splits(
 
 def _by_pictures(talks: Sequence[Conversation]) -> list[list[int]]:
     """Numbers of conversations, together where they share a picture; one of text alone stands by itself."""
-    first: dict[Path | int, int] = {}
+    first: dict[str | int, int] = {}
     parent = list(range(len(talks)))
 
     def root(row: int) -> int:
@@ -769,7 +770,10 @@ def _by_pictures(talks: Sequence[Conversation]) -> list[list[int]]:
 
     for row, talk in enumerate(talks):
         for image in talk.images:
-            parent[root(row)] = root(first.setdefault(image, row))
+            # A path can be spelled in several ways, and a link can stand for it.
+            parent[root(row)] = root(
+                first.setdefault(image if isinstance(image, int) else os.path.realpath(image), row)
+            )
     groups: dict[int, list[int]] = {}
     for row in range(len(talks)):
         groups.setdefault(root(row), []).append(row)
