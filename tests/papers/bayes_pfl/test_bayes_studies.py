@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from provenn.data.defects import CATEGORIES
 from provenn.evidence import Measurement, Study
+from provenn.evidence.study import TUNING_SEED
 from provenn.nn.anomaly import Anomalies
 from provenn.papers.bayes_pfl import studies as bayes_studies
 from provenn.papers.bayes_pfl.experiments import EXPERIMENTS, HEADS, ON_THE_WAY, SCALE, UNSEEN, operations
@@ -67,6 +68,14 @@ def test_heads_learn_from_many_images_of_each_texture_and_are_looked_at_with_few
             assert set(Counter(getattr(whole, split).drawn.categories).values()) == {count}
 
 
+def test_rates_are_chosen_by_all_textures_that_are_not_trained_on():
+    fold, drawn = folds(TUNING_SEED), defects(TUNING_SEED, True)
+    assert set(drawn.val.drawn.categories) == {*fold["val"], *fold["test"]}
+    assert set(drawn.train.drawn.categories) == set(fold["train"])
+    assert set(defects(TUNING_SEED - 1, True).val.drawn.categories) == set(folds(TUNING_SEED - 1)["val"])
+    assert set(seen_defects(TUNING_SEED, True).val.drawn.categories) == set(fold["train"])
+
+
 def made(name: str) -> torch.nn.Module:
     torch.manual_seed(0)
     return network(HEADS[name][1]).double().eval()
@@ -96,7 +105,9 @@ def test_heads_differ_in_what_their_labels_say():
     assert made("both").bias_scale == made("gaussian").bias_scale == SCALE
     assert HEADS["pair long"][1] == HEADS["pair"][1]._replace(longer=3.0)
     long = bayes_studies._of_variant(bayes_studies.HEAD, HEADS["pair long"][1])
-    assert long.epochs == 3 * bayes_studies.HEAD.epochs
+    assert long.epochs == 3 * bayes_studies.HEAD.epochs and long.lr == bayes_studies.HEAD.lr
+    contrast = bayes_studies._of_variant(bayes_studies.HEAD, HEADS["contrast"][1])
+    assert contrast.epochs == bayes_studies.HEAD.epochs and contrast.lr == 10 * bayes_studies.HEAD.lr
 
 
 def test_a_plain_layer_sees_no_patch():

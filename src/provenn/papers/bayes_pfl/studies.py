@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from provenn.evidence import Measurement, Run
-from provenn.evidence.study import Contrast
+from provenn.evidence.study import TUNING_SEED, Contrast
 from provenn.papers.bayes_pfl.clip import small_clip
 from provenn.papers.bayes_pfl.model import BayesPFL
 from provenn.papers.bayes_pfl.rivals import HELD_OUT, LocalContrast, NoisyBank, Templates, encode_sentences
@@ -46,19 +46,27 @@ class Variant(NamedTuple):
         options: of the head.
         longer: factor on the epochs.
         decay: of the weights.
+        faster: factor on the rate.
     """
 
     kind: str = "bayes"
     options: tuple[tuple[str, Any], ...] = ()
     longer: float = 1.0
     decay: float = 0.0
+    faster: float = 1.0
 
 
 def head(
-    kind: str = "bayes", *, longer: float = 1.0, decay: float = 0.0, plain: bool = False, **options: Any
+    kind: str = "bayes",
+    *,
+    longer: float = 1.0,
+    decay: float = 0.0,
+    faster: float = 1.0,
+    plain: bool = False,
+    **options: Any,
 ) -> Variant:
     """A variant by its options; a plain one has no distributions, and no attention unless it is named."""
-    return Variant(kind, tuple(sorted({**(dict(PLAIN) if plain else {}), **options}.items())), longer, decay)
+    return Variant(kind, tuple(sorted({**(dict(PLAIN) if plain else {}), **options}.items())), longer, decay, faster)
 
 
 # Data
@@ -74,7 +82,11 @@ def folds(seed: int) -> dict[str, tuple[str, ...]]:
 
 @lru_cache(maxsize=8)  # a study asks for them once a trial
 def defects(seed: int, smoke: bool) -> TaskData:
-    """Textures with composed defects, in the folds of the seed."""
+    """Textures with composed defects, in the folds of the seed.
+
+    With the seed that rates are chosen on nothing is tested: it validates with all seven textures that are not trained
+    on. By two of them a rate was chosen that left heads below the dummy baseline.
+    """
     return _joined(seed, smoke, seen=False)
 
 
@@ -88,6 +100,8 @@ def _joined(seed: int, smoke: bool, seen: bool) -> TaskData:
     fold = folds(seed)
     if seen:
         fold = {**fold, "val": fold["train"]}
+    elif seed == TUNING_SEED:
+        fold = {**fold, "val": fold["val"] + fold["test"]}
     counts = {**COUNTS, "val": COUNTS["val"] // 4} if seen else {**COUNTS, "train": SHOWN}
     few: dict[str, int | None] = {split: 4 if smoke else counts[split] for split in fold}
     drawn = {s: composed_defects.__wrapped__(s, seed, few[s], names) for s, names in fold.items()}  # kept here
@@ -170,7 +184,8 @@ def tuned(
 
 
 def _of_variant(recipe: Recipe, variant: Variant) -> Recipe:
-    return replace(recipe, epochs=max(1, round(recipe.epochs * variant.longer)), weight_decay=variant.decay)
+    epochs = max(1, round(recipe.epochs * variant.longer))
+    return replace(recipe, epochs=epochs, lr=recipe.lr * variant.faster, weight_decay=variant.decay)
 
 
 def _upon(build: Callable[[], nn.Module], data: TaskData, seed: int, short: bool, hardware: Hardware) -> BayesPFL:
