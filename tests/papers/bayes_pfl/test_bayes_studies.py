@@ -19,6 +19,7 @@ from provenn.papers.bayes_pfl.experiments import EXPERIMENTS, HEADS, ON_THE_WAY,
 from provenn.papers.bayes_pfl.layers import INIT
 from provenn.papers.bayes_pfl.rivals import HELD_OUT, TEMPLATES, LocalContrast, encode_sentences
 from provenn.papers.bayes_pfl.studies import (
+    CHOSEN_ON,
     LEVEL,
     SHOWN,
     cover,
@@ -36,7 +37,7 @@ from provenn.papers.bayes_pfl.studies import (
 )
 from provenn.papers.bayes_pfl.words import Letters
 from provenn.tasks import get_task
-from provenn.training import Recipe
+from provenn.training import Diverged, Recipe
 
 TASK = get_task("anomaly-detection")
 SHORT = Recipe(epochs=1, batch_size=8, max_steps=2, optimizer="adam", lr=1e-30, betas=(0.5, 0.999))
@@ -69,11 +70,40 @@ def test_heads_learn_from_many_images_of_each_texture_and_are_looked_at_with_few
 
 
 def test_rates_are_chosen_by_all_textures_that_are_not_trained_on():
-    fold, drawn = folds(TUNING_SEED), defects(TUNING_SEED, True)
-    assert set(drawn.val.drawn.categories) == {*fold["val"], *fold["test"]}
-    assert set(drawn.train.drawn.categories) == set(fold["train"])
+    assert CHOSEN_ON[0] == TUNING_SEED and len(set(CHOSEN_ON)) == 3
+    for seed in CHOSEN_ON:
+        fold, drawn = folds(seed), defects(seed, True)
+        assert set(drawn.val.drawn.categories) == {*fold["val"], *fold["test"]}
+        assert set(drawn.train.drawn.categories) == set(fold["train"])
     assert set(defects(TUNING_SEED - 1, True).val.drawn.categories) == set(folds(TUNING_SEED - 1)["val"])
-    assert set(seen_defects(TUNING_SEED, True).val.drawn.categories) == set(fold["train"])
+    assert set(seen_defects(TUNING_SEED, True).val.drawn.categories) == set(folds(TUNING_SEED)["train"])
+
+
+@pytest.mark.parametrize(("diverging", "expected"), [(None, 0.2), (CHOSEN_ON[1], None)])
+def test_a_rate_is_worth_the_mean_over_its_folds(monkeypatch, diverging, expected):
+    asked = []
+
+    def training(self, run, variant, data, lr, seed):
+        if seed == diverging:
+            raise Diverged("it is no number")
+        asked.append((data.val, lr, seed))
+        return SimpleNamespace(model=seed)
+
+    async def trial(name, score, *, lr, seed, **setting):
+        assert "rate 0.001" in name and setting["code"]
+        return score()
+
+    async def together(calls):
+        return [await call for call in calls]
+
+    reaches = dict(zip(CHOSEN_ON, (0.1, 0.3, 0.2)))
+    monkeypatch.setattr(bayes_studies.OverFolds, "_fit", training)
+    monkeypatch.setattr(type(TASK), "evaluate", lambda self, model, split: {"pixel_ap": reaches[model]})
+    study = replace(UNSEEN, data=lambda seed, smoke: SimpleNamespace(val=(seed, smoke)))
+    monkeypatch.setattr(bayes_studies.OverFolds, "trial_setting", lambda *_: {"code": "x"})
+    value = asyncio.run(study.validation(SimpleNamespace(trial=trial, together=together), "rca", 1e-3))
+    assert value == (None if expected is None else pytest.approx(expected))
+    assert asked == [((seed, False), 1e-3, seed) for seed in CHOSEN_ON if seed != diverging]
 
 
 def made(name: str) -> torch.nn.Module:

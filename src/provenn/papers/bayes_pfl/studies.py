@@ -1,7 +1,8 @@
 """Data, networks and trainings of Bayes-PFL's experiments: one small CLIP a seed, and heads of all kinds upon it."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import pairwise
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from provenn.evidence import Measurement, Run
+from provenn.evidence import Measurement, Run, Study
 from provenn.evidence.study import TUNING_SEED, Contrast
 from provenn.papers.bayes_pfl.clip import small_clip
 from provenn.papers.bayes_pfl.model import BayesPFL
@@ -24,11 +25,12 @@ from provenn.tasks import Task, TaskData, fingerprint, get_task
 from provenn.tasks.anomaly_detection import TEXTURES, AnomalyDetection, Composed, join_named
 from provenn.tasks.base import device_of
 from provenn.tasks.embedded import CATEGORIES, COUNTS, SIDE, Drawn, composed_defects
-from provenn.training import Batches, Fit, Hardware, Recipe, fit, fit_stages, run_stages
+from provenn.training import Batches, Diverged, Fit, Hardware, Recipe, fit, fit_stages, run_stages
 
 ONE_CPU = Hardware()
 CLIP_STEPS = 1200  # of the small CLIP of each seed; with 400 heads were below the dummy baseline in some folds
 SIZES = {"train": 10, "val": 2, "test": 5}  # textures of each split; which ones, the seed decides
+CHOSEN_ON = tuple(range(TUNING_SEED, TUNING_SEED + 3))  # seeds of the folds that choose rates; never measured
 LEVEL = 0.1  # pixel AP on seen textures at which unseen ones are compared; set before any run, and not tuned
 SHOWN = 120  # images of each texture that is trained on
 HEAD = Recipe(
@@ -84,8 +86,8 @@ def folds(seed: int) -> dict[str, tuple[str, ...]]:
 def defects(seed: int, smoke: bool) -> TaskData:
     """Textures with composed defects, in the folds of the seed.
 
-    With the seed that rates are chosen on nothing is tested: it validates with all seven textures that are not trained
-    on. By two of them a rate was chosen that left heads below the dummy baseline.
+    With the seeds that rates are chosen on nothing is tested: they validate with all seven textures that are not
+    trained on.
     """
     return _joined(seed, smoke, seen=False)
 
@@ -100,7 +102,7 @@ def _joined(seed: int, smoke: bool, seen: bool) -> TaskData:
     fold = folds(seed)
     if seen:
         fold = {**fold, "val": fold["train"]}
-    elif seed == TUNING_SEED:
+    elif seed in CHOSEN_ON:
         fold = {**fold, "val": fold["val"] + fold["test"]}
     counts = {**COUNTS, "val": COUNTS["val"] // 4} if seen else {**COUNTS, "train": SHOWN}
     few: dict[str, int | None] = {split: 4 if smoke else counts[split] for split in fold}
@@ -147,6 +149,32 @@ def network(variant: Variant) -> nn.Module:
 
 
 # Trainings
+
+
+class OverFolds(Study):
+    """A study whose rates are the best over several folds: one fold of few textures takes a rate that ruins others."""
+
+    def deciding(self, variants: Iterable[str]) -> tuple[Any, ...]:
+        return *super().deciding(variants), CHOSEN_ON, OverFolds.validation
+
+    async def validation(self, run: Run, variant: str, lr: float) -> float | None:
+        """The mean over the folds of `CHOSEN_ON`; None where a training diverged on one of them."""
+        task = self.of_task
+
+        def score(seed: int) -> float | None:
+            data = self.data(seed, False)
+            try:
+                model = self._fit(run, variant, data, lr, seed).model
+            except Diverged:
+                return None
+            with torch.no_grad():
+                value = task.evaluate(model, data.val)[task.metric]
+            return value if math.isfinite(value) else None
+
+        name, setting = f"{self.name}, {self.label(variant)}, rate {lr:g}", self.trial_setting(run, variant)
+        asked = (run.trial(name, partial(score, seed), lr=lr, seed=seed, **setting) for seed in CHOSEN_ON)
+        reached = await run.together(asked)
+        return None if None in reached else sum(reached) / len(reached)
 
 
 @lru_cache(maxsize=8)  # trained once a seed, and frozen under all heads
