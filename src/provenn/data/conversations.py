@@ -79,9 +79,9 @@ def read_conversations(path: Path, layout: str | None = None) -> dict[str, list[
         layout: one of `LAYOUTS`. Default: what each entry looks like.
 
     Raises:
-        UserError: another layout than the one that is given, an image that is missing or stands under another key,
-            video or sound, placeholders too many or too few, or turns that are none, with the file and the line or the
-            number.
+        UserError: another layout than the one that is given, an image that is missing, placeholders too many or too
+            few, or turns that are none, with the file and the line or the number. Video and sound, and an image under
+            another key in place of one under these.
     """
     if layout is not None and layout not in LAYOUTS:
         raise UserError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
