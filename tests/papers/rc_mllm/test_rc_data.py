@@ -232,6 +232,16 @@ def test_the_exported_form_is_read_back(folder):
     assert [(s.entries, s.question, s.answer) for s in again] == [(s.entries, s.question, s.answer) for s in first]
 
 
+def test_an_index_that_is_the_place_is_read(folder):
+    text = (folder / "samples.jsonl").read_text()
+    (folder / "numbered.jsonl").write_text(
+        text.replace('"category": "dog"', '"index": 1, "category": "dog"').replace(
+            '"category": "cat"', '"index": 2, "category": "cat"'
+        )
+    )
+    assert read_samples(folder / "numbered.jsonl")[0].entries == read_samples(folder / "samples.jsonl")[0].entries
+
+
 def test_other_boxes_are_read_as_told(folder):
     text = (folder / "samples.jsonl").read_text()
     (folder / "coco.jsonl").write_text(
@@ -509,6 +519,8 @@ def test_an_answer_is_told_in_words_and_pixels(folder, model_and_meta, monkeypat
         ('"category": "dog"', '"category": " "', "category must be words"),
         ('"category": "dog"', '"facts": ["x"], "category": "dog"', "facts must be keys and values"),
         ('"category": "dog"', '"facts": {"age": [2]}, "category": "dog"', "age must be words"),
+        ('"category": "dog"', '"catgory": "dog"', "catgory is not read: an entry has category, box, text, facts"),
+        ('"category": "dog"', '"index": 2, "category": "dog"', "entry 1: index 2 is not its place"),
         ('"Bella is 0 [2]."', '{"a": 2}', "text must be words"),
         ("[8, 4, 40, 36]", f"[8, 4, 40, {10**400}]", "four numbers"),
         ("[8, 4, 40, 36]", "[true, 4, 40, 36]", "four numbers"),

@@ -607,12 +607,21 @@ def _checked(sample: Sample, where: str) -> Sample:
     return sample
 
 
+OF_ENTRY = ("category", "box", "text", "facts")  # keys of an entry in a file
+
+
 def _entries_of(given: Sequence[Any], size: tuple[int, int], boxes: str, where: str) -> RegionContext:
     context = RegionContext(size)
     for number, each in enumerate(given, 1):
         of_entry = f"{where}, entry {number}"
         if not isinstance(each, dict) or not isinstance(each.get("box"), list) or not each.get("text"):
             raise UserError(f"{of_entry}: expected category, box and text")
+        if unknown := sorted(set(map(str, each)) - {*OF_ENTRY, "index"}):
+            raise UserError(f"{of_entry}: {', '.join(unknown)} is not read: an entry has {', '.join(OF_ENTRY)}")
+        if each.get("index", number) != number:
+            raise UserError(
+                f"{of_entry}: index {each['index']!r:.20} is not its place: entries are cited by place, from 1 on"
+            )
         facts = each.get("facts") or {}
         if not isinstance(facts, dict):
             raise UserError(
