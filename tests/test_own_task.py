@@ -253,10 +253,10 @@ def test_what_cannot_be_is_one_line(run, tmp_path, line, words):
     assert [file.name for file in tmp_path.iterdir()] == ["pairs.csv"], "nothing is left behind"
 
 
-def test_a_preset_without_parameters_is_used_as_it_is_built(run):
+def test_a_preset_with_nothing_to_train_is_used_as_it_is_built(run):
     code, out, err = run("predict pair_rating pairs.csv --preset pair_product")
     assert code == 0 and out.splitlines() == ["rating,liked", "1.0000,1", "-1.0000,0"]
-    assert "pair_product has no parameters: it is used as it is built" in err
+    assert "pair_product has nothing to train: it is used as it is built" in err
     code, out, _ = run("evaluate pair_rating --preset pair_product --data pairs --json")
     assert code == 0 and json.loads(out)["metrics"]["accuracy"] > 0.6
     assert provenn.paper("pair_rating").build("greedy_matching")(torch.eye(2)) == [(0, 0), (1, 1)]

@@ -293,7 +293,7 @@ def say_what_ships(slug: str, weights: Path | None, preset: str | None, needed: 
         from provenn.inference.paper import Paper
 
         if Paper(card).is_parameter_free(preset):
-            log(f"{card.preset(preset).name} has no parameters: it is used as it is built")
+            log(f"{card.preset(preset).name} has nothing to train: it is used as it is built")
             return True
     file = card.shipped_weights(preset)
     log(f"with the weights that ship: {file.stem}, {catalog.shipped_in_words(file)}")
