@@ -13,6 +13,7 @@ import provenn
 from provenn.core.errors import UserError
 from provenn.nn.anomaly import Anomalies
 from provenn.papers.bayes_pfl import (
+    PromptDistribution,
     ResidualCrossModalAttention,
     bayes_defects,
     bayes_for_category,
@@ -174,6 +175,20 @@ def test_words_and_layers_start_as_the_authors_have_it():
     initialise(nn.ModuleList([attention]))
     assert torch.equal(attention.query.weight, before), "as torch starts a convolution"
     assert model.attention.query.weight.std().item() == pytest.approx(1 / math.sqrt(3 * 64), rel=0.1)
+
+
+def test_before_training_samples_are_noise_and_their_divergence_is_the_loss():
+    """At the paper's size 0.01 of the divergence is 1.7 of contexts and 30 to 44 of each state, as the authors' is."""
+    torch.manual_seed(0)
+    feature = 10 * nn.functional.normalize(torch.randn(32, 768), dim=-1)  # as long as CLIP's are
+    specific, agnostic = PromptDistribution(768, 512), PromptDistribution(768, 512, kinds=2)
+    initialise(nn.ModuleList([specific, agnostic]))
+    with torch.no_grad():
+        context, states = specific(feature, torch.randn(1, 32, 768)), agnostic(None, torch.randn(1, 2, 768))
+    assert float(system.KL_WEIGHT * kl_estimate(context).mean()) == pytest.approx(1.75, abs=0.3)
+    assert all(30 < float(each) < 44 for each in system.KL_WEIGHT * kl_estimate(states)[0])
+    assert float(context.z.std()) == pytest.approx(1.2, abs=0.05)
+    assert all(float(each) == pytest.approx(3.25, abs=0.4) for each in states.z.std((0, 2)))
 
 
 # Inspection
