@@ -421,6 +421,31 @@ def test_the_command_looks_boxes_up(folder, model_and_meta, monkeypatch):
     assert "nothing was looked up in" in told and "it is known" in told
 
 
+def test_looked_up_entries_stay_in_their_order_and_are_read_as_others(folder, model_and_meta, monkeypatch):
+    model, meta = model_and_meta
+    picture, boxes = draw_faces([0, 30], 3)
+    Image.fromarray(picture).save(folder / "faces.png")
+    known = bundled_faces(1).items[0]
+    Image.fromarray(known.reference).save(folder / "known.png")
+    (folder / "shelf.json").write_text(json.dumps([{"name": known.name, "picture": "known.png", "text": known.text}]))
+    monkeypatch.setattr("provenn.papers.rc_mllm.task.write", lambda *args, **options: ["it is known [1], old is [2]"])
+
+    def ask(**more: object) -> str:
+        bare = {"category": "face", "box": list(boxes[0])} | more
+        (folder / "boxes.json").write_text(json.dumps([bare, {"box": list(boxes[1]), "text": "it has a hat"}]))
+        files = {"context": folder / "boxes.json", "library": folder / "shelf.json"}
+        return TASK.predict(model, meta, [str(folder / "faces.png"), "who ?"], None, **files)
+
+    told = ask()
+    assert told.index("[1] ", told.index("\n")) < told.index(known.text) < told.index("it has a hat")
+    for more, told in [
+        ({"facs": {}}, "entry 1: facs is not read"),
+        ({"index": 2}, "entry 1: index 2 is not its place"),
+    ]:
+        with pytest.raises(UserError, match=told):
+            ask(**more)
+
+
 def test_questions_about_places_are_of_each_object_once_and_bring_no_entries():
     data = TASK.load("tiles", seed=3, examples=6)
     places = grounding(data.train)

@@ -613,27 +613,32 @@ OF_ENTRY = ("category", "box", "text", "facts")  # keys of an entry in a file
 def _entries_of(given: Sequence[Any], size: tuple[int, int], boxes: str, where: str) -> RegionContext:
     context = RegionContext(size)
     for number, each in enumerate(given, 1):
-        of_entry = f"{where}, entry {number}"
-        if not isinstance(each, dict) or not isinstance(each.get("box"), list) or not each.get("text"):
-            raise UserError(f"{of_entry}: expected category, box and text")
-        if unknown := sorted(set(map(str, each)) - {*OF_ENTRY, "index"}):
-            raise UserError(f"{of_entry}: {', '.join(unknown)} is not read: an entry has {', '.join(OF_ENTRY)}")
-        if each.get("index", number) != number:
-            raise UserError(
-                f"{of_entry}: index {each['index']!r:.20} is not its place: entries are cited by place, from 1 on"
-            )
-        facts = each.get("facts") or {}
-        if not isinstance(facts, dict):
-            raise UserError(
-                f'{of_entry}: facts must be keys and values, such as {{"owner": "Mira"}}, got {facts!r:.60}'
-            )
-        context.add(
-            _pixels(each["box"], size, boxes, of_entry),
-            _said({"category": "object", **each}, "category", of_entry),
-            _said(each, "text", of_entry),
-            {str(key): _said(facts, key, of_entry) for key in facts},
-        )
+        context.add(*_entry_of(each, number, size, boxes, where))
     return context
+
+
+def _entry_of(
+    each: Any, number: int, size: tuple[int, int], boxes: str, where: str, *, bare: bool = False
+) -> tuple[tuple[float, float, float, float], str, str, dict[str, str]]:
+    """Box in pixels, category, text and facts of the entry of this number; one without a text has "" where it may."""
+    of_entry = f"{where}, entry {number}"
+    if not isinstance(each, dict) or not isinstance(each.get("box"), list) or not (each.get("text") or bare):
+        raise UserError(f"{of_entry}: expected category, box and text")
+    if unknown := sorted(set(map(str, each)) - {*OF_ENTRY, "index"}):
+        raise UserError(f"{of_entry}: {', '.join(unknown)} is not read: an entry has {', '.join(OF_ENTRY)}")
+    if each.get("index", number) != number:
+        raise UserError(
+            f"{of_entry}: index {each['index']!r:.20} is not its place: entries are cited by place, from 1 on"
+        )
+    facts = each.get("facts") or {}
+    if not isinstance(facts, dict):
+        raise UserError(f'{of_entry}: facts must be keys and values, such as {{"owner": "Mira"}}, got {facts!r:.60}')
+    return (
+        _pixels(each["box"], size, boxes, of_entry),
+        _said({"category": "object", **each}, "category", of_entry),
+        _said(each, "text", of_entry) if each.get("text") else "",
+        {str(key): _said(facts, key, of_entry) for key in facts},
+    )
 
 
 def _pixels(box: list[Any], size: tuple[int, int], boxes: str, where: str) -> tuple[float, float, float, float]:
@@ -859,15 +864,21 @@ def _context(file: Path, picture: Path, library: Path | None) -> tuple[tuple[Ent
     bare = [each for each in given if isinstance(each, dict) and not each.get("text")]
     if bare and library is None:
         raise UserError(f"{file}: {len(bare)} entries have no text: give it, or a --library to look them up in")
-    known = [each for each in given if each not in bare]
-    context, notes = _entries_of(known, size, "pixels", str(file)), []
+    context, notes = RegionContext(size), []
+    entries = [_entry_of(each, number, size, "pixels", str(file), bare=True) for number, each in enumerate(given, 1)]
     if library is not None and not bare:
         notes = [f"every entry of {file} has a text: nothing was looked up in {library}"]
-    elif library is not None:
-        boxes = [check_box(_pixels(each.get("box") or [], size, "pixels", str(file)), size) for each in bare]
-        found, left = read_library(Path(library)).context(read_pixels_rgb(picture), boxes)
+    known = read_library(Path(library)) if library is not None and bare else None
+    pixels = None if known is None else read_pixels_rgb(picture)
+    for box, category, text, facts in entries:
+        if text or known is None or pixels is None:
+            context.add(box, category, text, facts)
+            continue
+        found, left = known.context(pixels, [box])  # one by one, so that entries stay in their order
         context.entries += found.entries
-        notes = [f"({', '.join(f'{edge:g}' for edge in box)}) is like nothing in {library}: left out" for box in left]
+        notes += [
+            f"({', '.join(f'{edge:g}' for edge in each)}) is like nothing in {library}: left out" for each in left
+        ]
     if not context.entries:
         raise UserError(f"{file}: no box is of a thing that {library} knows")
     return tuple(context.entries), notes
