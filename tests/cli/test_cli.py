@@ -23,10 +23,11 @@ from safetensors.torch import save_file
 import provenn
 from plugins import put_on_shelf
 from provenn import catalog
-from provenn.cli import app, main, work
+from provenn.cli import app, main
 from provenn.core import progress
 from provenn.core.errors import UserError
 from provenn.evidence.record import Evidence
+from provenn.inference.predict import what_is_given
 from provenn.tasks import datasets, get_task
 
 pytestmark = pytest.mark.usefixtures("third_party")
@@ -349,7 +350,7 @@ BAD = [
     ("train eca_net --task recall --data mqar --out run", "no preset for the task 'language-modelling'"),
     ("train rat --data text --set heads=5 --out run", "heads must divide dim"),
     ("train rat --data text --set length=16 --out started --resume", "last.ckpt is of another preset or of other data"),
-    (TALK, "give words for tiny_gate to go on from, or a file that holds them"),
+    (TALK, "tiny_gate was given nothing: expected `provenn predict tiny_gate 'some words'`"),
     (f"{TALK} hello --set tokens=0", "tokens must be at least 1, got 0"),
     (f"{TALK} hello --set tokens=many", "tokens: Input should be a valid integer"),
     (f"{TALK} hello --set temperature=-1", "temperature must be finite and not negative, got -1"),
@@ -734,7 +735,7 @@ def text(here):
     ],
 )
 def test_what_is_proposed_after_a_training_is_what_its_task_reads(task, given):
-    assert work._what_is_given(get_task(task)) == given
+    assert what_is_given(get_task(task)) == given
 
 
 def test_a_language_model_is_trained_on_a_folder_and_goes_on_with_words(run, text):

@@ -205,7 +205,9 @@ def train(
     if logger is not None:
         terminal.print(f"written  {console.escape(str(folder / 'log'))}", soft_wrap=True)
     if type(work).predict is not Kind.predict:
-        given = _what_is_given(work)
+        from provenn.inference.predict import what_is_given
+
+        given = what_is_given(work)
         out_option = " -o OUTPUT" if not (work.takes_words and work.needs_inputs) else ""
         quoted = without_controls(shlex.quote(str(folder)))
         terminal.print(
@@ -213,18 +215,6 @@ def train(
             markup=False,
             soft_wrap=True,
         )
-
-
-def _what_is_given(work: "Kind") -> str:
-    """What stands after the paper in a command that predicts: files, words, a file and words about it, or nothing."""
-    from provenn.tasks.faces import face_of
-
-    demo = face_of(work.name).demo
-    if not work.needs_inputs:
-        return ""
-    if demo is not None and demo.question:
-        return " INPUT 'some words'"
-    return " 'some words'" if work.takes_words else " INPUT…"
 
 
 def _in_words(work: "Kind", summary: dict[str, Any]) -> str:

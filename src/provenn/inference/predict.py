@@ -11,6 +11,7 @@ from provenn.core.settings import arguments_of, typed
 
 if TYPE_CHECKING:
     from provenn.catalog.schema import Card
+    from provenn.tasks import Task
     from provenn.training.weights import Label
 from provenn.inference.overrides import of_system
 from provenn.inference.paper import Paper, paper
@@ -52,7 +53,7 @@ def predict(
             raise UserError(f"no file at {missing}")
     if not inputs and kind.needs_inputs:
         raise UserError(
-            f"give words for {slug} to go on from, or a file that holds them"
+            f"{slug} was given nothing: expected `provenn predict {slug}{what_is_given(kind)}`"
             if kind.takes_words
             else f"name the files to apply {slug} to"
         )
@@ -105,3 +106,15 @@ def _fitting(weights: str) -> Iterator[None]:
     except (RuntimeError, IndexError, KeyError, TypeError, ArithmeticError) as error:
         words = " ".join(str(error).split())[:300]
         raise UserError(f"{weights}: the model does not fit its label or this input: {words}") from error
+
+
+def what_is_given(kind: "Task") -> str:
+    """What stands after the paper in a command that predicts: files, words, a file and words about it, or nothing."""
+    from provenn.tasks.faces import face_of
+
+    demo = face_of(kind.name).demo
+    if not kind.needs_inputs:
+        return ""
+    if demo is not None and demo.question:
+        return " INPUT 'some words'"
+    return " 'some words'" if kind.takes_words else " INPUT…"
