@@ -31,6 +31,7 @@ from provenn.papers.rc_mllm.protocol import (
     PLACEHOLDER,
     WHOLE,
     Answer,
+    Box,
     Entry,
     RegionContext,
     Sample,
@@ -619,7 +620,7 @@ def _entries_of(given: Sequence[Any], size: tuple[int, int], boxes: str, where: 
 
 def _entry_of(
     each: Any, number: int, size: tuple[int, int], boxes: str, where: str, *, bare: bool = False
-) -> tuple[tuple[float, float, float, float], str, str, dict[str, str]]:
+) -> tuple[Box, str, str, dict[str, str]]:
     """Box in pixels, category, text and facts of the entry of this number; one without a text has "" where it may."""
     of_entry = f"{where}, entry {number}"
     if not isinstance(each, dict) or not isinstance(each.get("box"), list) or not (each.get("text") or bare):
@@ -641,7 +642,7 @@ def _entry_of(
     )
 
 
-def _pixels(box: list[Any], size: tuple[int, int], boxes: str, where: str) -> tuple[float, float, float, float]:
+def _pixels(box: list[Any], size: tuple[int, int], boxes: str, where: str) -> Box:
     numbers = all(isinstance(edge, int | float) and not isinstance(edge, bool) for edge in box)
     if len(box) != 4 or not numbers or any(abs(edge) > 1e9 for edge in box):
         raise UserError(f"{where}: a box must be four numbers, got {str(box)[:60]}")
