@@ -6,6 +6,7 @@ Each question of a test stands there in three orders of its entries, or once whe
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -869,13 +870,12 @@ def _context(file: Path, picture: Path, library: Path | None) -> tuple[tuple[Ent
     entries = [_entry_of(each, number, size, "pixels", str(file), bare=True) for number, each in enumerate(given, 1)]
     if library is not None and not bare:
         notes = [f"every entry of {file} has a text: nothing was looked up in {library}"]
-    known = read_library(Path(library)) if library is not None and bare else None
-    pixels = None if known is None else read_pixels_rgb(picture)
+    look_up = partial(read_library(library).context, read_pixels_rgb(picture)) if library is not None and bare else None
     for box, category, text, facts in entries:
-        if text or known is None or pixels is None:
+        if text or look_up is None:
             context.add(box, category, text, facts)
             continue
-        found, left = known.context(pixels, [box])  # one by one, so that entries stay in their order
+        found, left = look_up([box])  # one by one, so that entries stay in their order
         context.entries += found.entries
         notes += [
             f"({', '.join(f'{edge:g}' for edge in each)}) is like nothing in {library}: left out" for each in left
