@@ -5,6 +5,7 @@ import csv
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
@@ -13,7 +14,16 @@ from provenn.core import progress
 from provenn.core.errors import UserError
 from provenn.data.vocabulary import SPECIAL
 from provenn.tasks import TaskData, get_task
-from provenn.tasks.image_text_retrieval import CaptionPairs, Gallery, Pairs, evaluated, floors, join_pairs, similarities
+from provenn.tasks.image_text_retrieval import (
+    CaptionPairs,
+    Gallery,
+    Pairs,
+    draw_scores,
+    evaluated,
+    floors,
+    join_pairs,
+    similarities,
+)
 from provenn.tasks.matching import match
 from provenn.training import Recipe, fit
 
@@ -181,6 +191,7 @@ def test_features_have_lengths_and_fit_no_weights_of_pictures(tmp_path):
     assert batch.regions.sum(1).tolist() == lengths.repeat(2).tolist()
     model = Embeds(len(data.meta["words"]), 5).eval()
     assert TASK.evaluate(model, data.test)["rsum"] > 0 and TASK.dummy_baseline(data) > 0
+    assert TASK.picture(model, data) is not None
     for ask in (lambda: TASK.predict(model, data.meta, ["a"], None), lambda: TASK.portable(model, data.meta)):
         with pytest.raises(
             UserError, match="these weights take features of 5 numbers for each region, and no pictures"
@@ -268,7 +279,22 @@ def test_the_exported_system_scores_as_prediction_does(kind):
 
 def test_the_picture_of_an_evaluation_has_queries_and_what_was_found():
     figure = evaluated(Embeds().eval(), gallery(8), {})
-    assert len(figure.axes) == 6 * 6
+    assert len(figure.axes) == 6 * 6 + 1
+
+
+def test_scores_of_pairs_that_belong_together_are_drawn_beside_all_others():
+    table, owners = torch.tensor([[0.9, 0.1, 0.2], [0.0, 0.8, 0.7]]), torch.tensor([0, 1, 1])
+    for worse in (table, table.index_fill(1, torch.tensor([2]), float("nan"))):
+        axes = Figure().subplots()
+        draw_scores(axes, worse, owners)
+        (own, edges, _), (other, _, _) = (patch.get_data() for patch in axes.patches)
+        lost = int((~worse.isfinite()).sum())  # a third of own pairs and a third of the others
+        assert own.sum() == other.sum() == pytest.approx(100 * (3 - lost / 2) / 3)
+        middles = (edges[:-1] + edges[1:]) / 2
+        assert middles[own > 0].min() > 0.6 and middles[other > 0].max() < 0.3
+        assert ("2 are no numbers" in axes.get_xlabel()) == (lost == 2)
+    draw_scores(axes, torch.full((2, 3), float("nan")), owners)  # of a training that diverged
+    draw_scores(axes, torch.full((2, 3), 0.5), owners)
 
 
 def test_an_example_is_a_picture_a_text_or_both(tmp_path):

@@ -48,6 +48,7 @@ from provenn.tasks.portable import Standardising, draw_images, standardise
 from provenn.tasks.ranking import nearest
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SIZE = 224  # side at which the user's own images are seen, in pixels
@@ -439,8 +440,8 @@ class ImageTextRetrieval(Task):
         )
 
     def picture(self, model: nn.Module, data: TaskData) -> "Figure | None":
-        """Captions of the test, and the pictures that are found for each; none of features."""
-        return None if data.meta["features"] else evaluated(model, data.test, {})
+        """Captions of the test with what is found for each, and how scores lie."""
+        return evaluated(model, data.test, {})
 
 
 class Matcher(Standardising):
@@ -878,7 +879,9 @@ def _folder(
 
 
 def evaluated(model: nn.Module, dataset: Dataset, scores: Scores) -> "Figure":
-    """Captions in even steps through the test, and the pictures found for each: framed green where it is the right one.
+    """Captions in even steps through the test, and what is found for each: framed green where it is the right one.
+
+    Below are the scores of pairs that belong together and of all others, each as a share of its own number.
 
     Args:
         model, dataset: what was evaluated.
@@ -895,8 +898,9 @@ def evaluated(model: nn.Module, dataset: Dataset, scores: Scores) -> "Figure":
     words = Vocabulary(gallery.meta["words"])
     flat = [text for texts in gallery.tokens[:per_fold] for text in texts]
     chosen = torch.linspace(0, len(flat) - 1, min(6, len(flat))).long().tolist()
-    figure = Figure(figsize=(10, 1.9 * len(chosen)), layout="constrained")
-    axes = figure.subplots(len(chosen), 6, squeeze=False)
+    figure = Figure(figsize=(10, 1.9 * len(chosen) + 2.8), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[1.9 * len(chosen), 2.8])
+    axes = above.subplots(len(chosen), 6, squeeze=False)
     for row, text in enumerate(chosen):
         axes[row][0].text(0, 0.5, textwrap.fill(words.decode(flat[text]), 26), fontsize=8, va="center")
         order = table[:, text].argsort(descending=True, stable=True)[:5].tolist()
@@ -911,7 +915,30 @@ def evaluated(model: nn.Module, dataset: Dataset, scores: Scores) -> "Figure":
         axis.set(xticks=[], yticks=[])
     for axis in axes[:, 0]:
         axis.set_axis_off()
+    draw_scores(below.subplots(), table, owners)
     return figure
+
+
+def draw_scores(axes: "Axes", table: Float[Tensor, "images texts"], owners: Int64[Tensor, " texts"]) -> None:
+    """How the scores of pairs that belong together lie beside those of all others.
+
+    Args:
+        axes: to draw on.
+        table: the score of each image with each text.
+        owners: the image of each text.
+    """
+    own, there = torch.arange(len(table))[:, None] == owners, table.isfinite()
+    low, high = (float(end) for end in table[there].aminmax()) if there.any() else (0.0, 1.0)
+    edges = np.linspace(low, max(high, low + 1e-3), 50)
+    for chosen, name, colour in (
+        (own, "an image and its text", "#2a8f3c"),
+        (~own, "an image and another's", "#b00020"),
+    ):
+        counts, _ = np.histogram(table[chosen & there].numpy(), edges)
+        axes.stairs(100 * counts / max(1, int(chosen.sum())), edges, color=colour, linewidth=1.5, label=name)
+    left_out = int((~there).sum())
+    axes.set(xlabel="score" + (f"; {left_out:,} are no numbers" if left_out else ""), ylabel="% of pairs")
+    axes.legend()
 
 
 def answer(trial: Trial) -> dict[str, Any]:
