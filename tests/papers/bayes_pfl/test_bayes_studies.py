@@ -214,7 +214,8 @@ def test_all_heads_stand_upon_the_clip_of_the_seed(data):
     assert decayed["recipe"] == replace(SHORT, epochs=12, weight_decay=0.01)
 
 
-def test_a_training_is_looked_at_after_each_epoch():
+def test_a_training_is_looked_at_after_each_epoch(monkeypatch):
+    monkeypatch.setattr(bayes_studies, "CLIP_STEPS", 1)
     given = seen_defects(0, True)
     short = replace(SHORT, epochs=2, max_steps=None, batch_size=40)
     done = traced(lambda: network(HEADS["rca"][1]), TASK, given, replace(short, lr=1e-3), seed=0)
