@@ -899,7 +899,7 @@ def evaluated(model: nn.Module, dataset: Dataset, scores: Scores) -> "Figure":
     flat = [text for texts in gallery.tokens[:per_fold] for text in texts]
     chosen = torch.linspace(0, len(flat) - 1, min(6, len(flat))).long().tolist()
     figure = Figure(figsize=(10, 1.9 * len(chosen) + 2.8), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=[1.9 * len(chosen), 2.8])
+    (above,), (below,) = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.9 * len(chosen), 2.8])
     axes = above.subplots(len(chosen), 6, squeeze=False)
     for row, text in enumerate(chosen):
         axes[row][0].text(0, 0.5, textwrap.fill(words.decode(flat[text]), 26), fontsize=8, va="center")
