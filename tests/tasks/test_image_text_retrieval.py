@@ -282,6 +282,14 @@ def test_the_picture_of_an_evaluation_has_queries_and_what_was_found():
     assert len(figure.axes) == 6 * 6 + 1
 
 
+def test_the_picture_of_a_large_evaluation_ranks_its_first_images_alone(monkeypatch):
+    monkeypatch.setattr("provenn.tasks.image_text_retrieval.DRAWN", 4)
+    model, seen = Embeds().eval(), []
+    compared = model.encode_images
+    monkeypatch.setattr(model, "encode_images", lambda *given: seen.append(len(given[0])) or compared(*given))
+    assert sum(axes.has_data() for axes in evaluated(model, gallery(8), {}).axes) == 6 * 4 + 1 and seen == [4]
+
+
 def test_scores_of_pairs_that_belong_together_are_drawn_beside_all_others():
     table, owners = torch.tensor([[0.9, 0.1, 0.2], [0.0, 0.8, 0.7]]), torch.tensor([0, 1, 1])
     for worse in (table, table.index_fill(1, torch.tensor([2]), float("nan"))):

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
 SIZE = 224  # side at which the user's own images are seen, in pixels
 LONGEST = 40  # tokens of a caption that are read
+DRAWN = 1000  # images of the test at most that a picture ranks: comparing all of a large one again may take hours
 AT_LEAST = 4  # how often a word of the user's own captions must occur to be known
 TILE = 128  # images, and texts, that are compared at a time
 CELLS = 4  # of each side of an image, whose mean colours are the dummy baseline
@@ -881,7 +882,8 @@ def _folder(
 def evaluated(model: nn.Module, dataset: Dataset, scores: Scores) -> "Figure":
     """Captions in even steps through the test, and what is found for each: framed green where it is the right one.
 
-    Below are the scores of pairs that belong together and of all others, each as a share of its own number.
+    Below are the scores of pairs that belong together and of all others, each as a share of its own number. Of a large
+    test the first `DRAWN` images are ranked, with their texts.
 
     Args:
         model, dataset: what was evaluated.
@@ -892,11 +894,11 @@ def evaluated(model: nn.Module, dataset: Dataset, scores: Scores) -> "Figure":
     from matplotlib.figure import Figure
 
     gallery: Gallery = dataset  # type: ignore[assignment]  # a data set of this task
-    per_fold = _fold_size(len(gallery), gallery.folds)
+    drawn = min(DRAWN, _fold_size(len(gallery), gallery.folds))
     with torch.no_grad():
-        table, owners = similarities(model, gallery, range(per_fold))
+        table, owners = similarities(model, gallery, range(drawn))
     words = Vocabulary(gallery.meta["words"])
-    flat = [text for texts in gallery.tokens[:per_fold] for text in texts]
+    flat = [text for texts in gallery.tokens[:drawn] for text in texts]
     chosen = torch.linspace(0, len(flat) - 1, min(6, len(flat))).long().tolist()
     figure = Figure(figsize=(10, 1.9 * len(chosen) + 2.8), layout="constrained")
     (above,), (below,) = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.9 * len(chosen), 2.8])
