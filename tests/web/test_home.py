@@ -13,6 +13,7 @@ from provenn.cli import main
 from provenn.core.errors import UserError
 from provenn.web import create_app, opinions
 from provenn.web.database import Database
+from provenn.web.settings import Settings
 
 
 def rights(path: Path) -> int:
@@ -29,6 +30,16 @@ def open_to_all():
     before = os.umask(0)
     yield
     os.umask(before)
+
+
+@pytest.mark.parametrize("given", [{}, {"PROVENN_HOME": "~/.local/share/provenn"}])
+def test_the_home_is_below_that_of_the_user(given, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = Settings.read(given)
+    assert (
+        settings.home == tmp_path / ".local/share/provenn"
+        and settings.database == f"sqlite:///{settings.home}/catalogue.db"
+    )
 
 
 def test_all_files_of_a_new_home_are_its_owners_alone(settings, open_to_all):

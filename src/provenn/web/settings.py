@@ -41,7 +41,7 @@ class Settings(BaseModel):
         upload_megabytes: the largest upload.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     home: Path = Path("~/.local/share/provenn")
     database_url: str = ""
