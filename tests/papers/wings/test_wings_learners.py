@@ -12,7 +12,7 @@ from provenn.core.errors import UserError
 from provenn.core.finite import is_finite
 from provenn.nn.decoder import Decoder, RotaryPositions
 from provenn.nn.positions import rotation, turn
-from provenn.nn.vision_language import MLPProjector, VisionLanguageModel
+from provenn.nn.vision_language import ImageChat, MLPProjector, VisionLanguageModel
 from provenn.papers.wings import adapter, layers
 from provenn.papers.wings.adapter import (
     add_textual,
@@ -156,6 +156,13 @@ def test_fused_weights_equal_those_of_attention_that_exists(activation):
         assert torch.allclose(expected.sum(dim=-1), torch.ones(2, 10, dtype=torch.float64))
 
 
+def test_the_definition_takes_single_precision_weights_in_a_model_of_half_precision():
+    router, weights = AttentionRouter(8).to(torch.bfloat16), torch.rand(1, 4, 3, 5)
+    given = router(weights)
+    assert given.dtype == torch.float32
+    assert torch.allclose(given, router.float()(weights), atol=1e-6)
+
+
 def test_gradients_of_fused_weights_are_those_of_attention_that_exists():
     model = make(kv_heads=2)
     tokens, mask = tokens_of("abc****def", "gh****ij..")
@@ -210,6 +217,19 @@ def test_texts_beyond_max_len_are_refused_in_words_and_longer_routers_take_them(
     with pytest.raises(UserError, match="10 tokens, the router's max_len is 8"):
         make(max_len=8)(tokens, images(1))
     assert make(max_len=10)(tokens, images(1)).isfinite().all()
+    # Padding of earlier readings takes places of the cache, and none of the router.
+    model = make(max_len=10)
+    with torch.no_grad():
+        tokens, mask = tokens_of("ab****", "a****.")
+        state = model.read(tokens, images(2), mask=mask, state=model.decoder.init_state(2)).state
+        tokens, mask = tokens_of("e.", "ef")
+        state = model.read(tokens, mask=mask, state=state).state
+        going_on = model.read(tokens_of("ghi", "ghi")[0], state=state)
+        for row, text in enumerate(("ab****eghi", "a****efghi")):
+            alone = model.read(tokens_of(text)[0], images(2)[row : row + 1])
+            assert torch.allclose(going_on.hidden[row], alone.hidden[0, -3:], atol=1e-10)
+    with pytest.raises(UserError, match="11 tokens, the router's max_len is 10"):
+        model.read(tokens_of("j", "j")[0], state=going_on.state)
     with pytest.raises(UserError, match="max_len is 6"):
         AttentionRouter(6)(torch.rand(1, 1, 7, 7))
 
@@ -485,6 +505,26 @@ def test_the_second_stage_begins_with_the_routers_jump_and_nothing_else():
     assert torch.allclose(model(tokens, images(1)), with_image, atol=1e-10)
     with pytest.raises(UserError, match="learners='both'"):
         add_textual(model)
+
+
+def test_the_second_stage_has_the_router_that_the_learners_were_made_for(tmp_path):
+    model = make(learners="visual", activation="none", max_len=40)
+    save_learners(model, tmp_path / "first.safetensors")
+    for first in (model, load_learners(make(learners="none"), tmp_path / "first.safetensors")):
+        second = add_textual(first)
+        routers = [block.router for block in wings_blocks(second)]
+        assert {(router.activation, router.max_len) for router in routers} == {("none", 40)}
+        assert options_of(second) == options_of(make(activation="none", max_len=40))
+    assert options_of(add_textual(make(learners="visual"), max_len=50)).max_len == 50
+
+
+def test_stages_train_the_same_in_a_model_for_conversations():
+    for stage in (1, 2):
+        plain = freeze_for_stage(make(), stage)
+        chat = freeze_for_stage(ImageChat(make()), stage)
+        learning = {name for name, parameter in chat.model.named_parameters() if parameter.requires_grad}
+        assert learning == {name for name, parameter in plain.named_parameters() if parameter.requires_grad}
+    assert options_of(chat) == options_of(plain)
 
 
 def test_stages_train_what_the_paper_trains():

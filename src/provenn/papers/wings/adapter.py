@@ -14,7 +14,7 @@ from provenn.core.errors import UserError
 from provenn.core.files import atomic_write
 from provenn.core.narrowing import present
 from provenn.nn.decoder import Decoder, DecoderBlock
-from provenn.nn.vision_language import VisionLanguageModel
+from provenn.nn.vision_language import ImageChat, VisionLanguageModel
 from provenn.papers.wings.layers import (
     AttentionRouter,
     Learners,
@@ -55,7 +55,7 @@ def decoder_of(model: nn.Module) -> Decoder:
     Raises:
         UserError: neither.
     """
-    decoder = model.decoder if isinstance(model, VisionLanguageModel) else model
+    decoder = model.decoder if isinstance(model, VisionLanguageModel | ImageChat) else model
     if not isinstance(decoder, Decoder):
         raise UserError(
             f"learners need a provenn.nn.decoder.Decoder, got {type(model).__name__}: load a folder of Llama, Qwen2 or "
@@ -73,7 +73,8 @@ def attach(model: Model, options: LearnerOptions | None = None, **changes: Any) 
     """Put learners beside the attention of a decoder's layers, in place. The model's answers stay as they were.
 
     Args:
-        model: a `Decoder` or a `VisionLanguageModel`, such as `provenn.huggingface.decoders.from_huggingface` loads.
+        model: a `Decoder`, a `VisionLanguageModel` or an `ImageChat`, such as
+            `provenn.huggingface.decoders.from_huggingface` loads.
         options: of the learners; by default the paper's.
         changes: fields of `LearnerOptions`.
 
@@ -144,13 +145,12 @@ def options_of(model: nn.Module) -> LearnerOptions:
     first = blocks[0]
     learner = present(first.visual or first.textual, "learner")
     layers = tuple(index for index, block in enumerate(decoder.blocks) if isinstance(block, WingsBlock))
-    router = first.router
     return LearnerOptions(
         rank=learner.query.down.out_features,
-        max_len=4096 if router is None else router.max_len,
+        max_len=first.max_len,
         learners="both" if first.visual and first.textual else "visual" if first.visual else "textual",
         routing=first.routing,
-        activation="silu" if router is None else router.activation,
+        activation=first.activation,
         query=first.query,
         system_length=decoder.sharing.system_length,
         as_released=first.as_released,
@@ -158,11 +158,16 @@ def options_of(model: nn.Module) -> LearnerOptions:
     )
 
 
-def add_textual(model: Model, *, max_len: int = 4096, routing: Routing = "attention") -> Model:
+def add_textual(model: Model, *, max_len: int | None = None, routing: Routing = "attention") -> Model:
     """From the first stage to the second: textual learners and routers join visual ones, in place.
 
     The textual learners start at zero. With an image the answers change all the same: what a visual learner gives had
     the weight 1 and now has the router's, about a half.
+
+    Args:
+        model: of visual learners alone.
+        max_len: of the routers. Default: what the visual learners were attached with.
+        routing: "attention" or "fixed".
 
     Raises:
         UserError: the model's learners are no visual ones alone.
@@ -177,9 +182,9 @@ def add_textual(model: Model, *, max_len: int = 4096, routing: Routing = "attent
         weight = block.norm1.weight
         dim = weight.shape[0]
         block.textual = LowRankResidualAttention(dim, visual.heads, options.rank).to(weight)
-        block.routing = routing
+        block.routing, block.max_len = routing, options.max_len if max_len is None else max_len
         block.router = (
-            AttentionRouter(max_len, activation=options.activation).to(weight) if routing == "attention" else None
+            AttentionRouter(block.max_len, activation=options.activation).to(weight) if routing == "attention" else None
         )
         block.train(block.training)
     return model
@@ -193,7 +198,8 @@ def stage_parameters(model: nn.Module, stage: int) -> Iterator[nn.Parameter]:
     """
     if stage not in (1, 2):
         raise UserError(f"stage must be 1 or 2, got {stage!r}")
-    for name, parameter in model.named_parameters():
+    plain = model.model if isinstance(model, ImageChat) else model  # names are those of what it wraps
+    for name, parameter in plain.named_parameters():
         first = name.startswith("projector.") or ".visual." in name
         if first if stage == 1 else not name.startswith("vision."):
             yield parameter

@@ -195,7 +195,7 @@ class AttentionRouter(nn.Module):
         """The definition, from attention weights that exist."""
         if weights.shape[-1] > self.max_len:
             raise UserError(f"the text has {weights.shape[-1]} tokens, the router's max_len is {self.max_len}")
-        return self.weigh(weights.sum(dim=1) @ self.linear.weight[:, : weights.shape[-1]].mT)
+        return self.weigh(weights.sum(dim=1) @ self.linear.weight[:, : weights.shape[-1]].to(weights.dtype).mT)
 
 
 class Gathered(NamedTuple):
@@ -376,6 +376,7 @@ class WingsBlock(nn.Module):
                 f"a width of {dim}"
             )
         self.routing, self.query, self.as_released = routing, query, as_released
+        self.max_len, self.activation = max_len, activation  # of the router that a second stage may bring
         self.norm1, self.attention, self.norm2, self.feedforward = (
             block.norm1,
             attention,
@@ -450,13 +451,14 @@ class WingsBlock(nn.Module):
         if state is not None:
             cache = state.main.append(k, v)
             k, v = cache.keys[:, :, : cache.length], cache.values[:, :, : cache.length]
-        if k.shape[2] > self.router.max_len:
+        numbers = context.shared.numbers
+        if k.shape[2] > self.router.max_len and (longest := int(numbers.max()) + 1) > self.router.max_len:
             raise UserError(
-                f"the text has {k.shape[2]} tokens, the router's max_len is {self.router.max_len}: shorten the text, "
+                f"the text has {longest} tokens, the router's max_len is {self.router.max_len}: shorten the text, "
                 "take smaller pictures, or give learners a larger max_len"
             )
         width = v.shape[-1]
-        columns = self.router.columns(context.shared.numbers).to(v.dtype)[:, None]
+        columns = self.router.columns(numbers).to(v.dtype)[:, None]
         # All of one width, as fused kernels ask: zeros in queries and keys change no score.
         columns = F.pad(columns, (0, PAD - 2)).expand(v.shape[0], v.shape[1], -1, -1)
         y = attention.attend(
