@@ -6,10 +6,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.nn import functional as F
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from provenn.catalog import card
 from provenn.core.errors import UserError
 from provenn.papers.falcon import choose_grid, cut, cut_image, grids_up_to, markers_of, places_of, write_prompt
 from provenn.papers.falcon.crops import MEAN, STD
+from provenn.tasks.multimodal_chat import fitted
 
 # Width and height, and rows and columns of at most 9 and of at most 16 crops of 384: of the authors' code.
 CHOICES = {
@@ -55,6 +59,37 @@ def test_crops_put_together_are_the_resized_image():
     assert torch.equal(torch.cat(rows, dim=1), image[0])
     assert torch.equal(cut(image, (0, 0), 24), crops[:, :1])
     assert torch.equal(cut(image, (1, 1), 24)[:, 0], cut(image, (1, 1), 24)[:, 1])
+
+
+@pytest.mark.parametrize(("height", "width", "grid"), [(31, 100, (2, 3)), (90, 40, (3, 1)), (20, 20, (2, 2))])
+def test_crops_of_an_image_of_any_size_are_those_of_it_resized(height, width, grid):
+    """Bicubic with the filter of PIL, to the grid's size in one step; its shape is not kept."""
+    image = torch.randn(1, 3, height, width)
+    rows, columns = grid
+    large = F.interpolate(image, (24 * rows, 24 * columns), mode="bicubic", antialias=True)
+    crops = iter(cut(image, grid, 24)[0])
+    torch.testing.assert_close(next(crops), F.interpolate(image, (24, 24), mode="bicubic", antialias=True)[0])
+    for row in range(rows):
+        for column in range(columns):
+            there = large[0, :, 24 * row : 24 * row + 24, 24 * column : 24 * column + 24]
+            torch.testing.assert_close(next(crops), there)
+
+
+def test_statistics_are_those_of_clip():
+    """As `OPENAI_CLIP_MEAN` and `OPENAI_CLIP_STD` of transformers have them."""
+    assert (tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD)) == (MEAN, STD)
+    pixels = cut_image(torch.tensor([0, 128, 255], dtype=torch.uint8)[:, None, None].expand(3, 24, 24), side=24).pixels
+    expected = (torch.tensor([0, 128, 255]) / 255 - torch.tensor(OPENAI_CLIP_MEAN)) / torch.tensor(OPENAI_CLIP_STD)
+    torch.testing.assert_close(pixels[0, :, 0, 0], expected)
+
+
+@given(st.integers(200, 6144), st.integers(200, 6144))
+@settings(max_examples=200, deadline=None)
+def test_pictures_of_the_user_s_reach_the_choice_of_a_grid_at_their_own_size(width, height):
+    """The large preset shrinks none before, up to what 16 crops side by side hold."""
+    reads = next(p for p in card("falcon").presets if p.name == "falcon_8b").reads
+    read = fitted(torch.zeros(1, 1, 1, dtype=torch.uint8).expand(3, height, width), reads)
+    assert tuple(read.shape[1:]) == (height, width)
 
 
 def test_resizing_is_that_of_pil_up_to_rounding():

@@ -1,5 +1,6 @@
 """The authors' checkpoints: the whole model's logits and gradients, parts that a stage trained, folders, refusals."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from torch.nn import functional as F
 from provenn.core.errors import UserError
 from provenn.nn.towers import VisionConfig
 from provenn.papers.falcon import RegisterViT, falcon_8b, load_stage, markers_of
+from provenn.papers.falcon.crops import MEAN, STD
 from provenn.papers.falcon.official import convert, mark_crops, read_folder, rename
+from provenn.tasks.image_classification import IMAGENET_MEAN, IMAGENET_STD
 from provenn.testing import seeded_state
 from provenn.testing.golden import assert_values
 from provenn.testing.seeded import seeded_array
@@ -19,7 +22,9 @@ from provenn.testing.seeded import seeded_array
 HERE = Path(__file__).parent
 CHAT = json.loads((HERE / "chat.json").read_text())
 WHOLE = next(c for c in json.loads((HERE / "golden.json").read_text())["cases"] if c["preset"] == "falcon_8b")
-OPTIONS = {"tower_heads": 2, "heads": 4, "rope_factor": 1.0}
+OPTIONS = {"tower_heads": 2, "heads": 4, "rope_factor": 1.0, "standardised": "clip"}
+
+STATISTICS = {"imagenet": (IMAGENET_MEAN, IMAGENET_STD), "clip": (MEAN, STD)}
 
 
 def state() -> dict[str, torch.Tensor]:
@@ -62,6 +67,27 @@ def test_two_images_in_two_texts_give_the_authors_logits_loss_and_gradients():
         assert_values(parameters[name].grad, CHAT["gradients"][theirs], what=theirs)
 
 
+def test_pictures_of_the_tasks_reach_the_encoder_by_its_own_statistics():
+    """One standardised by ImageNet's gives what the same gives by CLIP's, whole or among others of other sizes."""
+    pixels = [torch.rand(3, 70 + 40 * k, 90) for k in range(2)]
+    by = {name: [(x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None] for x in pixels]
+          for name, (mean, std) in STATISTICS.items()}  # fmt: skip
+    given, own = (model(standardised=name) for name in ("imagenet", "clip"))
+    for name, images in (("one", lambda x: x[0][None]), ("several", tuple)):
+        ours, sizes = given.model.features(images(by["imagenet"]))
+        theirs, expected = own.model.features(images(by["clip"]))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+        assert sizes == expected
+    one = given.model.vision(by["imagenet"][0][None])
+    torch.testing.assert_close(one, own.model.vision(by["clip"][0][None]), rtol=1e-4, atol=1e-4)
+    crops, grids = own.model.vision.cut(by["clip"])
+    grids = torch.tensor([[1, *grid] for grid in grids])
+    assert torch.equal(given.model.features(crops, grids)[0], own.model.features(crops, grids)[0])  # as they come
+    assert inspect.signature(falcon_8b).parameters["standardised"].default == "imagenet"
+    with pytest.raises(ValueError, match="standardised must be one of imagenet, clip, got 'siglip'"):
+        model(standardised="siglip")
+
+
 def test_sizes_follow_from_the_shapes():
     _, found, weights = convert(state(), **OPTIONS)
     assert {name: found[name] for name in ("registers", "limit", "tower_dim", "tower_depth", "side", "patch")} == {
@@ -80,7 +106,7 @@ def test_the_folder_that_the_trainer_writes_is_read(tmp_path):
         torch.save({name: state()[name] for name in some}, tmp_path / file)
     index = {"weight_map": {name: file for file, some in shards.items() for name in some}}
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    read = read_folder(tmp_path, tower_heads=2)
+    read = read_folder(tmp_path, tower_heads=2, standardised="clip")
     tokens = torch.tensor([[1, -200, 3]])
     picture = image([1, 3, 96, 192], "first")
     assert torch.equal(read(tokens, picture), model()(tokens, picture))

@@ -86,17 +86,23 @@ def test_models_without_crops_or_exchange_have_fewer_stages_of_equal_length(opti
     assert {stage.recipe.epochs for stage in stages_of(chat(**options), epochs=1, max_steps=1)} == {1}
 
 
-def test_one_command_trains_all_four_on_pictures_of_any_shape(tmp_path: Path):
+def questions_about_pictures(folder: Path) -> Path:
+    """Sixteen pictures of several shapes, each with a question."""
     lines = []
     for number in range(16):
         colour = number % 2
         pixels = np.full((40 + 10 * (number % 3), 60, 3), 200 * colour, dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+        Image.fromarray(pixels).save(folder / f"{number}.png")
         lines.append({"image": f"{number}.png", "question": "is it dark ?", "answer": ("yes", "no")[colour]})
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder / "data.jsonl"
+
+
+def test_one_command_trains_all_four_on_pictures_of_any_shape(tmp_path: Path):
+    data = questions_about_pictures(tmp_path)
     folder, metrics = provenn.train(
         "falcon",
-        tmp_path / "data.jsonl",
+        data,
         preset="falcon_stages",
         overrides={"size": 64, "dim": 32, "layers": 1},
         recipe={"max_steps": 4, "warmup_steps": 0, "batch_size": 4},
@@ -111,6 +117,38 @@ def test_one_command_trains_all_four_on_pictures_of_any_shape(tmp_path: Path):
         for name in ("tower.encoder.layers.0.self_attn", "interact.0.attention")
     )
     assert 0 < (learned - copied).abs().max() < 0.1  # one step away from the layer that it was copied from
+
+
+def test_a_training_that_ends_in_its_last_stage_goes_on_as_if_it_had_not(tmp_path: Path, monkeypatch):
+    """ReAtten is then what it was a step before, and no copy again."""
+    data, features, seen = questions_about_pictures(tmp_path), Falcon.features, []
+
+    def train(name: str, **options) -> dict[str, torch.Tensor]:
+        folder, _ = provenn.train(
+            "falcon",
+            data,
+            preset="falcon_stages",
+            overrides={"size": 64, "dim": 32, "layers": 1},
+            recipe={"max_steps": 12, "warmup_steps": 0, "batch_size": 4},
+            out=tmp_path / name,
+            save_every=1,
+            **options,
+        )
+        return load_file(folder / "weights.safetensors")
+
+    def breaks_off(model, images, grids=None):
+        seen.extend([None] * model.training)
+        if len(seen) == 12:
+            raise KeyboardInterrupt
+        return features(model, images, grids)
+
+    whole = train("whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Falcon, "features", breaks_off)
+        train("broken")
+    again = train("broken", resume=True)
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(again[name], value) for name, value in whole.items())
 
 
 def test_epochs_and_steps_that_stages_do_not_divide_are_all_trained():

@@ -14,6 +14,7 @@ from provenn.papers.falcon import (
     Falcon,
     ReAtten,
     RegisterViT,
+    VisualRegisters,
     falcon_8b,
     falcon_encoder,
     falcon_scenes,
@@ -200,6 +201,15 @@ def test_registers_that_nobody_sees_leave_the_patches_as_they_were():
         attention.forward = forward
     expected = theirs(crops()).last_hidden_state
     torch.testing.assert_close(model.encode(crops(), PLACES, COUNTS).patches, expected)
+
+
+def test_registers_and_tables_begin_as_standard_normal_and_half_of_the_place_is_added():
+    torch.manual_seed(0)
+    made = VisualRegisters(256, 64, 16)
+    for values in (made.registers, made.rows.weight, made.columns.weight):
+        assert abs(values.mean()) < 0.05 and abs(values.std() - 1) < 0.05
+    alone = made(torch.tensor([[3, 5]]))[0] - made.registers[0]
+    torch.testing.assert_close(alone, (0.5 * (made.rows.weight[3] + made.columns.weight[5])).expand(64, -1))
 
 
 def test_registers_may_be_generated_or_given_in_any_number():

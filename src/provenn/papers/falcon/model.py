@@ -18,8 +18,11 @@ from provenn.nn.language import init_narrow
 from provenn.nn.shipped import pretrained
 from provenn.nn.towers import Block, VisionConfig, VisionTower
 from provenn.nn.vision_language import ImageChat, MLPProjector, VisionLanguageModel
-from provenn.papers.falcon.crops import LIMIT, Grid, choose_grid, cut, cut_image, markers_of, places_of
+from provenn.papers.falcon.crops import LIMIT, MEAN, STD, Grid, choose_grid, cut, cut_image, markers_of, places_of
 from provenn.papers.falcon.layers import Counts, Generator, ReAtten, VisualRegisters, check_counts
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # how the tasks standardise images
+STANDARDS = ("imagenet", "clip")
 
 Images = Float[Tensor, "images channels height width"] | Sequence[Float[Tensor, "channels _ _"]]
 
@@ -337,6 +340,29 @@ class CropEncoder(nn.Module):
         return Tokens(tokens, crops.grid, markers_of(crops.grid))
 
 
+class RestandardisedCropEncoder(CropEncoder):
+    """FALCON's encoder for whole images that come standardised by ImageNet's statistics, as the tasks here have them.
+
+    The encoder was trained with CLIP's. So x becomes (x · s + m − m') / s' before it is cut, with the mean m and the
+    deviation s of ImageNet, and m' and s' of CLIP. Arguments and shapes are those of `CropEncoder`; crops that are
+    given, and 8-bit images, are CLIP's already.
+    """
+
+    def cut(self, images: Images) -> tuple[Float[Tensor, "crops channels side side"], list[Grid]]:
+        again = _restandardised(images) if isinstance(images, Tensor) else [_restandardised(image) for image in images]
+        return super().cut(again)
+
+    def forward(self, images: Float[Tensor, "images channels height width"]) -> Float[Tensor, "images tokens dim"]:
+        return super().forward(_restandardised(images))
+
+
+def _restandardised(x: Float[Tensor, "*images 3 height width"]) -> Float[Tensor, "*images 3 height width"]:
+    mean, std, to_mean, to_std = (
+        x.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD, MEAN, STD)
+    )
+    return (x * std + mean - to_mean) / to_std
+
+
 class Falcon(VisionLanguageModel):
     """A language model that reads the registers of an image's crops, in reading order.
 
@@ -465,6 +491,7 @@ def falcon_8b(
     max_upscale: float | int | None = None,
     low_resolution: bool = False,
     checkpointing: bool = False,
+    standardised: str = "imagenet",
     tower_dim: int = 1024,
     tower_depth: int = 24,
     tower_heads: int = 16,
@@ -486,10 +513,14 @@ def falcon_8b(
         vocab_size, image_token, image_size: of the tokens and images; the authors' placeholder is −200.
         registers, limit, interact, max_upscale, low_resolution, side, patch: as of `falcon_encoder`.
         checkpointing: whether encoder and decoder compute their activations again for the gradient, in training.
+        standardised: what whole images come standardised by: "imagenet", as the tasks here have them, or "clip", as the
+            authors' processor does. The encoder gets CLIP's numbers either way.
         tower_dim, tower_depth, tower_heads, tower_hidden: of the ViT.
         dim, layers, heads, kv_heads, text_hidden, eps: of the decoder.
         rope_base, rope_factor: of its positions; a factor of 1 is Llama 3's, which are not stretched.
     """
+    if standardised not in STANDARDS:
+        raise ValueError(f"standardised must be one of {', '.join(STANDARDS)}, got {standardised!r}")
     stretch = None if rope_factor == 1 else Stretch(rope_factor, 1.0, 4.0, 8192)
     vision = falcon_encoder(
         dim=tower_dim,
@@ -504,6 +535,8 @@ def falcon_8b(
         max_upscale=max_upscale,
         low_resolution=low_resolution,
     )
+    if standardised == "imagenet":
+        vision = RestandardisedCropEncoder(vision.vit, max_upscale=max_upscale, low_resolution=low_resolution)
     vision.vit.tower.encoder.checkpointing = checkpointing
     decoder = Decoder(
         vocab_size,

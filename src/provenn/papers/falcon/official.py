@@ -224,7 +224,8 @@ def read_folder(folder: str | Path, **options: Any) -> ImageChat:
 
     Args:
         folder: such as a copy of renns/Falcon-8B.
-        options: of `falcon_8b` that neither shapes nor config say, such as `tower_heads`.
+        options: of `falcon_8b` that neither shapes nor config say, such as `tower_heads`. `standardised="clip"` is for
+            whole images that the authors' processor made; those of the tasks here come by ImageNet's statistics.
 
     Raises:
         UserError: no such folder, another model, or files that are damaged or lacking.
