@@ -29,6 +29,7 @@ from provenn.papers.bayes_pfl.official import openai_clip
 from provenn.papers.bayes_pfl.one_category import bayes_for_category
 from provenn.papers.bayes_pfl.protocol import official_scores, top_means
 from provenn.papers.bayes_pfl.training import stages
+from provenn.papers.bayes_pfl.training.figures import figures_by_protocol
 
 __all__ = [
     "BayesPFL",
@@ -48,6 +49,7 @@ __all__ = [
     "bayes_vit_l14",
     "constrain",
     "dice_loss",
+    "figures_by_protocol",
     "focal_loss",
     "kl_estimate",
     "official_scores",

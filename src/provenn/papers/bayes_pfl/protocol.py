@@ -2,6 +2,7 @@
 
 It is transductive: the smallest and the largest of a category's test images decide where each lies between 0 and 1. How
 many pixels count follows from a list of names. `BayesPFL.score` knows one image alone, and one number of pixels.
+`training.figures.figures_by_protocol` has the figures of both, beside each other.
 """
 
 from collections.abc import Sequence
@@ -51,9 +52,27 @@ def official_scores(
             "expected as many probabilities, maps and categories, got "
             f"{len(probabilities)}, {len(maps)} and {len(categories)}"
         )
-    scores = np.zeros(len(maps))
+    local = np.zeros(len(maps))
     for name in dict.fromkeys(categories):
-        rows = np.array([each == name for each in categories])
-        local = top_means(maps[rows], PIXELS[name in FEW])
-        scores[rows] = alpha * _stretched(probabilities[rows]) + (1 - alpha) * _stretched(local)
+        rows = np.array(categories) == name
+        local[rows] = top_means(maps[rows], PIXELS[name in FEW])
+    return add_stretched(probabilities, local, categories, alpha)
+
+
+def add_stretched(
+    probabilities: Float[np.ndarray, " images"],
+    local: Float[np.ndarray, " images"],
+    categories: Sequence[str],
+    alpha: float,
+) -> Float[np.ndarray, " images"]:
+    """What `official_scores` gives, where only the means of the largest pixels were kept.
+
+    Args:
+        probabilities, categories, alpha: as there.
+        local: of each map, by `top_means`.
+    """
+    scores = np.zeros(len(local))
+    for name in dict.fromkeys(categories):
+        rows = np.array(categories) == name
+        scores[rows] = alpha * _stretched(probabilities[rows]) + (1 - alpha) * _stretched(local[rows])
     return scores
