@@ -14,12 +14,12 @@ import provenn
 from provenn.core.cost import count_parameters
 from provenn.core.errors import UserError
 from provenn.papers import bayes_pfl
-from provenn.papers.bayes_pfl import bayes_clip, bayes_defects
+from provenn.papers.bayes_pfl import bayes_clip, bayes_defects, official
 from provenn.papers.bayes_pfl.augmentation import augment
 from provenn.papers.bayes_pfl.clip import small_clip
 from provenn.papers.bayes_pfl.experiments import one_by_one
-from provenn.papers.bayes_pfl.model import CLIP_MEAN, CLIP_STD, Samples
-from provenn.papers.bayes_pfl.official import convert
+from provenn.papers.bayes_pfl.model import CLIP_MEAN, CLIP_STD, Samples, Seen
+from provenn.papers.bayes_pfl.official import convert, stage_of
 from provenn.papers.bayes_pfl.training import _in_stage, stages
 from provenn.papers.bayes_pfl.training.pictures import (
     KINDS,
@@ -191,6 +191,82 @@ def test_maps_are_a_softmax_over_enlarged_logits():
     probability = logits.softmax(1)[:, 1].mean(1)
     top = said.heat.flatten(1).sort(1).values[:, -40:].mean(1)
     torch.testing.assert_close(said.score, 0.5 * probability + 0.5 * top)
+
+
+def test_a_patch_heats_its_own_place_of_an_image_that_is_no_square():
+    """Of a single patch that texts agree with, row by row: the heat lies at that patch, whichever side is longer."""
+    model = small(attention="none", smoothing=0.0)
+    texts = nn.functional.normalize(torch.randn(1, 2, 1, 64, dtype=torch.float64), dim=-1)
+    toward = texts[0, 1, 0] - texts[0, 0, 0]
+    with torch.no_grad():
+        for mapping in model.to_text:
+            mapping.weight.copy_(torch.cat([torch.eye(64), torch.zeros(64, mapping.in_features - 64)], 1))
+    for rows, columns in ((3, 5), (5, 3), (2, 7)):
+        for place in range(rows * columns):
+            patches = -toward.repeat(1, rows * columns, 1)
+            patches[0, place] = toward
+            padded = nn.functional.pad(patches, (0, model.to_text[0].in_features - 64))
+            seen = Seen(torch.zeros(1, 64, dtype=torch.float64), [padded] * 4, (rows, columns))
+            # At the size of the grid itself each pixel is a patch; at another size the pixels near to it are hot.
+            for one in model.maps(texts, seen, (rows, columns)):
+                assert one.shape == (1, 1, rows, columns)
+                assert (one > 0.5).flatten().nonzero().tolist() == [[place]]
+            size = (8 * (rows - 1) + 1, 8 * (columns - 1) + 1)
+            hottest = [int(one.flatten().argmax()) for one in model.maps(texts, seen, size)]
+            expected = 8 * (place // columns) * size[1] + 8 * (place % columns)
+            assert hottest == [expected] * 4
+
+
+def test_a_mark_in_an_image_that_is_no_square_moves_with_it():
+    """An image beside another is seen as its patches lie: the heat of each half changes most where the half changes."""
+    model = small(smoothing=0.0)
+    for side in ((40, 72), (72, 40)):
+        plain = torch.zeros(1, 3, *side, dtype=torch.float64)
+        seen = model.see(plain)
+        assert seen.grid == (side[0] // 8, side[1] // 8)
+        for row, column in ((0, 0), (0, seen.grid[1] - 1), (seen.grid[0] - 1, 0), (2, 3)):
+            marked = plain.clone()
+            marked[..., 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = 3
+            change = (model.see(marked).patches[0] - seen.patches[0]).norm(dim=-1)[0]
+            assert int(change.argmax()) == row * seen.grid[1] + column
+
+
+def test_pixels_and_images_have_a_temperature_each_and_no_logit_exceeds_it():
+    model, x = small(attention="none", smoothing=0.0), images(2)
+    seen = model.see(x)
+    texts = model.embed_texts(*model.name_tokens(NAMES[:2], 2), model.draw(seen.feature))
+
+    def logits() -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.stack([one.logit() for one in model.maps(texts, seen, (8, 8))]), model.image_logits(texts, seen)
+
+    assert model.temperature_pixel.exp().item() == model.temperature_image.exp().item() == pytest.approx(1 / 0.07)
+    pixels, whole = logits()
+    with torch.no_grad():
+        model.temperature_pixel.add_(np.log(2))
+    hotter, same = logits()
+    torch.testing.assert_close(hotter, 2 * pixels)
+    assert torch.equal(same, whole)
+    with torch.no_grad():
+        model.temperature_image.add_(np.log(3))
+    unmoved, sharper = logits()
+    assert torch.equal(unmoved, hotter)
+    torch.testing.assert_close(sharper, 3 * whole)
+    with torch.no_grad():
+        model.temperature_pixel.zero_()
+        model.temperature_image.zero_()
+        for part in (*model.to_text, model.text_mapping, model.image_mapping, model.fuse.out):
+            part.weight.mul_(1e4)  # lengths count for nothing
+    cosines, whole = logits()
+    # A map's logit is the difference of two cosines.
+    assert cosines.abs().max() <= 2 and whole.abs().max() <= 1 + 1e-12
+    same = nn.functional.normalize(torch.randn(1, 2, 1, 64, dtype=torch.float64), dim=-1)
+    with torch.no_grad():
+        model.temperature_image.fill_(np.log(7))
+        model.text_mapping.weight.copy_(torch.eye(64))
+        model.text_mapping.bias.zero_()
+        with model.in_stage(1):
+            reached = model.image_logits(same, seen._replace(feature=5 * same[:, 1, 0]))
+    assert reached[0, 1, 0].item() == pytest.approx(7), "a text that is the image's own feature reaches exp(τ)"
 
 
 def test_large_batches_are_taken_in_parts(monkeypatch):
@@ -619,7 +695,8 @@ def test_a_released_head_loads_upon_its_clip(folder, tmp_path):
         for parameter in made.of_stage(1) + made.of_stage(2):
             parameter.add_(0.1 * torch.randn(parameter.shape))
     torch.save({"MyModel": authors_head(made)}, tmp_path / "train_visa.pth")
-    loaded = provenn.from_official("bayes_pfl", tmp_path / "train_visa.pth", clip=str(folder), samples=2)
+    with pytest.warns(UserWarning, match="taken as a file of stage 2"):
+        loaded = provenn.from_official("bayes_pfl", tmp_path / "train_visa.pth", clip=str(folder), samples=2)
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(loaded(x, ["nut", "bolt"]).heat, made(x, ["nut", "bolt"]).heat)
     torch.testing.assert_close(loaded(x, ["nut", "bolt"]).score, made(x, ["nut", "bolt"]).score)
@@ -627,6 +704,70 @@ def test_a_released_head_loads_upon_its_clip(folder, tmp_path):
     assert first.fuse is None and first.stage == 1
     with pytest.raises(UserError, match="the file holds the head alone"):
         provenn.from_official("bayes_pfl", tmp_path / "train_visa.pth")
+
+
+@pytest.fixture
+def said(monkeypatch) -> list[str]:
+    """What a conversion says to its user."""
+    lines: list[str] = []
+    monkeypatch.setattr(official.progress, "say", lines.append)
+    return lines
+
+
+def trained_in(stages_done: tuple[int, ...], folder) -> nn.Module:
+    """A system in which stages moved what learns in them, as a training does; the rest is as it began."""
+    torch.manual_seed(3)
+    made = bayes_clip(**HERE, image_size=32, clip=str(folder), samples=2, prompts=2, flows=3).eval()
+    with torch.no_grad():
+        for stage in stages_done:
+            for parameter in made.of_stage(stage):
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    return made
+
+
+@pytest.mark.parametrize(("stages_done", "stage", "other"), [((1,), 1, 2), ((1, 2), 2, 1)])
+def test_the_stage_of_a_released_head_follows_from_the_file_and_is_said(
+    folder, tmp_path, said, stages_done, stage, other
+):
+    made = trained_in(stages_done, folder)
+    file = tmp_path / f"epoch_post_7_{stage}.pth"
+    torch.save({"MyModel": authors_head(made)}, file)
+    loaded = provenn.from_official("bayes_pfl", file, clip=str(folder), samples=2)
+    assert loaded.stage == stage and (loaded.fuse is None) == (stage == 1)
+    assert len(said) == 1
+    assert f"taken as a file of stage {stage}" in said[0] and f"--set stage={other}" in said[0]
+    x = torch.randn(2, 3, 32, 32)
+    with made.in_stage(stage):
+        torch.testing.assert_close(loaded(x, ["nut", "bolt"]).score, made(x, ["nut", "bolt"]).score)
+    with made.in_stage(other):
+        assert not torch.allclose(loaded(x, ["nut", "bolt"]).score, made(x, ["nut", "bolt"]).score)
+
+
+def test_a_stage_that_is_named_is_taken_without_a_word(folder, tmp_path, said):
+    made = trained_in((1,), folder)
+    torch.save({"MyModel": authors_head(made)}, tmp_path / "epoch_post_7_1.pth")
+    for stage in (1, 2):
+        file = tmp_path / "epoch_post_7_1.pth"
+        loaded = provenn.from_official("bayes_pfl", file, clip=str(folder), samples=2, stage=stage)
+        assert loaded.stage == stage
+    assert not said
+
+
+def test_one_step_of_the_second_stage_marks_a_file(folder):
+    """By what Adam does to the parts of stage 2, and by what the authors' first stage leaves of them."""
+    made = trained_in((1,), folder)
+    assert stage_of(authors_head(made)) == 1
+    names = ("fuse.mix.bias", "fuse.out.bias", "image_mapping.bias")
+    for name, parameter in made.named_parameters():
+        if name in names:
+            before = parameter.detach().clone()
+            with torch.no_grad():
+                parameter[0] += 1e-4
+            assert stage_of(authors_head(made)) == 2, name
+            with torch.no_grad():
+                parameter.copy_(before)
+    bare = {name: v for name, v in authors_head(made).items() if not name.startswith(("fuse.", "image_mapping."))}
+    assert stage_of(bare) == 1
 
 
 def test_other_files_of_the_authors_are_refused(folder):

@@ -2,7 +2,8 @@
 
 Their trainer saves the head alone, under `MyModel`. CLIP comes from a folder of Hugging Face, or from the same file in
 its names of OpenAI behind `clip.`. Decoders and the layers behind them are in their files and compute nothing: they are
-left out. Whether the second stage was trained follows from the file's name there; here it is an option.
+left out. Their test reads the stage from the file's name. Here it follows from what the file holds, see `stage_of`, and
+is said.
 """
 
 import re
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from provenn.core import progress
 from provenn.core.errors import UserError
 from provenn.nn.folders import read_tensors
 from provenn.nn.towers import interpolate_positions
@@ -50,6 +52,7 @@ _CLIP = (
     (r"\.mlp\.c_fc\.", ".mlp.fc1."),
     (r"\.mlp\.c_proj\.", ".mlp.fc2."),
 )
+LATE = ("fuse.", "image_mapping.")  # parts that the second stage adds
 PATCHES = {14: "bayes_vit_l14", 16: "bayes_vit_b16"}
 TAKEN = (1024, 768), (768, 512)  # widths of the towers of both presets
 
@@ -61,7 +64,7 @@ def convert(
     preset: str | None = None,
     clip: str | None = None,
     image_size: int | None = None,
-    stage: int = 2,
+    stage: int | None = None,
     **options: Any,
 ) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     """From the state dict of a `MyModel` to ours: the preset, its options and what `load_state_dict` takes.
@@ -72,14 +75,17 @@ def convert(
         preset: the user's own word, which must agree.
         clip: a folder of Hugging Face with the CLIP that the head was trained upon.
         image_size: side of the images, in pixels. Default: 518, or what the positions in the file are made for.
-        stage: 1 for a file of the first stage, whose name ends in `_1.pth`.
+        stage: 1 or 2, as the authors' trainer writes it at the end of a name: `epoch_post_7_1.pth` is of stage 1.
+            Default: what `stage_of` reads from the file, which is said.
         options: what else the preset is built with.
 
     Raises:
         UserError: other parameters; encoders that should be one and differ; a CLIP that is missing or does not fit.
     """
     pair = {name.removeprefix(CLIP): value for name, value in state.items() if name.startswith(CLIP)}
-    head = _head({name: value for name, value in state.items() if not name.startswith(CLIP)}, stage)
+    authors = {name: value for name, value in state.items() if not name.startswith(CLIP)}
+    asked, stage = stage, stage_of(authors) if stage is None else stage
+    head = _head(authors, stage)
     if pair:
         towers = openai_clip(pair)
     elif clip is not None:
@@ -113,7 +119,29 @@ def convert(
         given = {**sizes, "image_size": side}
     towers = _resized(towers, side // sizes["patch"])
     converted = {**head, **{f"{CLIP}{key}": value for key, value in towers.items()}}
+    if asked is None:
+        why, other = ("never", 2) if stage == 1 else ("already", 1)
+        progress.say(
+            f"taken as a file of stage {stage}: its fuse and image_mapping have {why} learned; --set stage={other} "
+            f"takes it as one of stage {other}"
+        )
     return name, {**given, **({} if stage == 2 else {"stage": stage})}, converted
+
+
+def stage_of(state: Mapping[str, Tensor]) -> int:
+    """The stage in which the authors' trainer wrote a head: 1 where nothing that stage 2 adds has learned.
+
+    Their files hold these parts in both stages. They begin with biases of exactly 0, and stage 1 gives them no
+    gradient, so they stay so. The first step of stage 2 moves them.
+
+    Args:
+        state: the head's, in the authors' names.
+
+    >>> stage_of({"fuse.post_process.bias": torch.zeros(3), "image_mapping.bias": torch.zeros(3)})
+    1
+    """
+    late = [value for name, value in state.items() if name.startswith(LATE) and name.endswith(".bias")]
+    return 2 if any(bool(value.any()) for value in late) else 1
 
 
 def _head(state: dict[str, Tensor], stage: int) -> dict[str, Tensor]:
@@ -130,7 +158,7 @@ def _head(state: dict[str, Tensor], stage: int) -> dict[str, Tensor]:
             continue
         if UNUSED.match(name) or name.startswith(("PFL_normal.", "PFL_abnormal.")):
             continue
-        if stage == 1 and name.startswith(("fuse.", "image_mapping.")):
+        if stage == 1 and name.startswith(LATE):
             continue  # not trained
         for pattern, replacement in _HEAD:
             name = re.sub(pattern, replacement, name)
