@@ -11,12 +11,23 @@ import torch
 from torch.utils.data import DataLoader
 
 from provenn.data.defects import CATEGORIES
-from provenn.evidence import Measurement, Study
+from provenn.evidence import Measurement, Run, Study
 from provenn.evidence.study import TUNING_SEED
 from provenn.nn.anomaly import Anomalies
+from provenn.papers.bayes_pfl import bayes_defects
+from provenn.papers.bayes_pfl import experiments as bayes_experiments
 from provenn.papers.bayes_pfl import studies as bayes_studies
-from provenn.papers.bayes_pfl.experiments import EXPERIMENTS, HEADS, ON_THE_WAY, SCALE, UNSEEN, operations
+from provenn.papers.bayes_pfl.experiments import (
+    EXPERIMENTS,
+    HEADS,
+    ON_THE_WAY,
+    SCALE,
+    UNSEEN,
+    both_states,
+    operations,
+)
 from provenn.papers.bayes_pfl.layers import INIT
+from provenn.papers.bayes_pfl.model import BayesPFL
 from provenn.papers.bayes_pfl.rivals import HELD_OUT, TEMPLATES, LocalContrast, encode_sentences
 from provenn.papers.bayes_pfl.studies import (
     CHOSEN_ON,
@@ -328,3 +339,57 @@ def test_operations_are_those_of_the_sizes():
     assert counted["RCA"] == pytest.approx(4 * (6 * 768**2 + 2 * 6 * 1369 * 768) / 1e9, rel=1e-3)
     # Twelve blocks of six texts of 13 tokens.
     assert counted["texts"] == pytest.approx(12 * 12 * 768**2 * 6 * 13 / 1e9, rel=0.05)
+
+
+def test_what_is_compared_are_the_published_means_and_none(monkeypatch):
+    """The state words' means of both sides: ±0.5 as published, and 0, with all else alike."""
+    met = []
+
+    def embed(self, tokens, lengths, samples):
+        met.append([bank.detach().clone() for bank in (self.context, self.normal, self.abnormal)])
+        return plain(self, tokens, lengths, samples)
+
+    plain = BayesPFL.embed_texts
+    monkeypatch.setattr(BayesPFL, "embed_texts", embed)
+    for offset in (0.5, 0.0):
+        both_states(offset)
+    (context, *published), (other, *none) = met
+    for bank, mean in zip((*published, *none), (0.5, -0.5, 0.0, 0.0), strict=True):
+        assert abs(float(bank.mean()) - mean) < 0.005 and float(bank.std()) == pytest.approx(INIT, rel=0.2)
+    assert torch.equal(context, other)
+    for bank, bare, mean in zip(published, none, (0.5, -0.5)):
+        torch.testing.assert_close(bank - bare, torch.full_like(bank, mean))
+
+
+def test_a_mean_of_the_state_words_is_invisible_and_what_channels_differ_in_is_not():
+    model = small_bank()
+    given = (*model.name_tokens(["metal nut"], 1), model.draw(torch.zeros(1, 64, dtype=torch.float64)))
+    with torch.no_grad():
+        texts = model.embed_texts(*given)
+        for bank in (model.normal, model.abnormal):
+            for mean in (-0.5, 3.0):
+                bank.add_(mean)
+                torch.testing.assert_close(model.embed_texts(*given), texts, rtol=0, atol=1e-9)
+                bank.sub_(mean)
+        # As large a shift of half the channels is seen, in the state that it is added to alone.
+        model.normal[..., :32].add_(0.5)
+        changed = (model.embed_texts(*given) - texts).abs().amax((0, 2, 3))
+        assert changed[0] > 0.01 and changed[1] == 0
+
+
+def small_bank() -> BayesPFL:
+    torch.manual_seed(0)
+    return bayes_defects(samples=2).double().eval()
+
+
+@pytest.mark.parametrize(("change", "holds"), [(0.0, 1.0), (1e-12, 1.0), (1e-6, 0.0), (1.0, 0.0)])
+def test_the_means_are_invisible_only_where_both_sides_are_the_same(monkeypatch, tmp_path, change, holds):
+    asked = []
+
+    def states(offset: float) -> torch.Tensor:
+        asked.append(offset)
+        return torch.ones(2, 3, dtype=torch.float64) + change * offset / 0.5
+
+    monkeypatch.setattr(bayes_experiments, "both_states", states)
+    assert bayes_experiments.offset_invisible(Run("bayes_pfl", tmp_path)).value == holds
+    assert sorted(asked) == [0.0, 0.5]
