@@ -144,6 +144,16 @@ def test_saf_keeps_the_running_figures_of_a_loop_over_captions():
         torch.testing.assert_close(getattr(model.gate.norm, name), getattr(loop.gate.norm, name))
 
 
+def test_statistics_of_a_training_are_of_all_pairs_with_gradients_or_without():
+    (regions, words, mask), kept = tokens(), []
+    for gradients in (True, False):
+        model = made(host="saf", dropout=0.0).train()
+        model.numbers = 100  # parts of an image and a few texts
+        with torch.set_grad_enabled(gradients):
+            kept.append((model(regions, words, None, mask), model.gate.norm.running_mean.clone()))
+    torch.testing.assert_close(kept[0], kept[1])
+
+
 # Counts: those of the authors' code, less what none of its outputs reaches
 
 
@@ -249,6 +259,20 @@ def test_words_are_touched_as_often_as_the_authors_touch_them():
     assert (removed / count, masked / count, replaced / count) == pytest.approx((0.08, 0.1, 0.02), abs=0.008)
     same, whole = augment_words(text, text > 0, vocab_size=20, mask=mask, kept=(1, 2), share=0.0)
     assert torch.equal(same, text) and whole.all()
+
+
+def test_a_file_of_words_says_which_of_them_masks(tmp_path, monkeypatch):
+    words = ["<pad>", "<start>", "<end>", "<unk>", *(f"w{k}" for k in range(14)), "<mask>", "last"]
+    file, seen = tmp_path / "vocab.json", []
+    file.write_text(json.dumps({"word2idx": {word: number for number, word in enumerate(words)}}))
+    monkeypatch.setattr("provenn.papers.rcar.model.augment_words", lambda *x, **given: seen.append(given) or x)
+    for options in ({"vocabulary": str(file)}, {}):
+        system(**options).train().training_loss(pairs())
+    assert [(given["mask"], given["kept"]) for given in seen] == [(18, (1, 2)), (SPECIAL.index("<mask>"), (1, 2))]
+    with pytest.raises(UserError, match=r"gone\.json"):
+        system(vocabulary=str(tmp_path / "gone.json")).train().training_loss(pairs())
+    preset = rcar.rcar(20, vocabulary=str(file), features=12, embed_dim=16, align_dim=8)
+    assert preset.special == (18, 1, 2)
 
 
 def test_the_second_direction_starts_at_the_last_real_word():

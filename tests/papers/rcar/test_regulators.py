@@ -208,6 +208,11 @@ def test_dropout_is_of_both_factors_in_training():
     torch.manual_seed(0)
     a, h = l2_normalise(torch.rand(1, 2000, 64)), torch.rand(1, 64)
     assert regulator.train()(a, h).weights.std() > 3 * regulator.eval()(a, h).weights.std()
+    given: list[torch.Tensor] = []
+    regulator.train().dropout.register_forward_hook(lambda _, __, y: given.append(y))
+    regulator(a, h)
+    assert [y.shape for y in given] == [(1, 2000, 64), (1, 64)]
+    assert all(0.2 < float((y == 0).float().mean()) < 0.6 for y in given)
 
 
 def test_a_layer_without_steps_is_plain_attention_and_with_zero_layers_too():

@@ -184,7 +184,8 @@ class Similarity(nn.Module):
                 at_least_single(hide_tokens(tokens, mask))
                 for tokens, mask in ((regions, region_mask), (words, word_mask))
             )
-            if torch.is_grad_enabled() or torch.compiler.is_compiling() or regions.is_meta:
+            # A batch norm in training is of the whole batch, with gradients or without.
+            if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or regions.is_meta:
                 return self._table(regions, words, region_mask, word_mask)
             scores = regions.new_empty(len(regions), len(words))
             for rows, columns, longest in self._parts(region_mask, word_mask):

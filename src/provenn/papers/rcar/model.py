@@ -1,6 +1,7 @@
 """Systems of image–text retrieval: encoders, a similarity of token sets, and the hinge that they learn by."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -13,6 +14,7 @@ from provenn.nn.arguments import check_finite
 from provenn.papers.rcar.encoders import WORD_DIM, PictureEncoder, RegionEncoder, WordEncoder, augment_words, hinge
 from provenn.papers.rcar.hosts import OF_SGRAF, RCAR, Host, Regulators, Similarity
 from provenn.papers.rcar.layers import Mode, check_sizes, check_steps
+from provenn.papers.rcar.training import special_of
 
 F30K, COCO = 8482, 11354  # words of the authors' vocabularies, `<mask>` among them
 MARGIN = 0.2
@@ -36,6 +38,8 @@ class Matching(nn.Module):
         margin: of the hinge.
         warm_up: batches.
         touched: share of the words that training masks, replaces or removes.
+        vocabulary: a file of words, in which `<mask>`, `<start>` and `<end>` have numbers of their own. It is read when
+            training begins. Default: the numbers of `provenn.data.vocabulary`.
 
     Shapes: features (images, regions, numbers) or pictures (images, 3, height, width), and tokens (texts, length) to
     scores (images, texts).
@@ -52,6 +56,7 @@ class Matching(nn.Module):
         margin: float = MARGIN,
         warm_up: int = 0,
         touched: float = TOUCHED,
+        vocabulary: str | None = None,
     ):
         super().__init__()
         check_steps(warm_up=warm_up)
@@ -59,7 +64,7 @@ class Matching(nn.Module):
         if not 0 <= touched <= 1:
             raise ValueError(f"touched must be a share from 0 to 1, got {touched}")
         self.image, self.text, self.matcher = image, text, similarity
-        self.margin, self.warm_up, self.touched = margin, warm_up, touched
+        self.margin, self.warm_up, self.touched, self.vocabulary = margin, warm_up, touched, vocabulary
         self.register_buffer("steps_done", torch.zeros((), dtype=torch.long))
 
     def encode_images(
@@ -106,19 +111,26 @@ class Matching(nn.Module):
         """
         tokens, words = batch.tokens, batch.words
         if self.training and self.touched:
+            mask, *kept = self.special
             tokens, words = augment_words(
-                tokens,
-                words,
-                vocab_size=self.vocab_size,
-                mask=SPECIAL.index(MASK),
-                kept=(SPECIAL.index(START), SPECIAL.index(END)),
-                share=self.touched,
+                tokens, words, vocab_size=self.vocab_size, mask=mask, kept=tuple(kept), share=self.touched
             )
         scores = self(batch.images, tokens, batch.regions, words)
         loss = hinge(scores, self.margin, hardest=int(self.steps_done) >= self.warm_up)
         if self.training:
             self.steps_done += 1
         return loss
+
+    @cached_property
+    def special(self) -> tuple[int, int, int]:
+        """The numbers of `<mask>`, `<start>` and `<end>`.
+
+        Raises:
+            UserError: the file of words cannot be read.
+        """
+        if self.vocabulary is None:
+            return SPECIAL.index(MASK), SPECIAL.index(START), SPECIAL.index(END)
+        return special_of(self.vocabulary, self.vocab_size)
 
     @property
     def vocab_size(self) -> int:
@@ -196,8 +208,8 @@ class SystemOptions(TypedDict, total=False):
         features: numbers of a region, 2048.
         embed_dim, align_dim, word_dim: d = 1024, m = 256, and 300 of the embedding of words.
         margin, warm_up, touched: see `Matching`. Defaults: 0.2; 3 epochs of Flickr30K; 0.2 of the words.
-        vocabulary: a file of the authors' words, which names the rows of the embedding. The network does not depend on
-            it: the task reads it, for weights of the authors'.
+        vocabulary: a file of the authors' words, which names the rows of the embedding: the task reads it, and training
+            takes from it which words it masks by.
     """
 
     features: int
@@ -321,6 +333,7 @@ def matching(
         warm_up=options.get("warm_up", WARM_UP_F30K),
         margin=options.get("margin", MARGIN),
         touched=options.get("touched", TOUCHED),
+        vocabulary=options.get("vocabulary"),
     )
 
 
