@@ -10,7 +10,7 @@ from provenn.papers.wings.adapter import (
     options_of,
     save_learners,
 )
-from provenn.papers.wings.laws import Laws, attention_laws, attention_shift, shift_of
+from provenn.papers.wings.laws import Laws, attention_laws, attention_shift, laws_with_learners, shift_of
 from provenn.papers.wings.layers import AttentionRouter, LowRankResidualAttention, WingsBlock
 from provenn.papers.wings.model import (
     Wings,
@@ -33,6 +33,7 @@ __all__ = [
     "attention_shift",
     "detach",
     "freeze_for_stage",
+    "laws_with_learners",
     "load_learners",
     "options_of",
     "save_learners",

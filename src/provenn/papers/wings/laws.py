@@ -11,7 +11,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from provenn.core.errors import UserError
+from provenn.core.narrowing import of_kind
+from provenn.nn.decoder import Reading
 from provenn.nn.vision_language import VisionLanguageModel
+from provenn.papers.wings.layers import Gathered, LowRankResidualAttention, Streams, WingsBlock
 
 
 class Laws(NamedTuple):
@@ -71,3 +74,91 @@ def shift_of(laws: Laws) -> Float[Tensor, " batch"]:
 def attention_shift(model: VisionLanguageModel, tokens: Int[Tensor, "batch tokens"], images: Tensor) -> float:
     """The mean of `shift_of` over texts with an image."""
     return float(shift_of(attention_laws(model, tokens, images)).mean())
+
+
+class LearnerWeights(NamedTuple):
+    """Where the learners of a layer look, and how much each of them counts.
+
+    Args:
+        router: ρ of the visual and of the textual learner at each token; of a learner alone, 1.
+        visual: weights of each token's visual learner, mean over heads: 0 but at images, and a sum of 1 in each row.
+        textual: of its textual learner: 0 but at words up to it, and a sum of 1 where it sees any.
+    """
+
+    router: Float[Tensor, "batch tokens 2"]
+    visual: Float[Tensor, "batch tokens keys"]
+    textual: Float[Tensor, "batch tokens keys"]
+
+
+@torch.no_grad()
+def learner_weights(model: VisionLanguageModel, reading: Reading, layer: int) -> LearnerWeights | None:
+    """The learners' attention weights in a layer, as matrices that exist; None where the layer has no learners.
+
+    Args:
+        model: with or without learners.
+        reading: of `model.read` with layers=True, of texts that all have an image and no padding.
+        layer: the number of the block, from 0.
+    """
+    block = model.decoder.blocks[layer]
+    if not isinstance(block, WingsBlock):
+        return None
+    context, x = reading.context, reading.layers[layer]
+    streams = of_kind(context.shared, Streams, "the reading's streams")
+    asking = x if block.query == "parallel" else x + block.attention(block.norm1(x), context)[0]
+
+    def looks(learner: LowRankResidualAttention | None, seen: Gathered | None, causal: bool) -> Tensor:
+        matrix = x.new_zeros(*x.shape[:2], x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
+        if learner is None or seen is None:
+            return matrix
+        q, (k, _) = learner.queries(asking, streams.turns), learner.keys_and_values(seen.features, seen.turns)
+        visible = seen.there[:, None].expand(-1, x.shape[1], -1)
+        if causal:
+            at = seen.order if block.as_released else seen.places
+            visible = visible & (at[:, None] <= torch.arange(x.shape[1], device=x.device)[:, None])
+        scores = (q @ k.mT * q.shape[-1] ** -0.5).to(matrix.dtype).masked_fill(~visible[:, None], -torch.inf)
+        weights = scores.softmax(dim=-1).mean(dim=1).masked_fill(~visible, 0)  # a row that sees nothing is NaN before
+        return matrix.scatter_add(2, seen.places[:, None].expand_as(weights), weights)
+
+    visual, textual = looks(block.visual, streams.visual, False), looks(block.textual, streams.textual, True)
+    if block.router is not None:
+        router = block.router(model.decoder.attention_weights(reading, layer))
+    else:
+        there = torch.tensor([block.visual is not None, block.textual is not None], device=x.device)
+        router = (there / there.sum()).to(visual.dtype).expand(*x.shape[:2], 2)
+    return LearnerWeights(router, visual, textual)
+
+
+@torch.no_grad()
+def laws_with_learners(model: VisionLanguageModel, tokens: Int[Tensor, "batch tokens"], images: Tensor) -> Laws:
+    """The curves of the main attention and the learners together (appendix C): of A + ρ_0 · A_visual + ρ_1 · A_textual.
+
+    The sums are divided by that of the layer, so that they are shares as in `attention_laws`. The weights ρ are those
+    of the learners' outputs, which is inferred: the appendix says that the matrices are added. Layers without learners
+    keep the curves of their main attention.
+
+    Args:
+        model, tokens, images: as in `attention_laws`.
+
+    Raises:
+        UserError: as in `attention_laws`.
+    """
+    main = attention_laws(model, tokens, images)
+    reading = model.read(tokens, images, layers=True)
+    first = (tokens == model.image_token).int().argmax(dim=1, keepdim=True)
+    early = torch.arange(tokens.shape[1], device=tokens.device) < first
+    layers = []
+    for layer, (before, image, after) in enumerate(zip(*main)):
+        added = learner_weights(model, reading, layer)
+        if added is not None:
+            block = model.decoder.blocks[layer]
+            twice = 2 if block.as_released and block.visual is not None and block.textual is not None else 1
+            of_images, of_words = (
+                twice * (added.router[..., index, None] * weights).mean(dim=1)  # received by each token
+                for index, weights in enumerate((added.visual, added.textual))
+            )
+            before = before + (of_words * early).sum(dim=1)
+            image = image + of_images.sum(dim=1)
+            after = after + (of_words * ~early).sum(dim=1)
+        whole = before + image + after
+        layers.append((before / whole, image / whole, after / whole))
+    return Laws(*(torch.stack(curve) for curve in zip(*layers)))
