@@ -28,8 +28,8 @@ Call = Callable[[], tuple[Tensor, Tensor | None]]
 def router_calls(tokens: int, *, dim: int, heads: int, batch: int, device: str = "cpu") -> dict[str, Call]:
     """The main attention of one layer in three ways, each giving its output and the router's weights.
 
-    "alone" has no router. "fused" is what `WingsBlock` computes: the two columns of W join the values of a fused
-    attention. "explicit" is the definition: the weights a_hij are made, and serve the values and the router.
+    The way alone has no router. The fused way is that of `WingsBlock`: two columns of W join the values of a fused
+    attention. The explicit way is the definition. It makes all weights a_hij, for the values and for the router.
 
     Args:
         tokens: S, of which the second quarter are of an image.
