@@ -296,6 +296,13 @@ def test_the_command_line_makes_the_report_of_trained_weights(talks, tmp_path):
     assert wanted.picture(rows) is not None
     loaded = runs.load_model(tmp_path / "both")
     assert torch.equal(loaded.decoder.embed.weight, model.decoder.embed.weight)
+    asked = sweep(
+        original=tmp_path / "chat", tuned=str(tmp_path / "both"), text_share=0.5, curves=1, budget="smoke",
+        task="visual-question-answering",
+    )  # fmt: skip
+    assert "accuracy" in asked.points[0].measure()["scores"]["texts"]
+    with pytest.raises(UserError, match="image-classification has no conversations"):
+        sweep(original=tmp_path / "chat", tuned=str(tmp_path / "both"), task="image-classification")
     for options, words in (({"tuned": "x"}, "both"), ({"original": tmp_path, "tuned": "x"}, "holds no")):
         with pytest.raises(UserError, match=words):
             sweep(**options)

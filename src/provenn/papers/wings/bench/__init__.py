@@ -44,6 +44,7 @@ def sweep(
     texts: str = "",
     text_share: float = 0.0,
     whole: bool = False,
+    task: str = "",
     curves: int = CURVES,
     device: str = "cpu",
     budget: str = "small",
@@ -61,6 +62,7 @@ def sweep(
         texts: of the report, a file of conversations in place of the data's texts.
         text_share: of composed data, the share that is told in words and not shown.
         whole: of the report, test on all of a file that has no splits, not on what a training holds out.
+        task: of the report, whose metrics are taken, that of the original by default.
         curves: of the report, conversations with an image whose attention is read.
         device: where it runs.
         budget: smoke takes a few conversations for the report; of memory it decides nothing.
@@ -73,7 +75,7 @@ def sweep(
             raise UserError(f"--curves must be at least 1, got {curves}")
         read = {"text_share": text_share, "whole": whole}
         points = report_points(
-            original, paths, data, texts, device=device, smoke=budget == "smoke", curves=curves, **read
+            original, paths, data, texts, task=task, device=device, smoke=budget == "smoke", curves=curves, **read
         )
         return Sweep("forgetting report", points, report_tables, draw_report)
     lengths = parse_numbers("--length", length, int)

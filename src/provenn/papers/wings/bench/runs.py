@@ -24,7 +24,16 @@ FEW = 8  # conversations of each kind in a smoke run
 
 
 def report_points(
-    original: Path, tuned: Sequence[Path], data: str, texts: str, *, device: str, smoke: bool, curves: int, **read: Any
+    original: Path,
+    tuned: Sequence[Path],
+    data: str,
+    texts: str,
+    *,
+    task: str,
+    device: str,
+    smoke: bool,
+    curves: int,
+    **read: Any,
 ) -> list[Point]:
     """A point for each model: what `measure_model` gives of its weights.
 
@@ -33,17 +42,19 @@ def report_points(
         tuned: of those that were tuned from it, in the order of the report.
         data: conversations, a path or an embedded name, read in the tokens that each model knows.
         texts: conversations whose texts count in place of those in `data`; "" for none.
+        task: whose metrics are taken; "" for that of the original's weights.
         device: where the models compute.
         smoke: a few conversations of each kind.
         curves: as in `measure_model`.
         read: options of the task's `held_out`, for `data`.
 
     Raises:
-        UserError: weights without a label, of a task that has no conversations, or of another task than the first's.
+        UserError: weights without a label, or a task without conversations.
     """
-    tasks = {label_of(path).task for path in (original, *tuned)}
-    if len(tasks) > 1:
-        raise UserError(f"the weights were trained for {' and '.join(sorted(tasks))}: a report compares one task's")
+    labels = [label_of(path) for path in (original, *tuned)]
+    task = task or labels[0].task
+    if not isinstance(get_task(task), MultimodalChat):
+        raise UserError(f"--task {task} has no conversations with images: take multimodal-chat")
     names = ["original", *(path.stem for path in tuned)]
     if len(set(names)) < len(names):
         names = ["original", *map(str, tuned)]
@@ -52,7 +63,7 @@ def report_points(
         # A run that was trained again is another one.
         written = weights.locate(path).stat().st_mtime_ns
         facts = {"model": name, "weights": str(path), "written": written, "data": data, "texts": texts}
-        more = {"curves": curves, "smoke": smoke, **read}
+        more = {"task": task, "curves": curves, "smoke": smoke, **read}
         points.append(
             Point(
                 {**facts, **more, "device": device},
@@ -93,17 +104,18 @@ def _measure(
     data: str,
     texts: str,
     *,
+    task: str,
     device: str,
     curves: int,
     smoke: bool,
     **read: Any,
 ) -> dict[str, Any]:
     label = label_of(path)
-    task: Any = get_task(label.task)
+    chosen: Any = get_task(task)
     seed = label.trained_on.get("seed", 0)
 
     def talks(source: str, **options: Any) -> Talks:
-        held: Talks = task.held_out(datasets.resolve(source).data, label.meta, seed=seed, **options).dataset
+        held: Talks = chosen.held_out(datasets.resolve(source).data, label.meta, seed=seed, **options).dataset
         return held
 
     shown = talks(data, **read)
