@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from provenn.catalog import card
 from provenn.core.errors import UserError
 from provenn.papers.wings import Wings, studies, wings_llama3_1_8b, wings_qwen1_5_1_8b, wings_qwen1_5_7b, wings_small
 from provenn.papers.wings import model as presets
@@ -38,6 +39,8 @@ from provenn.papers.wings.studies import (
     with_replay,
 )
 from provenn.tasks import TaskData
+from provenn.tasks.image_classification import IMAGENET_MEAN, IMAGENET_STD
+from provenn.tasks.multimodal_chat import fitted
 from provenn.training import Recipe
 
 SMALL = {"dim": 16, "layers": 2, "heads": 2, "image_size": 16}
@@ -94,6 +97,50 @@ def test_stages_of_a_system_train_what_they_name_and_the_projector_faster():
     whole = small(stage=0)
     assert all(p.requires_grad for p in whole.parameters())
     assert {g["lr"] for g in whole.optimizers(Recipe(epochs=1, lr=0.1)).param_groups} == {0.1}
+
+
+def test_pictures_of_the_tasks_reach_the_tower_as_siglip_reads_them():
+    """From −1 to 1. What comes standardised by ImageNet's numbers is turned; the authors' own is taken as it is."""
+    sizes = {
+        "vocab_size": 20,
+        "dim": 16,
+        "layers": 1,
+        "heads": 2,
+        "hidden": 24,
+        "vision_dim": 16,
+        "vision_layers": 1,
+        "vision_heads": 2,
+        "vision_hidden": 24,
+        "image_size": 16,
+        "patch": 8,
+        "rank": 2,
+        "max_len": 16,
+    }
+    made = {}
+    for name in ("imagenet", "siglip"):
+        torch.manual_seed(0)
+        made[name] = wings_qwen1_5_7b(**sizes, standardised=name)
+    pixels, by = torch.rand(2, 3, 16, 16), {"imagenet": (IMAGENET_MEAN, IMAGENET_STD), "siglip": ([0.5] * 3, [0.5] * 3)}
+    seen = []
+    for name, (mean, std) in by.items():
+        images = (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+        seen.append(made[name].model.vision(images))
+    torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-5)
+    assert made["imagenet"].state_dict().keys() == made["siglip"].state_dict().keys()
+    torch.manual_seed(0)
+    torch.testing.assert_close(wings_qwen1_5_7b(**sizes).model.vision(images), made["imagenet"].model.vision(images))
+    with pytest.raises(ValueError, match="standardised must be one of imagenet, siglip, got 'clip'"):
+        wings_qwen1_5_7b(**sizes, standardised="clip")
+
+
+@pytest.mark.parametrize("name", ["wings_qwen1_5_7b", "wings_qwen1_5_1_8b", "wings_llama3_1_8b"])
+def test_the_user_s_pictures_are_read_as_large_as_the_tower_does(name):
+    """A square of the tower's side by bands, whatever the picture's shape."""
+    preset = next(preset for preset in card("wings").presets if preset.name == name)
+    with torch.device("meta"):
+        side = getattr(presets, name)().model.vision.tower.config.image
+    shown = fitted(torch.zeros(3, 30, 90, dtype=torch.uint8), {"mean": [0.5] * 3, **preset.reads})
+    assert tuple(shown.shape) == (3, side, side) and (shown[:, side // 2] == 0).all() and (shown[:, 0] == 128).all()
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ from provenn.papers.wings.adapter import attach, freeze_for_stage
 from provenn.papers.wings.layers import Learners, Query, Routing
 
 SYSTEM = {"qwen": 14, "llama": 17}  # tokens of the system prompt
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # how the tasks standardise images
+STANDARDS = ("imagenet", "siglip")
 IMAGE = -200  # the placeholder of an image, which no vocabulary has
 
 
@@ -96,13 +98,33 @@ class Wings(ImageChat):
         return optimizer
 
 
-def siglip(*, dim: int, depth: int, heads: int, hidden: int, image: int, patch: int) -> TowerTokens:
+class RestandardisedTokens(TowerTokens):
+    """Tokens of SigLIP of images that come standardised by ImageNet's statistics, as the tasks here have them.
+
+    SigLIP reads pixels from −1 to 1. So x becomes 2 (x · s + m) − 1, with the mean m and the deviation s of ImageNet.
+    """
+
+    def forward(self, images: Float[Tensor, "images 3 height width"]) -> Float[Tensor, "images tokens dim"]:
+        mean, std = (images.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+        return super().forward(2 * (images * std + mean) - 1)
+
+
+def siglip(
+    *, dim: int, depth: int, heads: int, hidden: int, image: int, patch: int, standardised: str = "siglip"
+) -> TowerTokens:
     """SigLIP's tower without its pooling head and its last layer; `depth` counts those that are left.
 
     Its patches are those after the last block, before the last norm.
+
+    Args:
+        dim, depth, heads, hidden, image, patch: sizes, `image` and `patch` in pixels.
+        standardised: what images come standardised by, "siglip" (from −1 to 1) or "imagenet". SigLIP's numbers are what
+            the tower gets.
     """
+    if standardised not in STANDARDS:
+        raise ValueError(f"standardised must be one of {', '.join(STANDARDS)}, got {standardised!r}")
     config = VisionConfig("siglip", dim, depth, heads, hidden=hidden, image=image, patch=patch, head=False)
-    return TowerTokens(VisionTower(config), -1)
+    return (TowerTokens if standardised == "siglip" else RestandardisedTokens)(VisionTower(config), -1)
 
 
 def _wings(
@@ -124,6 +146,7 @@ def _wings(
     image_size: int = 384,
     patch: int = 14,
     system_length: int | None = None,
+    standardised: str = "imagenet",
     **wings: Any,
 ) -> Wings:
     decoder = Decoder(
@@ -140,8 +163,9 @@ def _wings(
         max_length=max_length,
     )
     vision = siglip(
-        dim=vision_dim, depth=vision_layers, heads=vision_heads, hidden=vision_hidden, image=image_size, patch=patch
-    )
+        dim=vision_dim, depth=vision_layers, heads=vision_heads, hidden=vision_hidden, image=image_size, patch=patch,
+        standardised=standardised,
+    )  # fmt: skip
     length = SYSTEM[system] if system_length is None else system_length
     return Wings(decoder, vision, MLPProjector(vision_dim, dim), system_length=length, **wings)
 
@@ -177,7 +201,9 @@ def wings_qwen1_5_7b(
             trained on.
         eps: of its norms.
         options: of the tower (`vision_dim`, `vision_layers`, `vision_heads`, `vision_hidden`, `image_size`, `patch`),
-            of `Wings`, and of its learners.
+            of `Wings`, and of its learners. `standardised` says what images come standardised by: "imagenet", as the
+            tasks here have them, or "siglip" (from −1 to 1), as the authors' processor does. SigLIP's numbers are what
+            the tower gets.
     """
     return _wings(
         "qwen", vocab_size=vocab_size, dim=dim, layers=layers, heads=heads, kv_heads=heads, hidden=hidden,
