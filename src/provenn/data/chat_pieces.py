@@ -64,20 +64,21 @@ class PieceTokens(ChatTokens):
     Args:
         tokenizer: the text of a tokenizer.json.
         source: what an error calls it.
+        image: the placeholder of an image, of a model that has its own, such as −200. Default: the tokenizer's.
 
     Raises:
         UserError: without the package `tokenizers`; a text that is no tokenizer; or one without a token for images, or
             without those of any form.
     """
 
-    def __init__(self, tokenizer: str, source: str = "the tokenizer"):
+    def __init__(self, tokenizer: str, source: str = "the tokenizer", image: int | None = None):
         self.tokenizer = tokenizer
         self.words = []  # the pieces are the tokenizer's
         self._inner = _read(tokenizer, source)
         numbers = self._inner.get_vocab(with_added_tokens=True)
         self._count = max(numbers.values(), default=-1) + 1
-        image = next((mark for mark in IMAGES if mark in numbers), None)
-        if image is None:
+        mark = next((mark for mark in IMAGES if mark in numbers), None)
+        if mark is None and image is None:
             raise UserError(
                 f"{source} has no token for images: expected one of {', '.join(IMAGES)}; add it as a special token"
             )
@@ -87,11 +88,12 @@ class PieceTokens(ChatTokens):
             raise UserError(
                 f"{source} has no tokens for the turns of a conversation: expected all of one form: {known}"
             )
-        self.image, self.end = numbers[image], numbers[form.marks[-1]]
+        self.image = numbers[str(mark)] if image is None else image
+        self.end = numbers[form.marks[-1]]
         self.pad = self.end
         self.unknown = numbers.get(getattr(self._inner.model, "unk_token", None), -1)
         # A tokenizer may know them as plain additions, which it would find in what a user writes.
-        self._inner.add_special_tokens([image, *form.marks])
+        self._inner.add_special_tokens([*([mark] if mark else []), *form.marks])
         start, before, after, user, answer, following = (
             tuple(self.text(text)) for text in (form.start, *form.system, form.user, form.answer, form.following)
         )
@@ -134,12 +136,13 @@ def _read(tokenizer: str, source: str) -> Any:
     return read.inner
 
 
-def read_pieces(name: str, beside: Path | None = None) -> PieceTokens:
+def read_pieces(name: str, beside: Path | None = None, image: int | None = None) -> PieceTokens:
     """The tokenizer of a file, or of a folder of Hugging Face.
 
     Args:
         name: a tokenizer.json, or a folder that holds one.
         beside: where a name that leads nowhere is looked for too.
+        image: as in `PieceTokens`.
 
     Raises:
         UserError: nothing there, or what `PieceTokens` refuses.
@@ -154,7 +157,7 @@ def read_pieces(name: str, beside: Path | None = None) -> PieceTokens:
             f"{there} holds no {FILE}: expected a folder of Hugging Face that has one; "
             "transformers writes it by AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
-    return PieceTokens(read_text(file), str(file))
+    return PieceTokens(read_text(file), str(file), image)
 
 
 def tokens_of(meta: dict[str, Any]) -> ChatTokens:
@@ -163,9 +166,9 @@ def tokens_of(meta: dict[str, Any]) -> ChatTokens:
     Raises:
         UserError: as in `ChatTokens` and `PieceTokens`.
     """
-    return _pieces(meta["tokenizer"]) if meta.get("tokenizer") else ChatTokens(meta["words"])
+    return _pieces(meta["tokenizer"], meta.get("image")) if meta.get("tokenizer") else ChatTokens(meta["words"])
 
 
 @lru_cache(maxsize=1)  # every split has the same, of some megabytes
-def _pieces(tokenizer: str) -> PieceTokens:
-    return PieceTokens(tokenizer)
+def _pieces(tokenizer: str, image: int | None) -> PieceTokens:
+    return PieceTokens(tokenizer, image=image)

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
 SIZE = 224  # side at which the user's own images are seen, in pixels
 LONGEST = 256  # tokens of a conversation that are read; an image is one
+LONGEST_OF_OTHERS = 2048  # of weights that were not trained here, whose tokens are pieces
 ANSWER = 32  # tokens of an answer at most
 FITS = ("stretch", "pad", "keep")
 ORDER = 4  # tokens of a context that the dummy baseline counts
@@ -61,9 +62,13 @@ Images = Float[Tensor, "images 3 height width"] | tuple[Float[Tensor, "3 _ _"], 
 
 
 class PieceChats(Chats):
-    """With the text of a tokenizer.json, where its pieces are the vocabulary."""
+    """With the text of a tokenizer.json, where its pieces are the vocabulary.
+
+    `image` is the placeholder of weights that were not trained here, such as −200; these bring no tokenizer.
+    """
 
     tokenizer: str | None = None
+    image: int | None = None
 
 
 class Chat(NamedTuple):
@@ -367,18 +372,28 @@ class MultimodalChat(Task):
         val_share: float | int = CUT,
         pictures: int = 1,
         text_share: float | int = 0.0,
+        tokenizer: str | None = None,
+        system: str | None = None,
     ) -> HeldOut:
-        """As in `Task`, in the tokens that the weights know; a file without splits whole where all is wanted."""
+        """As in `Task`, in the tokens that the weights know; a file without splits whole where all is wanted.
+
+        Args:
+            source, meta, seed, whole: as in `Task`.
+            layout, val_share, pictures, text_share: as in `load`.
+            tokenizer, system: as in `predict`; a conversation that has its own system prompt keeps it.
+        """
         named = self._named(source)
+        meta = with_tokenizer(meta, tokenizer)
         if isinstance(named, str):
             pixels, talks = self._talk("test", seed, None, pictures, text_share)
+            talks = _introduced(talks, system)
             return HeldOut(Talks(talks, meta, pixels), f"the test split of {named}", self._overlap(talks))
         parts = self._read(named, layout)
         split = next((name for name in ("test", "val") if name in parts), None)
         if split is None and not whole:
             parts, split = _with_splits(named, parts, val_share, seed), "test"
         about = f"{split} split of {named}" if split else f"all of {named}"
-        part = parts[split or "train"]
+        part = _introduced(parts[split or "train"], system)
         return HeldOut(Talks(part, meta), about, self._overlap(part))
 
     def _overlap(self, talks: Sequence[Conversation]) -> int:
@@ -391,15 +406,18 @@ class MultimodalChat(Task):
         return float(torch.tensor(nats / tokens).exp())
 
     def default_meta(self, options: dict[str, Any]) -> dict[str, Any]:
-        return {
+        meta = {
             "words": talk_words(),
             "longest": LONGEST,
             "answer": ANSWER,
-            "size": SIZE,
-            "fit": "stretch",
+            "size": options.get("image_size") or SIZE,
+            "fit": options.get("fit", "stretch"),
             "mean": list(IMAGENET_MEAN),
             "std": list(IMAGENET_STD),
         }
+        if options.get("image_token", 0) < 0:  # no vocabulary has it: weights of others, whose tokenizer has to be given
+            return {**meta, "words": [], "longest": LONGEST_OF_OTHERS, "image": options["image_token"]}
+        return meta
 
     def example(self, file: Path, meta: dict[str, Any]) -> Float[Tensor, "1 3 height width"]:
         return standardise(fitted(read_pixels(file), meta).float() / 255, meta)[None]
@@ -415,6 +433,8 @@ class MultimodalChat(Task):
         choices: str | None = None,
         temperature: float | int = 0.0,
         seed: int = 0,
+        tokenizer: Path | None = None,
+        system: str | None = None,
     ) -> str:
         """What a model answers: each question is a turn of one conversation about the pictures.
 
@@ -426,6 +446,8 @@ class MultimodalChat(Task):
             choices: the answer is the likeliest of these, which a comma parts; by default it is free.
             temperature: of the draw of each token; 0 takes the likeliest.
             seed: of the draw.
+            tokenizer: a tokenizer.json or a folder that holds one, for weights of the authors, which bring none.
+            system: what is said before all, such as "You are a helpful assistant." Default: nothing.
         """
         if temperature < 0:
             raise UserError(f"temperature must be at least 0, got {temperature}")
@@ -433,10 +455,13 @@ class MultimodalChat(Task):
             raise UserError(f"answer must be at least 1 token, got {answer}")
         files, questions = divide(inputs)
         check_table(output, files)
+        meta = with_tokenizer(meta, tokenizer)
+        check_vocabulary(model, tokens_of(meta))
         images = [self.example(file, meta)[0] for file in files]
         rows = self._answered(
-            model, meta, images, questions, answer or int(meta["answer"]), chosen_among(choices), temperature, seed
-        )
+            model, meta, images, questions, answer or int(meta["answer"]), chosen_among(choices), temperature, seed,
+            system or "",
+        )  # fmt: skip
         if output is not None:
             shown = " ".join(map(str, files))
             columns = ["pictures", "question", "answer", *(["probability"] if choices else [])]
@@ -458,6 +483,7 @@ class MultimodalChat(Task):
         choices: Sequence[str],
         temperature: float | int,
         seed: int,
+        system: str = "",
     ) -> list[tuple[Any, ...]]:
         """Question, answer, and its probability where there are choices, of each turn."""
         tokens, rows = tokens_of(meta), list[tuple[Any, ...]]()
@@ -468,7 +494,8 @@ class MultimodalChat(Task):
         for number in range(len(questions)):
             # Of another form the questions do not hang together, and each is asked by itself.
             first = number if self.alone else 0
-            talk = Conversation(tuple(self._with_images(exchanges[first : number + 1], len(images))))
+            asked = tuple(self._with_images(exchanges[first : number + 1], len(images)))
+            talk = Conversation(asked, system=system)
             prompt = tokens.prompt(talk, [row[1] for row in rows[first:number]])
             _check_length(prompt, count, meta)
             if choices:
@@ -517,6 +544,44 @@ def logits_of(model: nn.Module, batch: Chat) -> Float[Tensor, "batch length voca
             f"{tuple(batch.tokens.shape)}: it must give one row for each, and for an image that after its last token"
         )
     return logits
+
+
+def with_tokenizer(meta: dict[str, Any], name: str | Path | None) -> dict[str, Any]:
+    """What weights say of themselves, and the tokenizer of a file or a folder, where one is given.
+
+    Raises:
+        UserError: what `read_pieces` refuses, or no tokenizer for weights that were not trained here and bring none.
+    """
+    image = meta.get("image")
+    if name is not None:
+        return {**meta, "tokenizer": read_pieces(str(name), image=image).tokenizer}
+    if image is not None and not meta.get("tokenizer"):
+        raise UserError(
+            "these weights bring no tokenizer: give the one that they were trained with, by --set tokenizer=FOLDER"
+        )
+    return meta
+
+
+def check_vocabulary(model: nn.Module, tokens: ChatTokens) -> None:
+    """Does the model know as many tokens as these are?
+
+    A large model's table has rows to spare behind its tokenizer's last piece.
+
+    Raises:
+        UserError: it knows fewer.
+    """
+    decoder = getattr(model, "decoder", None)
+    table = getattr(decoder, "embed", None)
+    if table is not None and len(tokens) > len(table.weight):
+        raise UserError(
+            f"the model has {len(table.weight):,} tokens, and {len(tokens):,} are known here: give the tokenizer that "
+            "it was trained with, by --set tokenizer=FOLDER"
+        )
+
+
+def _introduced(talks: Sequence[Conversation], system: str | None) -> list[Conversation]:
+    """The conversations, and what is said before all in those that say nothing there."""
+    return [talk if talk.system or not system else replace(talk, system=system) for talk in talks]
 
 
 def divide(inputs: Sequence[str]) -> tuple[list[Path], list[str]]:

@@ -492,6 +492,7 @@ def falcon_8b(
     low_resolution: bool = False,
     checkpointing: bool = False,
     standardised: str = "imagenet",
+    fit: str = "keep",
     tower_dim: int = 1024,
     tower_depth: int = 24,
     tower_heads: int = 16,
@@ -515,6 +516,7 @@ def falcon_8b(
         checkpointing: whether encoder and decoder compute their activations again for the gradient, in training.
         standardised: what whole images come standardised by: "imagenet", as the tasks here have them, or "clip", as the
             authors' processor does. The encoder gets CLIP's numbers either way.
+        fit: how a task reads pictures of any shape for weights of the authors; the network does not depend on it.
         tower_dim, tower_depth, tower_heads, tower_hidden: of the ViT.
         dim, layers, heads, kv_heads, text_hidden, eps: of the decoder.
         rope_base, rope_factor: of its positions; a factor of 1 is Llama 3's, which are not stretched.

@@ -15,6 +15,8 @@ from provenn.papers.falcon.crops import grids_up_to, markers_of
 from provenn.papers.falcon.model import Falcon, RegisterViT, falcon_8b
 
 HEAD = 128  # channels of a head of Llama-3.1-8B
+# How a task has to read for their weights: see paper.toml for the size. No word has the number −200.
+READ = {"image_token": -200, "image_size": 6144, "fit": "keep"}
 VISION, PROJECTOR = "vision_model.", "vision2text."
 _VISION = (
     (r"^vision_queries$", "registers.registers"),
@@ -209,6 +211,7 @@ def _whole(
         "rope_base": config.get("rope_theta", 500000.0),
         "rope_factor": scaling.get("factor", 1.0) if config else 8.0,
         "eps": config.get("rms_norm_eps", 1e-5),
+        **READ,
     }
     if sizes["layout"] != "siglip" or sizes["in_channels"] != 3 or len(head) != vocab:
         raise UserError("Falcon-8B has SigLIP's layout, colour images and as many outputs as words; found others")

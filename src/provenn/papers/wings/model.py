@@ -147,6 +147,7 @@ def _wings(
     patch: int = 14,
     system_length: int | None = None,
     standardised: str = "imagenet",
+    fit: str = "pad",
     **wings: Any,
 ) -> Wings:
     decoder = Decoder(
@@ -203,7 +204,8 @@ def wings_qwen1_5_7b(
         options: of the tower (`vision_dim`, `vision_layers`, `vision_heads`, `vision_hidden`, `image_size`, `patch`),
             of `Wings`, and of its learners. `standardised` says what images come standardised by: "imagenet", as the
             tasks here have them, or "siglip" (from −1 to 1), as the authors' processor does. SigLIP's numbers are what
-            the tower gets.
+            the tower gets. `fit` says how a task brings pictures to the tower's square, for weights of the authors; the
+            network does not depend on it.
     """
     return _wings(
         "qwen", vocab_size=vocab_size, dim=dim, layers=layers, heads=heads, kv_heads=heads, hidden=hidden,

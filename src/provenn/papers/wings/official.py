@@ -49,6 +49,8 @@ PRESETS = {
     "wings_qwen1_5_1_8b": (24, 2048, 151_936, 5504),
     "wings_llama3_1_8b": (32, 4096, 128_256, 14_336),
 }
+# How a task has to read for their weights. No word has the number −200.
+READ = {"image_token": -200, "image_size": 384, "fit": "pad"}
 TOLD = {  # our options, and the keys of the config that the trainer writes beside the weights
     "heads": "num_attention_heads",
     "base": "rope_theta",
@@ -92,7 +94,7 @@ def convert(
     known = next((name for name, expected in PRESETS.items() if expected == sizes), None)
     llama = "model.decoder.blocks.0.attention.query.bias" not in ours
     name = known or preset or ("wings_llama3_1_8b" if llama else "wings_qwen1_5_7b")
-    made: dict[str, Any] = {"rank": len(learner), "as_released": True, **shapes}
+    made: dict[str, Any] = {"rank": len(learner), "as_released": True, **READ, **shapes}
     if "model.decoder.blocks.0.router.linear.weight" not in ours:
         made["stage"] = 1
         ours = {key: value for key, value in ours.items() if ".textual." not in key}
