@@ -118,6 +118,7 @@ class ForgettingReport(Part):
     def picture(self) -> "Figure | None":
         """Shares of attention over layers, a panel for each model and each way to read it; None without images."""
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
 
         panels = []
         for model in self.tuned:
@@ -134,6 +135,7 @@ class ForgettingReport(Part):
                 axes.plot(layers, getattr(curves, name), ".-", color=colour, label=name)
             axes.set_title(f"{title}\nr = {curves.r:.3f}", fontsize=9)
             axes.set_xlabel("layer")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.axes[0].set(ylabel="share of attention", ylim=(0, 1))
         figure.axes[0].legend(fontsize=8)
         return figure
