@@ -301,6 +301,13 @@ def test_the_command_line_makes_the_report_of_trained_weights(talks, tmp_path):
         task="visual-question-answering",
     )  # fmt: skip
     assert "accuracy" in asked.points[0].measure()["scores"]["texts"]
+    said = [{"question": f"what is {number} ?", "answer": "red"} for number in range(3)]
+    (tmp_path / "said.json").write_text(json.dumps(said))
+    own = sweep(
+        original=tmp_path / "chat", tuned=str(tmp_path / "both"), texts=str(tmp_path / "said.json"), curves=1,
+        budget="smoke",
+    )  # fmt: skip
+    assert own.points[1].measure()["scores"]["counts"] == (3, 8, 1)  # all of the file, and images of the scenes
     with pytest.raises(UserError, match="image-classification has no conversations"):
         sweep(original=tmp_path / "chat", tuned=str(tmp_path / "both"), task="image-classification")
     for options, words in (({"tuned": "x"}, "both"), ({"original": tmp_path, "tuned": "x"}, "holds no")):
