@@ -64,21 +64,20 @@ class PieceTokens(ChatTokens):
     Args:
         tokenizer: the text of a tokenizer.json.
         source: what an error calls it.
-        image: the placeholder of an image, of a model that has its own, such as −200. Default: the tokenizer's.
 
     Raises:
         UserError: without the package `tokenizers`; a text that is no tokenizer; or one without a token for images, or
             without those of any form.
     """
 
-    def __init__(self, tokenizer: str, source: str = "the tokenizer", image: int | None = None):
+    def __init__(self, tokenizer: str, source: str = "the tokenizer"):
         self.tokenizer = tokenizer
         self.words = []  # the pieces are the tokenizer's
         self._inner = _read(tokenizer, source)
         numbers = self._inner.get_vocab(with_added_tokens=True)
         self._count = max(numbers.values(), default=-1) + 1
-        mark = next((mark for mark in IMAGES if mark in numbers), None)
-        if mark is None and image is None:
+        image = next((mark for mark in IMAGES if mark in numbers), None)
+        if image is None:
             raise UserError(
                 f"{source} has no token for images: expected one of {', '.join(IMAGES)}; add it as a special token"
             )
@@ -88,12 +87,11 @@ class PieceTokens(ChatTokens):
             raise UserError(
                 f"{source} has no tokens for the turns of a conversation: expected all of one form: {known}"
             )
-        self.image = numbers[str(mark)] if image is None else image
-        self.end = numbers[form.marks[-1]]
+        self.image, self.end = numbers[image], numbers[form.marks[-1]]
         self.pad = self.end
         self.unknown = numbers.get(getattr(self._inner.model, "unk_token", None), -1)
         # A tokenizer may know them as plain additions, which it would find in what a user writes.
-        self._inner.add_special_tokens([*([mark] if mark else []), *form.marks])
+        self._inner.add_special_tokens([image, *form.marks])
         start, before, after, user, answer, following = (
             tuple(self.text(text)) for text in (form.start, *form.system, form.user, form.answer, form.following)
         )
@@ -124,6 +122,25 @@ class PieceTokens(ChatTokens):
         return str(self._inner.decode(kept, skip_special_tokens=True)).strip()
 
 
+class PlacedPieces(PieceTokens):
+    """Pieces for a model whose placeholder of an image is a number of its own, such as −200, and no piece.
+
+    Args:
+        tokenizer, source: as in `PieceTokens`; it may lack a token for images.
+        image: the placeholder.
+
+    Raises:
+        UserError: as in `PieceTokens`.
+    """
+
+    def __init__(self, tokenizer: str, image: int, source: str = "the tokenizer"):
+        inner = _read(tokenizer, source)
+        known = inner.get_vocab(with_added_tokens=True)
+        inner.add_special_tokens([] if known.keys() & set(IMAGES) else [IMAGE])
+        super().__init__(inner.to_str(), source)
+        self.tokenizer, self.image, self._count = tokenizer, image, max(known.values(), default=-1) + 1
+
+
 def _read(tokenizer: str, source: str) -> Any:
     try:
         read = read_tokenizer(tokenizer)
@@ -136,13 +153,12 @@ def _read(tokenizer: str, source: str) -> Any:
     return read.inner
 
 
-def read_pieces(name: str, beside: Path | None = None, image: int | None = None) -> PieceTokens:
+def read_pieces(name: str, beside: Path | None = None) -> PieceTokens:
     """The tokenizer of a file, or of a folder of Hugging Face.
 
     Args:
         name: a tokenizer.json, or a folder that holds one.
         beside: where a name that leads nowhere is looked for too.
-        image: as in `PieceTokens`.
 
     Raises:
         UserError: nothing there, or what `PieceTokens` refuses.
@@ -157,7 +173,19 @@ def read_pieces(name: str, beside: Path | None = None, image: int | None = None)
             f"{there} holds no {FILE}: expected a folder of Hugging Face that has one; "
             "transformers writes it by AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
-    return PieceTokens(read_text(file), str(file), image)
+    return PieceTokens(read_text(file), str(file))
+
+
+def read_placed(name: str, image: int) -> PlacedPieces:
+    """The tokenizer of a file, or of a folder, for a model whose placeholder of an image is this number.
+
+    Raises:
+        UserError: nothing there, or what `PlacedPieces` refuses.
+    """
+    file = Path(name) / FILE if Path(name).is_dir() else Path(name)
+    if not file.is_file():
+        raise UserError(f"no tokenizer at {file}: expected a {FILE}, or a folder of Hugging Face that holds one")
+    return PlacedPieces(read_text(file), image, str(file))
 
 
 def tokens_of(meta: dict[str, Any]) -> ChatTokens:
@@ -166,9 +194,20 @@ def tokens_of(meta: dict[str, Any]) -> ChatTokens:
     Raises:
         UserError: as in `ChatTokens` and `PieceTokens`.
     """
-    return _pieces(meta["tokenizer"], meta.get("image")) if meta.get("tokenizer") else ChatTokens(meta["words"])
+    return _pieces(meta["tokenizer"]) if meta.get("tokenizer") else ChatTokens(meta["words"])
 
 
 @lru_cache(maxsize=1)  # every split has the same, of some megabytes
-def _pieces(tokenizer: str, image: int | None) -> PieceTokens:
-    return PieceTokens(tokenizer, image=image)
+def _pieces(tokenizer: str) -> PieceTokens:
+    return PieceTokens(tokenizer)
+
+
+def placed_tokens_of(meta: dict[str, Any]) -> ChatTokens:
+    """As `tokens_of`, also of weights that were not trained here, whose own placeholder of an image is `image`."""
+    image = meta.get("image")
+    return tokens_of(meta) if image is None else _placed(meta["tokenizer"], image)
+
+
+@lru_cache(maxsize=1)  # likewise
+def _placed(tokenizer: str, image: int) -> PlacedPieces:
+    return PlacedPieces(tokenizer, image)

@@ -11,6 +11,7 @@ The loss is the mean over the tokens of answers and their ends; a question is re
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,7 +24,7 @@ from torch.utils.data import Dataset
 
 from provenn.core import progress
 from provenn.core.errors import UserError
-from provenn.data.chat_pieces import read_pieces, tokens_of
+from provenn.data.chat_pieces import placed_tokens_of, read_pieces, read_placed
 from provenn.data.chat_tokens import ChatTokens, Encoded
 from provenn.data.composed import SIDE
 from provenn.data.composed_talk import composed_talk, talk_words
@@ -103,7 +104,7 @@ class Talks(Dataset):
         pictures: UInt8[Tensor, "pictures 3 height width"] | None = None,
     ):
         self.conversations, self.meta, self.pictures = list(conversations), meta, pictures
-        self.chat_tokens = tokens_of(meta)
+        self.chat_tokens = placed_tokens_of(meta)
         self.encoded: list[Encoded] = [self.chat_tokens.encode(each, meta["longest"]) for each in self.conversations]
         self.kept: dict[Path, Tensor] = {}
         self.room = MEMORY
@@ -415,7 +416,9 @@ class MultimodalChat(Task):
             "mean": list(IMAGENET_MEAN),
             "std": list(IMAGENET_STD),
         }
-        if options.get("image_token", 0) < 0:  # no vocabulary has it: weights of others, whose tokenizer has to be given
+        if (
+            options.get("image_token", 0) < 0
+        ):  # no vocabulary has it: weights of others, whose tokenizer has to be given
             return {**meta, "words": [], "longest": LONGEST_OF_OTHERS, "image": options["image_token"]}
         return meta
 
@@ -456,7 +459,7 @@ class MultimodalChat(Task):
         files, questions = divide(inputs)
         check_table(output, files)
         meta = with_tokenizer(meta, tokenizer)
-        check_vocabulary(model, tokens_of(meta))
+        check_vocabulary(model, placed_tokens_of(meta))
         images = [self.example(file, meta)[0] for file in files]
         rows = self._answered(
             model, meta, images, questions, answer or int(meta["answer"]), chosen_among(choices), temperature, seed,
@@ -486,7 +489,7 @@ class MultimodalChat(Task):
         system: str = "",
     ) -> list[tuple[Any, ...]]:
         """Question, answer, and its probability where there are choices, of each turn."""
-        tokens, rows = tokens_of(meta), list[tuple[Any, ...]]()
+        tokens, rows = placed_tokens_of(meta), list[tuple[Any, ...]]()
         say_unknown(tokens, [*questions, *choices])
         exchanges = [Exchange(question, ("",)) for question in questions]
         exchanges[0] = exchanges[0]._replace(asked=f"{PLACEHOLDER} " * len(images) + exchanges[0].asked)
@@ -554,7 +557,8 @@ def with_tokenizer(meta: dict[str, Any], name: str | Path | None) -> dict[str, A
     """
     image = meta.get("image")
     if name is not None:
-        return {**meta, "tokenizer": read_pieces(str(name), image=image).tokenizer}
+        read = read_pieces(str(name)) if image is None else read_placed(str(name), image)
+        return {**meta, "tokenizer": read.tokenizer}
     if image is not None and not meta.get("tokenizer"):
         raise UserError(
             "these weights bring no tokenizer: give the one that they were trained with, by --set tokenizer=FOLDER"
@@ -570,11 +574,10 @@ def check_vocabulary(model: nn.Module, tokens: ChatTokens) -> None:
     Raises:
         UserError: it knows fewer.
     """
-    decoder = getattr(model, "decoder", None)
-    table = getattr(decoder, "embed", None)
-    if table is not None and len(tokens) > len(table.weight):
+    table = getattr(getattr(getattr(model, "decoder", None), "embed", None), "weight", None)
+    if table is not None and len(tokens) > len(table):
         raise UserError(
-            f"the model has {len(table.weight):,} tokens, and {len(tokens):,} are known here: give the tokenizer that "
+            f"the model has {len(table):,} tokens, and {len(tokens):,} are known here: give the tokenizer that "
             "it was trained with, by --set tokenizer=FOLDER"
         )
 

@@ -328,7 +328,7 @@ class RegionQuestions(VisualQuestionAnswering):
         """
         _check(boxes=boxes, control=control, steps=steps, names=names)
         named = self._named(source)
-        meta = meta if tokenizer is None else with_tokenizer(meta, tokenizer)
+        meta = multimodal_chat.with_tokenizer(meta, tokenizer)
         if isinstance(named, str):
             if pictures not in NAMES[1:]:
                 raise UserError(f"pictures must be one of {', '.join(NAMES[1:])}, got {pictures!r}")
@@ -417,8 +417,7 @@ class RegionQuestions(VisualQuestionAnswering):
         if answer is not None and answer < 1:
             raise UserError(f"answer must be at least 1 token, got {answer}")
         check_table(output, files)
-        if tokenizer is not None:
-            meta = with_tokenizer(meta, str(tokenizer))
+        meta = multimodal_chat.with_tokenizer(meta, tokenizer)
         _check_vocabulary(model, region_tokens(meta))
         size = _size(files[0])
         given, notes = _context(Path(context), files[0], library) if context is not None else (None, [])
@@ -441,11 +440,6 @@ class RegionQuestions(VisualQuestionAnswering):
             write_table(output, ["picture", "question", "answer", "cites", "points at"], rows)
             lines.append(f"wrote {output}")
         return "\n".join(lines)
-
-
-def with_tokenizer(meta: dict[str, Any], name: str) -> dict[str, Any]:
-    """What weights say of themselves, and the tokenizer of a file or a folder."""
-    return {**meta, "tokenizer": multimodal_chat.read_pieces(name).tokenizer}
 
 
 def _check_vocabulary(model: nn.Module, tokens: ChatTokens) -> None:
