@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from provenn.core.errors import UserError
 from provenn.core.special_tokens import MARKS
-from provenn.data.chat_pieces import FORMS, PieceTokens, read_pieces, tokens_of
+from provenn.data.chat_pieces import FORMS, PieceTokens, placed_tokens_of, read_pieces, read_placed, tokens_of
 from provenn.data.chat_tokens import NO_TARGET, ChatTokens
 from provenn.data.conversations import Conversation, Exchange
 
@@ -123,6 +123,21 @@ def test_files_that_are_no_tokenizer_are_refused(tmp_path):
         with pytest.raises(UserError, match=message) as raised:
             read_pieces("tokenizer.json", tmp_path)
         assert str(file) in str(raised.value)
+
+
+@pytest.mark.parametrize("plain", [(), ("<image>",)])
+def test_a_model_with_a_placeholder_of_its_own_needs_no_token_for_images(tmp_path, plain):
+    text = written(*FORMS["ChatML"].marks, plain=plain)
+    (tmp_path / "tokenizer.json").write_text(text)
+    tokens = read_placed(str(tmp_path), -200)
+    own = PieceTokens(written(*FORMS["ChatML"].marks, plain=("<image>",)))
+    expected = [-200 if token == own.image else token for token in own.encode(TALK, 200).tokens]
+    assert tokens.encode(TALK, 200).tokens == expected and expected.count(-200) == 1
+    assert len(tokens) == tokenizers.Tokenizer.from_str(text).get_vocab_size() and tokens.tokenizer == text
+    assert tokens.decode([*tokens.text("a red cat"), tokens.end]) == "a red cat"
+    assert placed_tokens_of({"tokenizer": text, "image": -200}).encode(TALK, 200).tokens == expected
+    with pytest.raises(UserError, match=r"no tokenizer at .*gone: expected a tokenizer\.json, or a folder"):
+        read_placed(str(tmp_path / "gone"), -200)
 
 
 def test_weights_say_which_tokens_are_theirs():

@@ -3,7 +3,9 @@
 import csv
 import json
 import math
+import string
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -40,6 +42,7 @@ CHAT, VQA = get_task("multimodal-chat"), get_task("visual-question-answering")
 WORDS = [*MARKS, "what", "?", "dark", "light", "red", "is", "it"]
 META = {"words": WORDS, "longest": 24, "answer": 3, "size": 16, "fit": "stretch", "mean": [0.5] * 3, "std": [0.25] * 3}
 TOKENS = ChatTokens(WORDS)
+LETTERS = [*string.ascii_letters, " ", "?", "\n"]  # pieces of a small tokenizer
 
 
 def chat(**options):
@@ -302,6 +305,41 @@ def test_the_tokenizer_of_a_folder_is_the_vocabulary(root, place):
     asked = ["What is it?", "Is it dark?"]
     # After a blank behind the placeholder come the first words.
     assert forms == {tuple(data.train.chat_tokens.asked(f" {question}")[:2]) for question in asked}
+
+
+def test_weights_of_others_are_asked_for_their_tokenizer_and_read_by_it(root, monkeypatch):
+    """Their placeholder is of no vocabulary; a system prompt is for those conversations that have none."""
+    meta = CHAT.default_meta({"image_token": -200, "image_size": 16, "fit": "pad"})
+    assert (meta["image"], meta["size"], meta["fit"], meta["words"]) == (-200, 16, "pad", [])
+    CHAT.check_meta(meta, "here")
+    small = {"vocab_size": 300, "image_token": -200, "image_size": 16, "dim": 16, "layers": 1, "heads": 2}
+    model = small_vision_language_model(**small).eval()
+    asked = [str(root / "1.png"), "is it dark ?"]
+    for call in (partial(VQA.held_out, root / "data.jsonl", meta), partial(VQA.predict, model, meta, asked, None)):
+        with pytest.raises(UserError, match="these weights bring no tokenizer: give the one that they were trained"):
+            call()
+    tokenizers = pytest.importorskip("tokenizers")
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={c: k for k, c in enumerate(LETTERS)}, merges=[]))
+    inner.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    inner.save(str(root / "tokenizer.json"))
+    held = VQA.held_out(root / "data.jsonl", meta, tokenizer=str(root), system="be kind").dataset
+    start, end = len(LETTERS), len(LETTERS) + 1
+
+    def pieces(text: str) -> list[int]:
+        return [LETTERS.index(c) for c in text]
+
+    opening = [start, *pieces("system\nbe kind"), end, *pieces("\n"), start, *pieces("user\n"), -200]
+    assert all(encoded.tokens[: len(opening)] == opening for encoded in held.encoded)
+    assert 0 <= VQA.evaluate(model, held)["accuracy"] <= 1
+    told = []
+    monkeypatch.setattr("provenn.tasks.multimodal_chat.write", lambda *given, **_: told.append(given[2][0]) or ["yes"])
+    VQA.predict(model, meta, asked, None, tokenizer=root, system="be kind")
+    VQA.predict(model, meta, asked, None, tokenizer=root)
+    question = [*pieces(" is it dark ?"), end, *pieces("\n"), start, *pieces("assistant\n")]
+    assert told == [[*opening, *question], [start, *pieces("user\n"), -200, *question]]
+    few = small_vision_language_model(**{**small, "vocab_size": 20}).eval()
+    with pytest.raises(UserError, match=rf"the model has 20 tokens, and {len(LETTERS) + 2} are known here: give the"):
+        VQA.predict(few, meta, asked, None, tokenizer=root)
 
 
 @pytest.mark.parametrize("fit_", ["stretch", "pad", "keep"])

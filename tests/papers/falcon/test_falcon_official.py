@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
+import provenn
 from provenn.core.errors import UserError
 from provenn.nn.towers import VisionConfig
 from provenn.papers.falcon import RegisterViT, falcon_8b, load_stage, markers_of
@@ -119,6 +121,45 @@ def test_the_folder_that_the_trainer_writes_is_read(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "llava"}))
     with pytest.raises(UserError, match="type 'llava'; supported here: jiutian"):
         read_folder(tmp_path)
+
+
+def test_a_folder_of_the_authors_answers_from_the_command_line(tmp_path, monkeypatch):
+    """In the pieces of its tokenizer, each crop's own text before its registers, of a picture at its own size."""
+    tokenizers = pytest.importorskip("tokenizers")
+    marks, letters = ["<|im_start|>", "<|im_end|>"], "aeilmnorstuwy_<>0123crpgbhd?\nxk "
+    vocab = {piece: number for number, piece in enumerate([*marks, *dict.fromkeys(letters)])}
+    assert len(vocab) <= 50
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    inner.add_special_tokens(marks)
+    inner.save(str(tmp_path / "tokenizer.json"))
+    config = {"model_type": "jiutian", "num_attention_heads": 4, "rope_theta": 500000.0, "rms_norm_eps": 1e-5}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.save(state(), tmp_path / "pytorch_model.bin")
+    pixels = np.random.default_rng(0).integers(0, 256, (96, 192, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "it.png")
+    asked = [str(tmp_path / "it.png"), "what is it?"]
+    given = {"tower_heads": 2, "tokenizer": str(tmp_path), "markers": str(tmp_path), "answer": 4}
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr("provenn.tasks.multimodal_chat.write", lambda *read, **_: seen.append(read) or ["yes"])
+        assert provenn.predict("falcon", asked, weights=tmp_path, overrides=given) == "yes"
+    ((loaded, _, (prompt,), ((picture,),), count),) = seen
+    texts = "<|im_start|>user\n", " what is it?<|im_end|>\n<|im_start|>assistant\n"
+    before, after = (inner.encode(text).ids for text in texts)
+    assert prompt == [*before, -200, *after] and count == 4
+    whole = model(standardised="clip")
+    mark_crops(whole, lambda text: inner.encode(text, add_special_tokens=False).ids)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    image = (torch.from_numpy(pixels).permute(2, 0, 1) / 255 - mean) / std
+    tokens = torch.tensor([prompt])
+    expected = whole(tokens, image[None])
+    torch.testing.assert_close(loaded(tokens, picture[None]), expected, rtol=1e-3, atol=1e-3)
+    whole.model.markers = None
+    assert (whole(tokens, image[None]) - expected).abs().max() > 0.01, "the texts of crops count"
+    with pytest.raises(UserError, match=r"markers must be a tokenizer\.json or a folder that holds one, got 'gone'"):
+        provenn.predict("falcon", asked, weights=tmp_path, overrides={**given, "markers": "gone"})
+    with pytest.raises(UserError, match="these weights bring no tokenizer"):
+        provenn.predict("falcon", asked, weights=tmp_path, overrides={"tower_heads": 2})
 
 
 def test_early_stages_have_no_reatten_and_the_last_starts_from_a_copy():

@@ -4,9 +4,12 @@ import json
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import provenn
 from provenn.catalog import card
 from provenn.core.errors import UserError
 from provenn.papers.wings import Wings, studies, wings_llama3_1_8b, wings_qwen1_5_1_8b, wings_qwen1_5_7b, wings_small
@@ -409,3 +412,40 @@ def test_added_parameters_are_those_of_the_baselines_alone():
         assert not added_parameters(decoder)
         add(decoder, 2)
         assert sum(p.numel() for p in added_parameters(decoder)) == count
+
+
+def test_a_folder_of_the_authors_answers_from_the_command_line(tmp_path, monkeypatch):
+    """In the pieces of its tokenizer, of a square of the picture by bands; the system prompt is the user's to give."""
+    tokenizers = pytest.importorskip("tokenizers")
+    marks = ["<|im_start|>", "<|im_end|>"]
+    vocab = {piece: number for number, piece in enumerate([*marks, *dict.fromkeys("aeimnorstuwyhbkdf? \n.")])}
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    inner.add_special_tokens(marks)
+    inner.save(str(tmp_path / "tokenizer.json"))
+    torch.save(state(2), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "wings_qwen2", "num_attention_heads": 4}))
+    shown = np.random.default_rng(0).integers(0, 256, (12, 30, 3), dtype=np.uint8)
+    Image.fromarray(shown).save(tmp_path / "it.png")
+    asked, seen = [str(tmp_path / "it.png"), "what is it?"], []
+    given = {"heads": 4, "vision_heads": 2, "tokenizer": str(tmp_path), "system": "be kind."}
+    with monkeypatch.context() as patch:
+        patch.setattr("provenn.tasks.multimodal_chat.write", lambda *read, **_: seen.append(read) or ["yes"])
+        assert provenn.predict("wings", asked, weights=tmp_path, overrides=given) == "yes"
+    ((loaded, _, (prompt,), ((picture,),), _),) = seen
+    texts = (
+        "<|im_start|>system\nbe kind.<|im_end|>\n<|im_start|>user\n",
+        " what is it?<|im_end|>\n<|im_start|>assistant\n",
+    )
+    before, after = (inner.encode(text).ids for text in texts)
+    assert prompt == [*before, -200, *after]
+    side = loaded.model.vision.tower.config.image
+    assert tuple(picture.shape) == (3, side, side)
+    name, options, weights = convert(state(2), heads=4, vision_heads=2)
+    whole = getattr(presets, name)(**{**options, "vision_heads": 2, "heads": 4, "standardised": "siglip"}).eval()
+    whole.load_state_dict(weights)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    tokens = torch.tensor([prompt])
+    expected = whole(tokens, (2 * (picture * std + mean) - 1)[None])
+    torch.testing.assert_close(loaded(tokens, picture[None]), expected, rtol=1e-3, atol=1e-3)
+    with pytest.raises(UserError, match="these weights bring no tokenizer"):
+        provenn.predict("wings", asked, weights=tmp_path, overrides={"heads": 4, "vision_heads": 2})

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from provenn.core.errors import UserError
+from provenn.core.inputs import read_text
 from provenn.nn.arguments import check_finite, check_whole
 
 SIDE, LIMIT = 384, 16  # pixels of a crop's side and crops of an image at most, as FALCON was trained
@@ -122,6 +124,33 @@ def markers_of(grid: Grid) -> list[str]:
     """
     rows, columns = grid
     return [GLOBAL, *(f"<crop_img_row{row}_col{column}>" for row in range(rows) for column in range(columns))]
+
+
+def read_markers(name: str | Path, limit: int = LIMIT) -> dict[str, list[int]]:
+    """The tokens of each crop's own text, by that text.
+
+    Args:
+        name: a tokenizer.json, or a folder of Hugging Face that holds one.
+        limit: crops of an image at most.
+
+    Raises:
+        UserError: no such file, one that is no tokenizer, or the package `tokenizers` is missing.
+    """
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise UserError("markers need the package tokenizers: pip install 'provenn[hf]'") from error
+    file = Path(name) / "tokenizer.json" if Path(name).is_dir() else Path(name)
+    if not file.is_file():
+        raise UserError(f"markers must be a tokenizer.json or a folder that holds one, got {str(name)!r}")
+    try:
+        tokenizer = Tokenizer.from_str(read_text(file))
+    except Exception as error:  # the package's own kind is the plain one
+        raise UserError(f"markers: {file} is no tokenizer.json: {' '.join(str(error).split())}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    texts = sorted({text for grid in grids_up_to(limit) for text in markers_of(grid)})
+    return {text: tokenizer.encode(text, add_special_tokens=False).ids for text in texts}
 
 
 def write_prompt(text: str, grids: Sequence[Grid], *, placeholder: str = "<image>", markers: bool = True) -> str:

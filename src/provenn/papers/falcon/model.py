@@ -18,7 +18,18 @@ from provenn.nn.language import init_narrow
 from provenn.nn.shipped import pretrained
 from provenn.nn.towers import Block, VisionConfig, VisionTower
 from provenn.nn.vision_language import ImageChat, MLPProjector, VisionLanguageModel
-from provenn.papers.falcon.crops import LIMIT, MEAN, STD, Grid, choose_grid, cut, cut_image, markers_of, places_of
+from provenn.papers.falcon.crops import (
+    LIMIT,
+    MEAN,
+    STD,
+    Grid,
+    choose_grid,
+    cut,
+    cut_image,
+    markers_of,
+    places_of,
+    read_markers,
+)
 from provenn.papers.falcon.layers import Counts, Generator, ReAtten, VisualRegisters, check_counts
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # how the tasks standardise images
@@ -493,6 +504,7 @@ def falcon_8b(
     checkpointing: bool = False,
     standardised: str = "imagenet",
     fit: str = "keep",
+    markers: str | None = None,
     tower_dim: int = 1024,
     tower_depth: int = 24,
     tower_heads: int = 16,
@@ -517,6 +529,8 @@ def falcon_8b(
         standardised: what whole images come standardised by: "imagenet", as the tasks here have them, or "clip", as the
             authors' processor does. The encoder gets CLIP's numbers either way.
         fit: how a task reads pictures of any shape for weights of the authors; the network does not depend on it.
+        markers: a tokenizer.json, or a folder that holds one, by which each crop's own text stands before its
+            registers, as in the authors' training. Default: no such text.
         tower_dim, tower_depth, tower_heads, tower_hidden: of the ViT.
         dim, layers, heads, kv_heads, text_hidden, eps: of the decoder.
         rope_base, rope_factor: of its positions; a factor of 1 is Llama 3's, which are not stretched.
@@ -553,7 +567,8 @@ def falcon_8b(
         max_length=LLAMA_3_1_8B["max_length"],
         checkpointing=checkpointing,
     )
-    return ImageChat(Falcon(decoder, vision, image_token=image_token))
+    told = None if markers is None else read_markers(markers, limit)
+    return ImageChat(Falcon(decoder, vision, image_token=image_token, markers=told))
 
 
 # Ours, not the paper's: what runs in a moment, or trains in minutes.
