@@ -3,9 +3,9 @@
     python scripts/count_arguments.py
 
 Those that declare options are constructors of layers and systems, presets, verbs of the command line, what `--set` and
-`provenn bench` fill in by name (a task's `load` and `predict`, a bench's sweep), and Triton's kernels, whose arguments
-are pointers and strides. Two functions have the signature that torch and transformers call. All others hand a typed
-object on.
+`provenn bench` fill in by name (a task's `load`, `held_out` and `predict`, a bench's sweep), and Triton's kernels, whose
+arguments are pointers and strides. Two functions have the signature that torch and transformers call. All others hand a
+typed object on.
 """
 
 import ast
@@ -43,7 +43,7 @@ def _declares_options(file: str, node: ast.FunctionDef | ast.AsyncFunctionDef) -
         return True
     preset = part == "papers" and node.returns is not None and "forward" not in node.name
     built = preset and isinstance(node.returns, ast.Name) and node.returns.id[0].isupper()
-    filled_in = node.name in ("load", "predict") and ("tasks/" in file or stem == "task")
+    filled_in = node.name in ("load", "held_out", "predict") and ("tasks/" in file or stem == "task")
     return built or filled_in or (stem == "bench" and node.name in ("sweep", "bench"))
 
 

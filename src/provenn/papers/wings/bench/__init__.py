@@ -19,7 +19,7 @@ from provenn.papers.wings.bench.forgetting import (
     measure_model,
 )
 from provenn.papers.wings.bench.router_memory import draw_router, measure_router, router_tables
-from provenn.papers.wings.bench.runs import draw_report, report_points, report_tables
+from provenn.papers.wings.bench.runs import Asked, draw_report, report_points, report_tables
 
 __all__ = [
     "Curves",
@@ -74,9 +74,8 @@ def sweep(
         if curves < 1:
             raise UserError(f"--curves must be at least 1, got {curves}")
         read = {"text_share": text_share, "whole": whole}
-        points = report_points(
-            original, paths, data, texts, task=task, device=device, smoke=budget == "smoke", curves=curves, **read
-        )
+        asked = Asked(data, texts, task, device, budget == "smoke", curves, read)
+        points = report_points(original, paths, asked)
         return Sweep("forgetting report", points, report_tables, draw_report)
     lengths = parse_numbers("--length", length, int)
     for name, value, least in (("length", min(lengths), 4), ("dim", dim, 1), ("heads", heads, 1), ("batch", batch, 1)):

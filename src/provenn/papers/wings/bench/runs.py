@@ -1,6 +1,7 @@
 """The forgetting report of trained weights, as the points of `provenn bench wings --original … --tuned …`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,23 +24,11 @@ if TYPE_CHECKING:
 FEW = 8  # conversations of each kind in a smoke run
 
 
-def report_points(
-    original: Path,
-    tuned: Sequence[Path],
-    data: str,
-    texts: str,
-    *,
-    task: str,
-    device: str,
-    smoke: bool,
-    curves: int,
-    **read: Any,
-) -> list[Point]:
-    """A point for each model: what `measure_model` gives of its weights.
+@dataclass(frozen=True)
+class Asked:
+    """What a report is asked for.
 
     Args:
-        original: a run's folder, or a weight file of ours: the language model before it saw images.
-        tuned: of those that were tuned from it, in the order of the report.
         data: conversations, a path or an embedded name, read in the tokens that each model knows.
         texts: conversations whose texts count in place of those in `data`; "" for none.
         task: whose metrics are taken; "" for that of the original's weights.
@@ -47,14 +36,32 @@ def report_points(
         smoke: a few conversations of each kind.
         curves: as in `measure_model`.
         read: options of the task's `held_out`, for `data`.
+    """
+
+    data: str
+    texts: str
+    task: str
+    device: str
+    smoke: bool
+    curves: int
+    read: Mapping[str, Any]
+
+
+def report_points(original: Path, tuned: Sequence[Path], asked: Asked) -> list[Point]:
+    """A point for each model: what `measure_model` gives of its weights.
+
+    Args:
+        original: a run's folder, or a weight file of ours: the language model before it saw images.
+        tuned: of those that were tuned from it, in the order of the report.
+        asked: what is asked for.
 
     Raises:
         UserError: weights without a label, or a task without conversations.
     """
     labels = [label_of(path) for path in (original, *tuned)]
-    task = task or labels[0].task
-    if not isinstance(get_task(task), MultimodalChat):
-        raise UserError(f"--task {task} has no conversations with images: take multimodal-chat")
+    asked = replace(asked, task=asked.task or labels[0].task)
+    if not isinstance(get_task(asked.task), MultimodalChat):
+        raise UserError(f"--task {asked.task} has no conversations with images: take multimodal-chat")
     names = ["original", *(path.stem for path in tuned)]
     if len(set(names)) < len(names):
         names = ["original", *map(str, tuned)]
@@ -62,15 +69,9 @@ def report_points(
     for name, path in zip(names, (original, *tuned)):
         # A run that was trained again is another one.
         written = weights.locate(path).stat().st_mtime_ns
-        facts = {"model": name, "weights": str(path), "written": written, "data": data, "texts": texts}
-        more = {"task": task, "curves": curves, "smoke": smoke, **read}
-        points.append(
-            Point(
-                {**facts, **more, "device": device},
-                partial(_measure, name, path, data, texts, device=device, **more),
-                name,
-            )
-        )
+        facts = {"model": name, "weights": str(path), "written": written, **asdict(asked)}
+        facts |= facts.pop("read")
+        points.append(Point(facts, partial(_measure, name, path, asked), name))
     return points
 
 
@@ -98,33 +99,21 @@ def load_model(path: Path) -> nn.Module:
     return model.eval()
 
 
-def _measure(
-    name: str,
-    path: Path,
-    data: str,
-    texts: str,
-    *,
-    task: str,
-    device: str,
-    curves: int,
-    smoke: bool,
-    **read: Any,
-) -> dict[str, Any]:
+def _measure(name: str, path: Path, asked: Asked) -> dict[str, Any]:
     label = label_of(path)
-    chosen: Any = get_task(task)
+    chosen: Any = get_task(asked.task)
     seed = label.trained_on.get("seed", 0)
 
     def talks(source: str, **options: Any) -> Talks:
         held: Talks = chosen.held_out(datasets.resolve(source).data, label.meta, seed=seed, **options).dataset
         return held
 
-    shown = talks(data, **read)
-    said = talks(texts, whole=True) if texts else shown
-    if smoke:
+    shown = talks(asked.data, **asked.read)
+    said = talks(asked.texts, whole=True) if asked.texts else shown
+    if asked.smoke:
         said, shown = _few(said), _few(shown)
-    scores = measure_model(
-        name, load_model(path).to(device), said, shown, task=task, curves=curves, sees=name != "original"
-    )
+    model, sees = load_model(path).to(asked.device), name != "original"
+    scores = measure_model(name, model, said, shown, task=asked.task, curves=asked.curves, sees=sees)
     return {"status": "ok", "scores": scores.model_dump()}
 
 
