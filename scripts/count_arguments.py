@@ -3,9 +3,9 @@
     python scripts/count_arguments.py
 
 Those that declare options are constructors of layers and systems, presets, verbs of the command line, what `--set` and
-`provenn bench` fill in by name (a task's `load`, `held_out` and `predict`, a bench's sweep), and Triton's kernels, whose
-arguments are pointers and strides. Two functions have the signature that torch and transformers call. All others hand a
-typed object on.
+`provenn bench` fill in by name (a task's `load`, `held_out` and `predict`, a bench's sweep), and Triton's kernels,
+whose arguments are pointers and strides. Two functions have the signature that torch and transformers call. All others
+hand a typed object on.
 """
 
 import ast
