@@ -429,7 +429,6 @@ def _latency(
             rounds=rounds,
             reference=reference,
             forms=forms,
-            log=log,
         )
     files = [str(file) for file in latencies.save(out)]
     if json:

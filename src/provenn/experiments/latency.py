@@ -128,9 +128,10 @@ def measure(
     rounds: int = 15,
     reference: str | None = None,
     forms: Sequence[str] = FORMS,
-    log: Callable[[str], None] = lambda message: None,
 ) -> LatencyBench:
     """Time every network on the CPU in every form: all in turns, so that what else the machine does meets all alike.
+
+    What fails is said, and the others go on.
 
     Args:
         networks: makes each, from random weights; fused where they can be traced.
@@ -139,7 +140,6 @@ def measure(
         rounds: how often each is timed; 6 is the fewest that give a 95 % interval.
         reference: whose time ratios are to; the first by default.
         forms: some of `FORMS`; compiling takes most of the time, a minute and more for a large network.
-        log: is given a line for each form that fails; the others go on.
 
     Raises:
         UserError: a number below 1, a form or a reference that is not there, or no network that runs.
@@ -170,7 +170,7 @@ def measure(
                 models[name], costs[name] = _prepare(build, torch.zeros(2, channels, size, size))
             except Exception as error:  # one network's trouble costs no other
                 troubles[name] = _trouble(error)
-                log(f"{name}: left out: {troubles[name]}")
+                progress.say(f"{name}: left out: {troubles[name]}")
             advance(1, name)
     if not models:
         raise UserError(f"none of the networks runs: {'; '.join(f'{n}: {t}' for n, t in troubles.items())}")
@@ -182,7 +182,7 @@ def measure(
     with progress.bar("latency", len(cells) * len(models) * len(forms) * (rounds + 1)) as advance:
         for batch, count in cells:
             image = torch.rand(batch, channels, size, size)
-            latencies += _time(models, image, count, rounds, first, forms, log, advance)
+            latencies += _time(models, image, count, rounds, first, forms, advance)
     return LatencyBench(first, size, costs, tuple(latencies), troubles)
 
 
@@ -205,7 +205,6 @@ def _time(
     rounds: int,
     reference: str,
     forms: Sequence[str],
-    log: Callable[[str], None],
     advance: Callable[..., None],
 ) -> Iterator[Latency]:
     """Each network in each form, at one batch and number of threads."""
@@ -221,7 +220,7 @@ def _time(
                     call()
                 except Exception as error:  # one form's trouble costs no other
                     troubles[name, form] = _trouble(error)
-                    log(f"{name}, {form}, batch {len(image)}: {troubles[name, form]}")
+                    progress.say(f"{name}, {form}, batch {len(image)}: {troubles[name, form]}")
                     advance(rounds + 1, f"{name}: {form}")
                     continue
                 calls[name, form] = _counted(call, partial(advance, 1, f"{name}: {form}"))
