@@ -306,7 +306,7 @@ def test_photographs_are_the_regions_four_by_four():
 
 def test_digits_share_no_image_between_splits():
     data = digits(0, False)
-    assert len(data.train) == 150 and len(data.test) > 1000
+    assert len(data.train) == 300 and len(data.test) > 1000
     seen = {s: {x.numpy().tobytes() for x in getattr(data, s).tensors[0]} for s in ("train", "val", "test")}
     assert not seen["train"] & seen["test"] and not seen["val"] & seen["test"] and not seen["train"] & seen["val"]
 

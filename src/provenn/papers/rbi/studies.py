@@ -22,7 +22,7 @@ from provenn.training import Recipe
 
 TASK = BatchRecognition("random")  # rates are chosen and networks compared by it
 DIM = 128
-DIGITS = 150  # to train on: where a network has few, and the pixels alone give 94.7 %
+DIGITS = 300  # to train on. In a pilot plain networks told 0.98 of the others, and pixels alone 0.97; of 150 too few
 MATES, OTHERS = 4, 31  # of an image's own class in a batch that holds it, and of all in one
 REGIONS_RECIPE = Recipe(epochs=24, batch_size=32, weight_decay=0.05, schedule="onecycle", clip=5.0, label_smoothing=0.1)
 DIGITS_RECIPE = replace(REGIONS_RECIPE, epochs=60)
@@ -133,7 +133,7 @@ def _by_photograph(views: Any, meta: dict[str, Any]) -> Regions:
 
 
 def digits(seed: int, smoke: bool) -> TaskData:
-    """Digits of 8×8 pixels, 150 to train on; the other training images are tested on, too."""
+    """Digits of 8×8 pixels, 300 to train on; the other training images are tested on, too."""
     data: Any = TASK.load("digits", seed=seed)
     (images, labels), (more, those) = data.train.tensors, data.test.tensors
     count = 64 if smoke else DIGITS
