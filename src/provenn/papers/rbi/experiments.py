@@ -81,7 +81,7 @@ ON_DIGITS = {
         setting=BATCHES,
         note=NOTE,
     )
-    for name in ("cnn", "densenet")  # a small ConvNeXt stays below the pixels alone, with and without RBI
+    for name in ("cnn", "densenet")  # by this recipe a small ConvNeXt stays below the pixels alone
 }
 OF_DENSENET, OF_CONVNEXT = OTHERS["densenet"], OTHERS["convnext"]
 DIGITS_CNN, DIGITS_DENSENET = ON_DIGITS["cnn"], ON_DIGITS["densenet"]
