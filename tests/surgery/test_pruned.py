@@ -1,5 +1,7 @@
 """Pruned models: three forms of the same weights, masks in files, and counts that can be checked by hand."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import nn
@@ -103,6 +105,55 @@ def test_a_layer_that_is_called_twice_costs_twice_and_a_kept_zero_costs_all_the_
     masks = Masks({"0.weight": torch.arange(9).view(3, 3) < 5})
     summary = pruned.summarise(model, masks, lambda: model(torch.zeros(1, 3)))
     assert (summary.macs, summary.macs_kept, summary.layers[0].kept) == (18, 10, 5)
+
+
+class Reader(nn.Module):
+    """Reads the weights of its layers by itself, as `MultiheadAttention` reads those of its projection."""
+
+    def __init__(self, how: str):
+        super().__init__()
+        self.how, self.layer, self.up = how, nn.Linear(3, 4, bias=False), nn.ConvTranspose1d(3, 4, 2, bias=False)
+
+    def forward(self, x):  # (5, 3)
+        weight = self.layer.weight
+        if self.how == "some rows":
+            return nn.functional.linear(x, weight[1:3])
+        if self.how == "cast":
+            return x.double() @ weight.double().T
+        if self.how == "einsum":
+            return torch.einsum("nd,gcd->ngc", x, weight.unflatten(0, (2, 2)).transpose(0, 1))
+        return self.up(x.T[None])  # 5 places, each of which every weight of this layer meets
+
+
+@pytest.mark.parametrize(
+    ("how", "times", "rows"),
+    [("some rows", 5, slice(1, 3)), ("cast", 5, slice(None)), ("einsum", 5, slice(None)), ("transposed", 5, None)],
+)
+def test_a_removed_weight_saves_wherever_it_is_read(how, times, rows):
+    model = Reader(how)
+    gone = torch.rand(4, 3) < 0.4, torch.rand(3, 4, 2) < 0.4
+    masks = Masks({"layer.weight": ~gone[0], "up.weight": ~gone[1]})
+    summary = pruned.summarise(model, masks, lambda: model(torch.rand(5, 3)))
+    met = gone[1] if rows is None else gone[0][rows]
+    assert summary.macs == times * met.numel() and summary.macs - summary.macs_kept == times * int(met.sum())
+
+
+@pytest.mark.parametrize("masked", [("a",), ("b",), ("a", "b")])
+def test_layers_whose_weights_lie_in_one_storage_are_told_apart(masked):
+    flat = torch.rand(3 * 4 + 4 * 2)
+    model = nn.Sequential(OrderedDict(a=nn.Linear(3, 4, bias=False), b=nn.Linear(4, 2, bias=False)))
+    model.a.weight, model.b.weight = nn.Parameter(flat[:12].view(4, 3)), nn.Parameter(flat[12:].view(2, 4))
+    gone = {"a.weight": torch.eye(4, 3).bool(), "b.weight": torch.eye(2, 4).bool()}
+    kept = {f"{name}.weight": ~gone[f"{name}.weight"] for name in masked}
+    summary = pruned.summarise(model, Masks(kept), lambda: model(torch.rand(5, 3)))
+    assert summary.macs - summary.macs_kept == 5 * sum(int((~mask).sum()) for mask in kept.values())
+
+
+def test_the_projection_of_torchs_attention_saves_too():
+    model = nn.MultiheadAttention(4, 2, bias=False, batch_first=True)
+    kept = {"in_proj_weight": torch.rand(12, 4) < 0.5, "out_proj.weight": torch.rand(4, 4) < 0.5}
+    summary = pruned.summarise(model, Masks(kept), lambda: model(*[torch.rand(1, 5, 4)] * 3, need_weights=False))
+    assert summary.macs - summary.macs_kept == 5 * sum(int((~mask).sum()) for mask in kept.values())
 
 
 @pytest.mark.parametrize("form", pruned.FORMS)

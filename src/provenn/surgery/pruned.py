@@ -1,15 +1,17 @@
 """What a pruned model is worth: counts by layer, the forms in which it is stored, and files of masks."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from provenn.core.cost import count_parameters, macs
 from provenn.core.errors import UserError
@@ -103,9 +105,9 @@ def summarise(model: nn.Module, masks: Masks, example: Callable[[], object] | No
     )
     dense = kept = None
     if example is not None:
-        with _counted_uses(model, masks) as uses, torch.no_grad():
+        with _Removed(model, masks) as removed, torch.no_grad():
             dense = macs(example)
-        kept = dense - sum(uses[layer.name] * (layer.of - layer.kept) for layer in layers)
+        kept = dense - removed.macs
     matrices = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
     left = (name for name, module in model.named_modules() if isinstance(module, matrices))
     untouched = tuple(name for name in left if f"{name}.weight" not in pairs)
@@ -113,22 +115,49 @@ def summarise(model: nn.Module, masks: Masks, example: Callable[[], object] | No
     return Summary(layers, count_parameters(model), dense, kept, sizes, untouched, evens)
 
 
-@contextmanager
-def _counted_uses(model: nn.Module, masks: Masks) -> Iterator[dict[str, int]]:
-    """How often each masked weight is multiplied while the block runs: once for each row that its layer puts out."""
-    uses = dict.fromkeys(masks.kept, 0)
-    handles = []
-    for name, mask in masks.kept.items():
+class _Removed(TorchDispatchMode):
+    """Counts the multiply-adds that meet a removed weight, whichever module reads it.
 
-        def count(_: nn.Module, __: Any, output: Any, name: str = name, width: int = mask.shape[0]) -> None:
-            uses[name] += output.numel() // width
+    Args:
+        model: to which the masks belong.
+        masks: what is kept.
+    """
 
-        handles.append(model.get_submodule(name.rpartition(".")[0]).register_forward_hook(count))
-    try:
-        yield uses
-    finally:
-        for handle in handles:
-            handle.remove()
+    copying = frozenset((torch.ops.aten.clone, torch.ops.aten._to_copy))
+
+    def __init__(self, model: nn.Module, masks: Masks) -> None:
+        super().__init__()
+        self.macs = 0
+        self.gone: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()  # for each number of a storage
+        for value, kept in masks.of(model).values():
+            self._remember(value, ~kept)
+
+    def _remember(self, value: Tensor, gone: Tensor) -> None:
+        storage = value.untyped_storage()
+        nothing = torch.zeros(storage.nbytes() // value.element_size(), dtype=torch.bool)
+        self.gone.setdefault(storage, nothing).as_strided(*_place(value)).copy_(gone)
+
+    def _gone_in(self, value: object) -> Tensor | None:
+        """What is removed in a tensor; None where nothing of it is masked."""
+        if not isinstance(value, Tensor) or value.untyped_storage() not in self.gone:
+            return None
+        return self.gone[value.untyped_storage()].as_strided(*_place(value))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        operator = func.overloadpacket
+        found = [(value, gone) for value in args if (gone := self._gone_in(value)) is not None]
+        if operator in self.copying and found:
+            self._remember(result, found[0][1])
+        elif operator in flop_registry:
+            count = flop_registry[operator](*args, **(kwargs or {}), out_val=result) // 2
+            self.macs += sum(count * int(gone.count_nonzero()) // value.numel() for value, gone in found)
+        return result
+
+
+def _place(value: Tensor) -> tuple[torch.Size, tuple[int, ...], int]:
+    """Where the numbers of a tensor lie in its storage."""
+    return value.shape, value.stride(), int(value.storage_offset())
 
 
 def _sizes(model: nn.Module, masks: Masks) -> dict[str, int]:
