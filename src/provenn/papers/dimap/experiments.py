@@ -121,6 +121,7 @@ EXPERIMENTS = {
         for name, study in TUNED.items()
     },
     "pairs_keep_top5": OF_PAIRS.against("dimap", "dense", metric="top-5", shown=("lamp", "random")),
+    "pairs_over_random": OF_PAIRS.against("dimap", "random", metric="top-5"),
     "light_over_dense": TUNED["middle"].against("light", "dense"),
 }
 
