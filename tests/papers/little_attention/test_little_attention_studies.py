@@ -10,8 +10,8 @@ from torch import nn
 
 from provenn.cli import main
 from provenn.core.errors import UserError
-from provenn.evidence.run import Elsewhere
-from provenn.papers.little_attention import ChannelNonLocal, Placement, cnl_regions
+from provenn.evidence.run import Elsewhere, Run, run_to_end
+from provenn.papers.little_attention import ChannelNonLocal, Placement, cnl_regions, experiments
 from provenn.papers.little_attention.bench import sweep
 from provenn.papers.little_attention.bench.search import Search, accept, compare, pareto_front, rules_of
 from provenn.papers.little_attention.inspection import inspect
@@ -188,6 +188,14 @@ def test_a_gate_that_prefers_one_half_of_every_picture_comes_to_0(data, monkeypa
 
 def test_no_placement_was_drawn_twice():
     assert len(set(DRAWN)) == 4 and set(DRAWN) <= set(SPACE) - {"none"}
+
+
+def test_the_search_is_held_to_pixels_of_its_own_identities_and_seeds(tmp_path):
+    found = run_to_end(experiments.ranks_repeat(Run("little_attention", tmp_path, budget="smoke", seeds=(0, 1, 2))))
+    (skill,) = found.skills
+    task, each = get_task("re-identification"), [cameras(seed, True) for seed in experiments.SEARCH_SEEDS[:2]]
+    assert skill.dummy_baseline == [task.dummy_baseline(replace(data, test=data.val)) for data in each]
+    assert len(skill.values) == 2
 
 
 def test_rules_are_marginal_effects():
