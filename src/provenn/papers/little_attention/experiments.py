@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from provenn.core.cost import count_parameters
+from provenn.core.digest import digest
 from provenn.evidence import Measurement, Run, Skill, Study, Table, Timing, measures
 from provenn.papers.little_attention.model import THREE as LATE
 from provenn.papers.little_attention.model import cnl_resnet50_3, resnet50_reid, resnet101_reid
@@ -36,7 +37,7 @@ from provenn.papers.little_attention.studies import (
     tuned_to,
 )
 from provenn.tasks import get_task
-from provenn.training import Diverged, Hardware, Recipe, fit
+from provenn.training import Diverged, Hardware, Recipe
 
 RATES = (3e-3, 1e-2, 3e-2)
 ABOUT = (
@@ -271,16 +272,16 @@ def fresh_is_identity(run: Run) -> Measurement:
 # The search
 
 
-SEARCH_SEEDS = tuple(range(100, 108))  # of short trainings; none of them is measured again
+SEARCH_SEEDS = tuple(range(100, 112))  # of short trainings; none of them is measured again
 
 
 def short_score(placement: str, seed: int, recipe: Recipe, smoke: bool, device: str) -> float:
-    """mAP on the identities to validate with, after a short training."""
+    """mAP on the identities to validate with, after a short training of what is put into a trained network."""
     data, task = cameras(seed, smoke), get_task("re-identification")
     recipe = replace(recipe, epochs=1, max_steps=2) if smoke else recipe
     build = partial(network, Net(placement), **data.options)
     try:
-        model = fit(build, task, data, recipe, seed=seed, hardware=Hardware(device), title=placement).model
+        model = put_into_trained(build, task, data, recipe, seed=seed, hardware=Hardware(device), title=placement).model
     except Diverged:
         return 0.0
     with torch.no_grad():
@@ -291,15 +292,19 @@ async def searched(run: Run, precision: str) -> dict[str, list[float]]:
     """Every placement's validation mAP for each of the search's seeds."""
     places, seeds = (SPACE[:3], SEARCH_SEEDS[:2]) if run.smoke else (SPACE, SEARCH_SEEDS)
     recipe = replace(BRIEF, precision=precision)
-    setting: dict[str, Any] = {"recipe": str(recipe), "space": "one block after each of four residual blocks, or none"}
+    setting: dict[str, Any] = {
+        "recipe": str(recipe),
+        "space": "one block after each of four residual blocks, or none",
+        "code": digest(short_score),
+    }
 
     async def one(place: str, seed: int) -> float:
         score = partial(short_score, place, seed, recipe, run.smoke, run.device)
         return await run.trial("placement search", score, seed=seed, placement=place, **setting)
 
-    values = await run.together(one(place, seed) for place in places for seed in seeds)
-    count = len(seeds)
-    return {place: values[i * count : (i + 1) * count] for i, place in enumerate(places)}
+    # Seed by seed, for a trained network serves all placements of its seed.
+    values = await run.together(one(place, seed) for seed in seeds for place in places)
+    return {place: values[i :: len(places)] for i, place in enumerate(places)}
 
 
 def pixels_score(seed: int, smoke: bool) -> float:
@@ -311,11 +316,13 @@ def pixels_score(seed: int, smoke: bool) -> float:
 async def pixels_of_the_search(run: Run) -> list[float]:
     """The same for each of the search's seeds."""
     seeds = SEARCH_SEEDS[:2] if run.smoke else SEARCH_SEEDS
-    trials = (
-        run.trial("placement search, dummy baseline", partial(pixels_score, seed, run.smoke), seed=seed, data=ABOUT)
-        for seed in seeds
-    )
-    return await run.together(trials)
+    code = digest(pixels_score)
+
+    async def one(seed: int) -> float:
+        score = partial(pixels_score, seed, run.smoke)
+        return await run.trial("placement search, dummy baseline", score, seed=seed, code=code)
+
+    return await run.together(one(seed) for seed in seeds)
 
 
 def best_of(scores: dict[str, list[float]]) -> str:
@@ -325,7 +332,7 @@ def best_of(scores: dict[str, list[float]]) -> str:
 
 @measures("ranks_repeat")
 async def ranks_repeat(run: Run, precision: str = BRIEF.precision) -> Measurement:
-    """The rank correlation of the 16 placements between two seeds, over four pairs of seeds that share none."""
+    """The rank correlation of the 16 placements between two seeds, over six pairs of seeds that share none."""
     from scipy import stats
 
     scores = await searched(run, precision)
@@ -374,7 +381,7 @@ async def winner_over_random(run: Run, precision: str = FULL.precision) -> Measu
     """The search's winner against the mean of four placements drawn before, with fresh seeds."""
     winner = best_of(await searched(run, precision))
     found = {"winner": ("winner", Net(winner)), **{place: (place, Net(place)) for place in DRAWN}}
-    study = replace(CAMERAS, variants={**NETS, **found}).with_overrides(precision=precision)
+    study = replace(PUT_IN, variants={**NETS, **found}).with_overrides(precision=precision)
     values, more = await study.measure(run, ["winner", *DRAWN], shown=("everywhere", "plain"))
     more["note"] = f"{more['note']} The winner is {winner}; drawn were {'; '.join(DRAWN)}."
     others = [mean(column) for column in zip(*(values[place] for place in DRAWN), strict=True)]

@@ -34,8 +34,8 @@ ONE_CPU = Hardware()
 PASSES = 8  # over the identities in an epoch, so that it is not validated after every four steps
 RATE = 1e-2  # of what is not tuned: the plain network's best of 3e-3, 1e-2 and 2e-2 in a pilot
 FULL = Recipe(epochs=20, batch_size=16, optimizer="adamw", weight_decay=5e-4, schedule="onecycle", label_smoothing=0.1)
-BRIEF = replace(FULL, epochs=8, lr=RATE)  # of a search
 TUNED = replace(FULL, epochs=10)
+BRIEF = replace(FULL, epochs=4, lr=RATE)  # of a search, in networks that are trained already
 
 
 class Net(NamedTuple):
