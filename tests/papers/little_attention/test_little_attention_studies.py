@@ -190,12 +190,17 @@ def test_no_placement_was_drawn_twice():
     assert len(set(DRAWN)) == 4 and set(DRAWN) <= set(SPACE) - {"none"}
 
 
-def test_the_search_is_held_to_pixels_of_its_own_identities_and_seeds(tmp_path):
+def test_the_search_is_held_to_pixels_of_its_own_identities_and_seeds(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "short_score", drawn_score)
     found = run_to_end(experiments.ranks_repeat(Run("little_attention", tmp_path, budget="smoke", seeds=(0, 1, 2))))
     (skill,) = found.skills
     task, each = get_task("re-identification"), [cameras(seed, True) for seed in experiments.SEARCH_SEEDS[:2]]
     assert skill.dummy_baseline == [task.dummy_baseline(replace(data, test=data.val)) for data in each]
     assert len(skill.values) == 2
+
+
+def drawn_score(placement: str, seed: int, *_: object) -> float:
+    return len(placement) / seed
 
 
 def test_rules_are_marginal_effects():
