@@ -275,6 +275,10 @@ def fresh_is_identity(run: Run) -> Measurement:
 SEARCH_SEEDS = tuple(range(100, 112))  # of short trainings; none of them is measured again
 
 
+def _seeds_of_the_search(run: Run) -> tuple[int, ...]:
+    return SEARCH_SEEDS[:2] if run.smoke else SEARCH_SEEDS
+
+
 def short_score(placement: str, seed: int, recipe: Recipe, smoke: bool, device: str) -> float:
     """mAP on the identities to validate with, after a short training of what is put into a trained network."""
     data, task = cameras(seed, smoke), get_task("re-identification")
@@ -290,7 +294,7 @@ def short_score(placement: str, seed: int, recipe: Recipe, smoke: bool, device: 
 
 async def searched(run: Run, precision: str) -> dict[str, list[float]]:
     """Every placement's validation mAP for each of the search's seeds."""
-    places, seeds = (SPACE[:3], SEARCH_SEEDS[:2]) if run.smoke else (SPACE, SEARCH_SEEDS)
+    places, seeds = SPACE[:3] if run.smoke else SPACE, _seeds_of_the_search(run)
     recipe = replace(BRIEF, precision=precision)
     setting: dict[str, Any] = {
         "recipe": str(recipe),
@@ -315,14 +319,13 @@ def pixels_score(seed: int, smoke: bool) -> float:
 
 async def pixels_of_the_search(run: Run) -> list[float]:
     """The same for each of the search's seeds."""
-    seeds = SEARCH_SEEDS[:2] if run.smoke else SEARCH_SEEDS
     code = digest(pixels_score)
 
     async def one(seed: int) -> float:
         score = partial(pixels_score, seed, run.smoke)
         return await run.trial("placement search, dummy baseline", score, seed=seed, code=code)
 
-    return await run.together(one(seed) for seed in seeds)
+    return await run.together(one(seed) for seed in _seeds_of_the_search(run))
 
 
 def best_of(scores: dict[str, list[float]]) -> str:
