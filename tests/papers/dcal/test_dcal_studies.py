@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from provenn.data.regions import SPLITS, region_classes
-from provenn.papers.dcal.experiments import EXPERIMENTS
+from provenn.papers.dcal.experiments import CNN, EXPERIMENTS
 from provenn.papers.dcal.hosts import host_of
 from provenn.papers.dcal.layers import attend_to_pair
 from provenn.papers.dcal.model import DCAL
@@ -199,7 +199,7 @@ def test_other_regions_are_other_classes():
 
 
 def test_all_ways_start_from_one_network(data):
-    weights = trained_before("plain", 64, 0, True, Hardware())
+    weights = trained_before(Variant("plain", 64), 0, True, Hardware())
     for kind, longer in (("plain", 1.0), ("dcal", 1.0), ("same", 1.0), ("plain", 2.0)):
         variant = Variant(kind, 64, longer, faster=1e-30)
         model = tuned(lambda variant=variant: network(variant, **data.options), TASK, data, SHORT, seed=0).model
@@ -212,6 +212,25 @@ def test_all_ways_start_from_one_network(data):
     assert torch.equal(searched.backbone.blocks[0].attn.qkv.weight, weights["backbone.blocks.0.attn.qkv.weight"])
     assert torch.equal(searched.backbone.pos_embed[:, 0], weights["backbone.pos_embed"][:, 0])
     assert searched.backbone.pos_embed.shape == (1, 129, 64)
+
+
+def test_the_training_before_has_the_rate_of_the_variant(data, monkeypatch):
+    used = []
+
+    class Stop(Exception):
+        pass
+
+    def stop(build, task, given, recipe, **_):
+        used.append((build().variant.kind, given.name, recipe.lr))
+        raise Stop
+
+    monkeypatch.setattr("provenn.papers.dcal.studies.fit", stop)
+    for name in ("cnn", "both"):
+        variant = EXPERIMENTS["regions_on_a_par"].study.variants[name][1]._replace(dim=64)
+        with pytest.raises(Stop):
+            tuned(lambda variant=variant: network(variant, **data.options), TASK, data, SHORT, seed=701)
+    assert used == [("cnn", "other regions", CNN.before), ("plain", "other regions", 1e-3)]
+    assert CNN.before != 1e-3
 
 
 def test_partners_of_the_same_class_are_training_images_of_it():
