@@ -828,7 +828,27 @@ def test_train_and_reproduce_take_the_options_of_a_run_from_one_place():
     assert "run" not in {p.name for verb in verbs.values() for p in verb.params}
 
 
-def test_options_of_a_training_reach_it(run, props):
+OLD = {"architecture": "x86_64", "avx2": True, "avx512_bf16": False, "amx_bf16": False}
+CAPABLE = [{**OLD, "avx512_bf16": True}, {**OLD, "amx_bf16": True}, {"architecture": "aarch64"}, {}]
+
+
+def test_bf16_on_a_processor_without_it_is_said_to_be_slow(run, props, monkeypatch):
+    words = "train tiny_gate --data classes --out run --steps 1"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: OLD)
+    code, _, err = run(f"{words} --precision bf16-mixed --device cpu")
+    assert (
+        code == 0 and err.startswith("bf16-mixed: this processor has no instructions for bf16") and err.count("\n") == 1
+    )
+    assert run(f"{words} --device cpu")[2] == run(f"{words} --precision 32-true --device cpu")[2] == ""
+    code, _, err = run("reproduce tiny_gate --experiment better --budget smoke --precision bf16-mixed --device cpu")
+    assert "bf16-mixed: this processor has no instructions for bf16" in err
+    for found in CAPABLE:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
+        assert run(f"{words} --precision bf16-mixed --device cpu")[2] == ""
+
+
+def test_options_of_a_training_reach_it(run, props, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: CAPABLE[0])
     options = "--precision bf16-mixed --accumulate 2 --patience 9 --workers 1 --logger csv --keep-best 2 --save-every 1"
     recipe = "--recipe ema=0.5 --recipe schedule=cosine --recipe final_lr=1e-5 --recipe decay_vectors=false"
     words = f"train tiny_gate --data classes --out run --epochs 3 --batch-size 2 {options} {recipe}"

@@ -27,7 +27,7 @@ from provenn.cli.app import (
     tasks,
 )
 from provenn.cli.data import DataPaths
-from provenn.cli.hardware import DEFAULT, RunOptions, with_run
+from provenn.cli.hardware import DEFAULT, RunOptions, slow_precision, with_run
 from provenn.cli.work import pairs
 from provenn.core import progress
 from provenn.core.errors import UserError
@@ -111,6 +111,8 @@ def reproduce(
         raise UserError(f"--set is for one paper, and {len(chosen)} were named")
     given = datasets.given_paths(paths or [])
     training = _training(budget, run)
+    if cluster is None and (slow := slow_precision(run.precision, device)):
+        log(slow)
     _measure(
         chosen,
         strict=strict,

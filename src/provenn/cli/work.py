@@ -13,7 +13,7 @@ import typer
 from provenn import catalog
 from provenn.cli import of_tasks
 from provenn.cli.app import Device, Json, Preset, Resume, Slug, app, log, resumable, tasks
-from provenn.cli.hardware import DEFAULT, RunOptions, with_run
+from provenn.cli.hardware import DEFAULT, RunOptions, slow_precision, with_run
 from provenn.cli.of_tasks import WithTasksOptions
 from provenn.core import progress
 from provenn.core.errors import UserError
@@ -167,6 +167,8 @@ def train(
         "patience": patience,
     }
     with resumable(kept), progress.shown():
+        if slow := slow_precision(run.precision, device):
+            progress.say(slow)
         folder, metrics = provenn.train(
             card.slug,
             data,
