@@ -7,13 +7,14 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from provenn.data.regions import SPLITS, region_classes
-from provenn.papers.dcal.experiments import CNN, EXPERIMENTS
+from provenn.papers.dcal.experiments import EXPERIMENTS
 from provenn.papers.dcal.hosts import host_of
 from provenn.papers.dcal.layers import attend_to_pair
 from provenn.papers.dcal.model import DCAL
 from provenn.papers.dcal.studies import (
     AFTER,
     OBJECT,
+    RATES_BEFORE,
     SEARCHED,
     Variant,
     _bank,
@@ -32,7 +33,7 @@ from provenn.papers.dcal.studies import (
     with_options,
 )
 from provenn.tasks import TaskData, get_task
-from provenn.training import Hardware
+from provenn.training import Fit, Hardware
 
 TASK = get_task("fine-grained")
 SHORT = replace(AFTER, epochs=1, max_steps=2, random_erasing=0.0)
@@ -199,7 +200,7 @@ def test_other_regions_are_other_classes():
 
 
 def test_all_ways_start_from_one_network(data):
-    weights = trained_before(Variant("plain", 64), 0, True, Hardware())
+    weights = trained_before("plain", 64, 0, True, Hardware())
     for kind, longer in (("plain", 1.0), ("dcal", 1.0), ("same", 1.0), ("plain", 2.0)):
         variant = Variant(kind, 64, longer, faster=1e-30)
         model = tuned(lambda variant=variant: network(variant, **data.options), TASK, data, SHORT, seed=0).model
@@ -214,23 +215,28 @@ def test_all_ways_start_from_one_network(data):
     assert searched.backbone.pos_embed.shape == (1, 129, 64)
 
 
-def test_the_training_before_has_the_rate_of_the_variant(data, monkeypatch):
-    used = []
+def test_the_training_before_has_the_rate_of_its_kind_and_width(monkeypatch):
+    used = {}
 
-    class Stop(Exception):
-        pass
+    def noted(build, task, given, recipe, **_):
+        model = build()
+        used[model.variant.kind, model.variant.dim] = given.name, recipe.lr
+        return Fit(model, {})
 
-    def stop(build, task, given, recipe, **_):
-        used.append((build().variant.kind, given.name, recipe.lr))
-        raise Stop
+    monkeypatch.setattr("provenn.papers.dcal.studies.fit", noted)
+    trained_before.cache_clear()
+    for kind, dim in RATES_BEFORE:
+        trained_before(kind, dim, 701, True, Hardware())
+    trained_before.cache_clear()
+    assert used == {start: ("other regions", lr) for start, lr in RATES_BEFORE.items()}
+    assert len(set(RATES_BEFORE.values())) > 1
 
-    monkeypatch.setattr("provenn.papers.dcal.studies.fit", stop)
-    for name in ("cnn", "both"):
-        variant = EXPERIMENTS["regions_on_a_par"].study.variants[name][1]._replace(dim=64)
-        with pytest.raises(Stop):
-            tuned(lambda variant=variant: network(variant, **data.options), TASK, data, SHORT, seed=701)
-    assert used == [("cnn", "other regions", CNN.before), ("plain", "other regions", 1e-3)]
-    assert CNN.before != 1e-3
+
+def test_each_study_has_a_rate_for_what_its_variants_start_from():
+    parts = [part for each in EXPERIMENTS.values() if hasattr(each, "study") for part in each.study.variants.values()]
+    assert len(parts) > 100
+    for label, variant in parts:
+        assert ("cnn" if variant.kind == "cnn" else "plain", variant.dim) in RATES_BEFORE, label
 
 
 def test_partners_of_the_same_class_are_training_images_of_it():
