@@ -42,12 +42,12 @@ WIDTHS = {"narrow": 64, "middle": 96, "wide": 128}
 BEFORE = Recipe(
     epochs=15, batch_size=64, weight_decay=0.05, decay_vectors=False, schedule="onecycle", clip=5.0, random_erasing=0.5
 )
-# By accuracy on the tuning seed's validation views. ViTs of width 64 had 0.414, 0.443, 0.469 and 0.426 at 1e-3, 2e-3, 4e-3
-# and 8e-3, of width 96 0.443, 0.490 and 0.452 at 5e-4, 1e-3 and 2e-3, residual networks 0.451, 0.479 and 0.477 at 4e-3,
-# 8e-3 and 1.6e-2. 128 has the rate of 96 without a search: only ViTs are compared there, all from one network.
+# By accuracy on the tuning seed's validation views. ViTs of width 64 had 0.414, 0.443, 0.469 and 0.426 at 1e-3, 2e-3,
+# 4e-3 and 8e-3, of width 96 0.443, 0.490 and 0.452 at 5e-4, 1e-3 and 2e-3, residual networks 0.451, 0.479 and 0.477 at
+# 4e-3, 8e-3 and 1.6e-2. 128 has the rate of 96 without a search: only ViTs are compared there, all from one network.
 RATES_BEFORE = {("plain", 64): 4e-3, ("plain", 96): 1e-3, ("plain", 128): 1e-3, ("cnn", 64): 8e-3}
-# On these views self-attention of width 64 had 0.621, 0.744 and 0.768 after 8, 24 and 48 epochs (trained before at 1e-3);
-# pixels have 0.611.
+# On these views self-attention of width 64, trained before at 1e-3, had 0.621, 0.744 and 0.768 after 8, 24 and 48
+# epochs; pixels have 0.611.
 AFTER = replace(BEFORE, epochs=24, batch_size=32, lr=1e-3)
 SEARCH = replace(AFTER, epochs=24, batch_size=15, random_erasing=0.0)  # of identities; their data erases by itself
 ONE_CPU = Hardware()
