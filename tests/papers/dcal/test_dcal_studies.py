@@ -275,7 +275,7 @@ def test_a_variant_changes_its_own_recipe_alone(data, monkeypatch):
         with pytest.raises(Stop):
             tuned(lambda variant=variant: network(variant, **data.options), TASK, data, AFTER)
     assert used[0] == AFTER
-    assert used[1] == replace(AFTER, epochs=15, lr=32 * AFTER.lr, mixup=0.8, cutmix=0.8)
+    assert used[1] == replace(AFTER, epochs=44, lr=32 * AFTER.lr, mixup=0.8, cutmix=0.8)
 
 
 def test_convolutional_networks_serve_both_tasks():
