@@ -32,9 +32,10 @@ from provenn.papers.dcal.studies import (
 )
 
 RATES = (3e-4, 1e-3, 3e-3)
+CALLED = {"plain": "ViT", "cnn": "residual network"}
 NOTE = (
     "One network of each width a seed, trained on 128 other regions for 15 epochs, is tuned in all ways. The rate of "
-    f"that training is {', '.join(f'{lr:g} ({kind}, D = {dim})' for (kind, dim), lr in RATES_BEFORE.items())}."
+    f"that training is {', '.join(f'{lr:g} ({CALLED[kind]}, D = {dim})' for (kind, dim), lr in RATES_BEFORE.items())}."
 )
 LONG = 1.85  # what a step with PWCA takes, in steps without
 EQUAL = 2.2  # the same with both, in the pilot
