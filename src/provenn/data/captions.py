@@ -14,6 +14,7 @@ import csv
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ class Images:
             UserError: there is none, or several have the name.
         """
         path = self.root / name
-        if path.is_file():
+        if isfile(path):
             return path
         found = self.by_name.get(Path(name).name, [])
         if not found:
