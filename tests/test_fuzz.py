@@ -169,7 +169,7 @@ def test_a_reader_reads_or_refuses_in_one_line(kind, data):
 @pytest.mark.parametrize(
     "kind", [kind for kind, (_, _, whole) in READERS.items() if any("b.png" in str(w) for w in whole)]
 )
-@pytest.mark.parametrize("named", ["none.png", "..", "\0.png", "a" * 300 + ".png"], ids=range(4))
+@pytest.mark.parametrize("named", ["none.png", "..", "\0.png"], ids=range(3))
 def test_a_list_may_name_what_no_file_is_called(kind, named):
     reader, name, (whole, *_) = READERS[kind]
     assert isinstance(whole, str)

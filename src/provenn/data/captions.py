@@ -14,7 +14,6 @@ import csv
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +132,7 @@ class Images:
             UserError: there is none, or several have the name.
         """
         path = self.root / name
-        if isfile(path):
+        if path.is_file():
             return path
         found = self.by_name.get(Path(name).name, [])
         if not found:

@@ -6,7 +6,6 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from os.path import isfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -374,7 +373,7 @@ def _folder_of(file: Path, root: Path, names: Sequence[str]) -> Path:
     folders = [file.parent, *inside, *(folder / "images" for folder in inside), file.parent / "images"]
     folders += [root / "images", root]
     some = names[:: max(1, len(names) // 20)]
-    found = {folder: sum(isfile(folder / name) for name in some) for folder in dict.fromkeys(folders)}
+    found = {folder: sum((folder / name).is_file() for name in some) for folder in dict.fromkeys(folders)}
     best = max(found, key=lambda folder: found[folder])
     if not found[best]:
         there = ", ".join(str(folder) for folder in found if folder.is_dir())
@@ -390,7 +389,7 @@ def _sizes(
     missing, broken = [], set()
     for number, entry in listed.items():
         path = folder / entry["file_name"]
-        if not isfile(path):
+        if not path.is_file():
             missing.append(number)
             continue
         try:

@@ -9,7 +9,6 @@ two splits. The user's own come as a list of files: see `read_edits`.
 
 from collections.abc import Iterator, Sequence
 from functools import cache
-from os.path import isfile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -406,7 +405,7 @@ def _listed(entry: Any, folder: Path, where: str) -> tuple[str, Listed]:
         if entry.get(key) is None and not needed:
             return None
         file = folder / word(key)
-        if not isfile(file):
+        if "\0" in str(file) or not file.is_file():
             raise UserError(f"{where}: {key}: there is no file {file}")
         return file
 

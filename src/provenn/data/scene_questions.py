@@ -5,7 +5,6 @@ question that has one. Clouds lie beside the file or below. A kind has a share o
 """
 
 from collections.abc import Iterator
-from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,7 @@ def _question(entry: Any, root: Path, where: str) -> Conversation:
     scene = root / entry["scene"]
     if scene.suffix.lower() not in SUFFIXES:
         raise UserError(f"{where}: the scene {entry['scene']!r} must end in {', '.join(SUFFIXES)}")
-    if not isfile(scene):
+    if not scene.is_file():
         raise UserError(f"{where}: no scene {entry['scene']!r} below {root}: add the file or remove the line")
     asked, given = entry.get("question"), entry.get("answers", entry.get("answer"))
     answers = given if isinstance(given, list) else [given]

@@ -7,7 +7,6 @@ it looks in the picture. Recognising real persons is no business of this: names 
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
-from os.path import isfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -124,7 +123,7 @@ def read_library(file: Path) -> Library:
         if not isinstance(category, str):
             raise UserError(f"{where}: category must be words, got {str(category)[:60]!r}")
         picture = file.parent / entry["picture"]
-        if not isfile(picture):
+        if not picture.is_file():
             raise UserError(f"{where}: no picture at {picture}")
         items.append(Item(entry["name"], category, entry["text"], read_pixels_rgb(picture)))
     return Library(items)
