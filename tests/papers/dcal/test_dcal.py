@@ -347,6 +347,55 @@ def test_re_identification_joins_class_tokens_and_adds_the_triplet():
     assert model.ratio == 0.3 and system().ratio == 0.1
 
 
+def test_a_neck_stands_before_classifiers_and_a_search_compares_what_leaves_it():
+    model, x = system(task="reid", neck=True), images(8)
+    labels, normed = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]), F.batch_norm
+    for neck in model.necks.values():
+        torch.nn.init.uniform_(neck.weight, 0.5, 2.0)
+        neck.running_mean.normal_()
+        neck.running_var.uniform_(0.5, 2.0)
+    streams, kept = model.streams(x), {name: copy.deepcopy(neck) for name, neck in model.necks.items()}
+    expected = {
+        name: normed(getattr(streams, name), neck.running_mean, neck.running_var, neck.weight, None)
+        for name, neck in kept.items()
+    }
+    outputs = model(x)
+    torch.testing.assert_close(outputs.embeddings, torch.cat([expected["sa"], expected["glca"]], 1))
+    assert torch.equal(outputs.features, torch.cat([streams.sa, streams.glca], 1))
+    logits = model.backbone.head(expected["sa"]), model.glca_head(expected["glca"])
+    torch.testing.assert_close(outputs.logits.exp(), sum(each.softmax(1) for each in logits) / 2)
+    for block in model.backbone.blocks:
+        block.drop.p = 0.0
+    model.draw_partners = lambda labels: labels.flip(0)
+    losses = model.train().losses(x, labels)
+    heads = {"sa": ("sa", model.backbone.head), "glca": ("glca", model.glca_head), "pwca": ("sa", model.backbone.head)}
+    tokens = model.streams(x, labels)
+    for name, (neck, head) in heads.items():
+        token = getattr(tokens, name)
+        seen = normed(token, None, None, model.necks[neck].weight, None, training=True)
+        torch.testing.assert_close(
+            losses[name], F.cross_entropy(head(seen), labels) + batch_hard_triplet(token, labels)
+        )
+    # Partners in the way leave no trace in what a search uses.
+    moved = normed(tokens.sa, kept["sa"].running_mean, kept["sa"].running_var, training=True)
+    assert moved is not None
+    torch.testing.assert_close(model.necks["sa"].running_mean, kept["sa"].running_mean)
+    torch.testing.assert_close(model.necks["sa"].running_var, kept["sa"].running_var)
+    assert not any(neck.bias.requires_grad for neck in model.necks.values())
+    assert model.inserted()["necks"] == 2 * 2 * 12
+
+
+def test_a_neck_is_there_for_the_branches_that_a_search_uses():
+    assert set(system(task="reid", neck=True, glca=False).necks) == {"sa"}
+    assert set(system(task="reid", neck=True, pwca=False).necks) == {"sa", "glca"}
+    model = system(task="reid", neck=True)
+    for mode, width in (("sa", 12), ("glca", 12), ("both", 24)):
+        model.mode = mode
+        assert model(images(2)).embeddings.shape[1] == width
+    without = system(task="reid")
+    assert without.necks is None and not any("necks" in name for name in without.state_dict())
+
+
 @pytest.mark.parametrize("height, width", [(16, 8), (10, 27), (4, 4), (32, 32)])
 def test_images_of_any_sides_are_taken(height, width):
     model = system()
@@ -420,6 +469,7 @@ def test_what_was_inserted_is_counted_and_the_backbone_is_left():
         (lambda: DCAL(vit(), glca=False, mode="glca"), "needs the branch"),
         (lambda: DCAL(vit(), depth=2, lean=True), "1 where lean is asked for"),
         (lambda: DCAL(vit(), margin=-1), "margin must not be negative"),
+        (lambda: DCAL(vit(), neck=True), "neck is of re-identification, and task is 'fgvc'"),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_refused(make, words):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from provenn.data.regions import SPLITS, region_classes
 from provenn.papers.dcal.experiments import EXPERIMENTS
 from provenn.papers.dcal.hosts import host_of
 from provenn.papers.dcal.layers import attend_to_pair
@@ -15,7 +14,6 @@ from provenn.papers.dcal.studies import (
     AFTER,
     OBJECT,
     RATES_BEFORE,
-    SEARCHED,
     Variant,
     _bank,
     background_share,
@@ -28,6 +26,7 @@ from provenn.papers.dcal.studies import (
     other_regions,
     part_entropy,
     regions,
+    trained_anew,
     trained_before,
     tuned,
     with_options,
@@ -160,25 +159,31 @@ def test_the_unscaled_rate_is_not_tuned_away():
     assert used[1] == pytest.approx(32 * used[0])
 
 
-def test_a_search_is_trained_before_on_no_photograph_that_is_searched(monkeypatch):
-    drawn = []
-    other_regions.cache_clear()
-    whole = region_classes
-    monkeypatch.setattr(
-        "provenn.papers.dcal.studies.region_classes",
-        lambda split, **options: drawn.append(options["photographs"]) or whole(split, **options),
-    )
-    trained_before.cache_clear()
-    task = get_task("re-identification")
-    given = cameras(700, True)
-    variant = Variant("plain", 64)
-    tuned(lambda: embedder(variant, **given.options), task, given, replace(SHORT, batch_size=4), seed=700)
-    seen = {name for names in drawn for name in names}
-    assert seen and seen <= set(SPLITS["train"]) and not seen & {*SPLITS["val"], *SPLITS["test"]}
-    assert other_regions(700, False, **SEARCHED).options["num_classes"] == 128
-    assert other_regions(700, False, **SEARCHED).train.labels.unique().tolist() == list(range(128))
-    trained_before.cache_clear()
-    other_regions.cache_clear()
+def test_a_search_starts_anew_with_a_neck_and_in_the_way_of_its_variant(monkeypatch):
+    monkeypatch.setattr("provenn.papers.dcal.studies.trained_before", None)  # a call would raise
+    task, given, ended = get_task("re-identification"), cameras(700, True), []
+    for name, (_, variant) in EXPERIMENTS["cameras_narrow"].study.variants.items():
+        torch.manual_seed(0)
+        recipe = replace(SHORT, batch_size=4, max_steps=None, epochs=5)
+        monkeypatch.setattr(
+            "provenn.papers.dcal.studies.fit",
+            lambda build, task, data, recipe, **_: ended.append((name, recipe.epochs)) or Fit(build(), {}),  # noqa: B023
+        )
+        model = trained_anew(lambda variant=variant: embedder(variant, **given.options), task, given, recipe).model
+        necks = [module for module in model.modules() if type(module) is torch.nn.BatchNorm1d]
+        assert necks and not any(neck.bias.requires_grad for neck in necks)
+        seen = model.eval()(torch.randn(3, 3, 64, 32))
+        for neck in necks:
+            neck.running_mean.fill_(1.0)
+        moved = model(torch.randn(3, 3, 64, 32))
+        assert seen.logits.shape == (3, len(given.train)) and seen.features.shape == seen.embeddings.shape
+        assert not torch.allclose(moved.features, moved.embeddings)
+    assert ended == [("plain", 5), ("equal", 11), ("both", 5), ("cnn", 5), ("parts", 5)]
+
+
+def test_an_epoch_of_a_search_goes_over_its_identities_eight_times():
+    once = get_task("re-identification").load("cameras", seed=701).train
+    assert len(cameras(701, False).train) == 8 * len(once) == 480
 
 
 def test_part_selection_takes_one_patch_of_each_head():
@@ -206,13 +211,6 @@ def test_all_ways_start_from_one_network(data):
         model = tuned(lambda variant=variant: network(variant, **data.options), TASK, data, SHORT, seed=0).model
         for name in ("backbone.blocks.2.mlp.fc1.weight", "backbone.pos_embed"):
             assert torch.equal(model.state_dict()[name], weights[name])
-    searched = embedder(Variant("dcal", 64), 60)
-    from provenn.papers.dcal.studies import start_from
-
-    start_from(searched, weights)
-    assert torch.equal(searched.backbone.blocks[0].attn.qkv.weight, weights["backbone.blocks.0.attn.qkv.weight"])
-    assert torch.equal(searched.backbone.pos_embed[:, 0], weights["backbone.pos_embed"][:, 0])
-    assert searched.backbone.pos_embed.shape == (1, 129, 64)
 
 
 def test_the_training_before_has_the_rate_of_its_kind_and_width(monkeypatch):
@@ -233,8 +231,9 @@ def test_the_training_before_has_the_rate_of_its_kind_and_width(monkeypatch):
 
 
 def test_each_study_has_a_rate_for_what_its_variants_start_from():
-    parts = [part for each in EXPERIMENTS.values() if hasattr(each, "study") for part in each.study.variants.values()]
-    assert len(parts) > 100
+    studies = [each.study for each in EXPERIMENTS.values() if hasattr(each, "study")]
+    parts = [part for study in studies if study.trained is tuned for part in study.variants.values()]
+    assert len(parts) > 80
     for label, variant in parts:
         assert ("cnn" if variant.kind == "cnn" else "plain", variant.dim) in RATES_BEFORE, label
 
@@ -281,7 +280,8 @@ def test_a_variant_changes_its_own_recipe_alone(data, monkeypatch):
 def test_convolutional_networks_serve_both_tasks():
     sizes = {"num_classes": 7, "image": (32, 32)}
     assert convolutional(64, sizes, "fgvc")(images().float()).shape == (4, 7)
-    assert convolutional(64, sizes, "reid")(images().float()).embeddings.norm(dim=1).tolist() == pytest.approx([1] * 4)
+    seen = convolutional(64, sizes, "reid").eval()(images().float())
+    assert seen.embeddings.shape == (4, 96) and seen.logits.shape == (4, 7)
 
 
 def test_objects_stand_where_they_are_noted():

@@ -95,6 +95,10 @@ class DCAL(nn.Module):
         pair_source: where keys and values of a partner come from: from its own pass through PWCA ("pair"), or from its
             plain one ("sa"). The paper does not say.
         margin: of the triplet loss.
+        neck: in re-identification, whether a classifier sees a class token through a batch norm without a bias, one a
+            branch, and a search compares what comes out of it (BNNeck; Luo et al., 2019, arXiv:1903.07071). The triplet
+            loss sees the tokens before. PWCA takes the norm of self-attention, with moments of its own batch. The paper
+            does not say; TransReID, whose recipe it has, does so.
         drop_path: of GLCA's blocks.
 
     Shapes: images (batch, channels, height, width) to logits (batch, num_classes), or to `Identified`.
@@ -118,6 +122,7 @@ class DCAL(nn.Module):
         lean: bool = False,
         pair_source: str = "pair",
         margin: float | int = MARGIN,
+        neck: bool = False,
         drop_path: float | int = 0.0,
     ):
         check_whole(num_classes=num_classes, depth=depth)
@@ -133,6 +138,8 @@ class DCAL(nn.Module):
             raise ValueError(f"depth must be at least 1, and 1 where lean is asked for, got {depth}")
         if margin < 0:
             raise ValueError(f"margin must not be negative, got {margin}")
+        if neck and task != "reid":
+            raise ValueError(f"neck is of re-identification, and task is {task!r}")
         host = host_of(backbone)
         if num_classes not in (None, host.classes):
             raise ValueError(
@@ -149,6 +156,13 @@ class DCAL(nn.Module):
             self.glca_head = nn.Linear(host.dim, host.classes)
             for module in (self.glca, self.glca_head):
                 initialise(module)
+        self.necks: nn.ModuleDict | None = None
+        if neck:
+            self.necks = nn.ModuleDict(
+                {name: nn.BatchNorm1d(host.dim) for name in ("sa", "glca") if glca or name == "sa"}
+            )
+            for norm in self.necks.values():
+                norm.bias.requires_grad_(False)
         self.log_variances = nn.ParameterDict({name: torch.zeros(()) for name in ("sa", "glca", "pwca")})
         like = next(backbone.parameters())
         self.to(device=like.device, dtype=like.dtype).train(backbone.training)
@@ -191,6 +205,15 @@ class DCAL(nn.Module):
     def draw_partners(self, labels: Tensor) -> Int[Tensor, " batch"]:
         """A partner for each image: another of the batch, whatever it shows."""
         return draw_order(len(labels)).to(labels.device)
+
+    def through_neck(self, name: str, token: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
+        """What a branch's classifier sees: its class token, or that after the neck."""
+        if self.necks is None:
+            return token
+        if name == "pwca":
+            norm: Any = self.necks["sa"]
+            return F.batch_norm(token, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
+        return self.necks[name](token)
 
     def _attend_pairs(self, host: Host, x: Tensor, order: Tensor) -> Tensor:
         """PWCA: the batch through all blocks, each image with its partner's keys and values beside its own."""
@@ -255,7 +278,7 @@ class DCAL(nn.Module):
         for name, classify in heads.items():
             token = getattr(streams, name)
             if token is not None:
-                losses[name] = F.cross_entropy(classify(token), labels)
+                losses[name] = F.cross_entropy(classify(self.through_neck(name, token)), labels)
                 if self.task == "reid":
                     losses[name] = losses[name] + batch_hard_triplet(token, labels, self.margin)
         return losses
@@ -285,16 +308,16 @@ class DCAL(nn.Module):
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Tensor | Identified:
         streams, head = self.streams(images), host_of(self.backbone).head
-        tokens, logits = [], []
-        if self._mode != "glca":
-            tokens.append(streams.sa)
-            logits.append(head(streams.sa))
+        heads = {} if self._mode == "glca" else {"sa": (head, streams.sa)}
         if streams.glca is not None:
-            tokens.append(streams.glca)
-            logits.append(self.glca_head(streams.glca))
+            heads["glca"] = self.glca_head, streams.glca
+        seen = {name: self.through_neck(name, token) for name, (_, token) in heads.items()}
+        logits = [classify(seen[name]) for name, (classify, _) in heads.items()]
         joint = sum_probabilities(*logits) if len(logits) > 1 else logits[0]
-        features = torch.cat(tokens, dim=1)
-        return joint if self.task == "fgvc" else Identified(features, features, joint)
+        if self.task == "fgvc":
+            return joint
+        features = torch.cat([token for _, token in heads.values()], dim=1)
+        return Identified(features, torch.cat(list(seen.values()), dim=1), joint)
 
     @torch.no_grad()
     def explain(self, image: Float[Tensor, "1 channels height width"]) -> Explanation:
@@ -364,6 +387,7 @@ def dcal_vit(
     lean: bool = False,
     pair_source: str = "pair",
     margin: float | int = MARGIN,
+    neck: bool = False,
 ) -> DCAL:
     """DCAL around a `ViT`.
 
@@ -372,7 +396,7 @@ def dcal_vit(
             `drop_path` as the last one.
         stem: as of `ViT`, or "r50" for the ResNet of `R50ViT`.
         layers: its blocks.
-        task, ratio, glca, pwca, mode, lean, pair_source, margin: as of `DCAL`.
+        task, ratio, glca, pwca, mode, lean, pair_source, margin, neck: as of `DCAL`.
     """
     build = R50ViT if stem == "r50" else partial(ViT, stem=stem)
     backbone = build(
@@ -396,6 +420,7 @@ def dcal_vit(
         lean=lean,
         pair_source=pair_source,
         margin=margin,
+        neck=neck,
         drop_path=drop_path,
     )
 
@@ -422,5 +447,15 @@ dcal_regions = partial(
     drop_path=0.1,
 )
 dcal_cameras = partial(
-    dcal_vit, dim=96, heads=3, layers=4, patch=4, stem="conv", mlp_ratio=2, num_classes=60, image=(64, 32), task="reid"
+    dcal_vit,
+    dim=64,
+    heads=2,
+    layers=4,
+    patch=4,
+    stem="conv",
+    mlp_ratio=2,
+    num_classes=60,
+    image=(64, 32),
+    task="reid",
+    neck=True,
 )

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from provenn.core.narrowing import present
 from provenn.nn.embedding import Identified
@@ -114,7 +113,7 @@ class PartSelection(nn.Module):
 
     Args:
         backbone: a `ViT`.
-        task: "fgvc" or "reid", as of `DCAL`.
+        task: "fgvc", or "reid" with a neck, as of `DCAL`.
         margin: of the triplet loss.
 
     Shapes: images (batch, channels, height, width) to logits (batch, classes), or to `Identified`.
@@ -123,6 +122,9 @@ class PartSelection(nn.Module):
     def __init__(self, backbone: ViT, *, task: str = "fgvc", margin: float = 0.3):
         super().__init__()
         self.backbone, self.task, self.margin = backbone, task, margin
+        if task == "reid":
+            self.neck = nn.BatchNorm1d(backbone.dim)
+            self.neck.bias.requires_grad_(False)
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Tensor | Identified:
         x, row = self.backbone.embed(images), None
@@ -140,26 +142,7 @@ class PartSelection(nn.Module):
         parts = row[:, :, 0, 1:].argmax(-1) + 1
         chosen = x.gather(1, parts[..., None].expand(-1, -1, x.shape[-1]))
         token = self.backbone.norm(last(torch.cat([x[:, :1], chosen], dim=1)))[:, 0]
-        logits = self.backbone.head(token)
-        return logits if self.task == "fgvc" else Identified(token, token, logits)
-
-
-class ConvNet(nn.Module):
-    """A residual network for images, or for identities with the class token's place taken by the mean of the last map.
-
-    Args:
-        network: a backbone without a classifier, whose `forward` gives the mean of its last map.
-        width: of that.
-        num_classes: logits.
-        task: as of `DCAL`.
-    """
-
-    def __init__(self, network: nn.Module, width: int, num_classes: int, task: str = "fgvc"):
-        super().__init__()
-        self.network, self.task = network, task
-        self.head = nn.Linear(width, num_classes)
-
-    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Tensor | Identified:
-        features = self.network(images)
-        logits = self.head(features)
-        return logits if self.task == "fgvc" else Identified(features, F.normalize(features), logits)
+        if self.task == "fgvc":
+            return self.backbone.head(token)
+        embeddings = self.neck(token)
+        return Identified(token, embeddings, self.backbone.head(embeddings))
