@@ -191,7 +191,7 @@ class DCAL(nn.Module):
         }
 
     def export_sa(self) -> nn.Module:
-        """The plain backbone, as it is: what `mode="sa"` computes, without anything of DCAL."""
+        """The plain backbone, as it is: what `mode="sa"` computes, save for the neck, and nothing of DCAL."""
         return self.backbone
 
     def choose(self, row: Float[Tensor, "batch patches"]) -> Int[Tensor, "batch chosen"]:
