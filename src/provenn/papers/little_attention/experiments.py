@@ -405,7 +405,7 @@ def _robot(places: dict[str, Net]) -> Study:
         lrs=RATES,
         trained=tuned_to,
         about="36 identities of other photographs to train on, 15 to validate, 24 to search for, by cameras that each "
-        "have a colour cast, a fifth darker and noisy. An epoch is eight passes",
+        "have a slight colour cast, a fifth darker and noisy. An epoch is eight passes",
         note=NOTE,
     )
 
