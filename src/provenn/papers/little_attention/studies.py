@@ -32,7 +32,7 @@ SINGLE = ("1.1", "2.1", "3.1", "3.2")
 SHORT = 4  # identities of a smoke run
 ONE_CPU = Hardware()
 # Of the robot's cameras. On the tuning seed's validation identities C-NL at three places, trained before, has an mAP of
-# 0.423, 0.442 and 0.479 under casts of 0.3, 0.2 and 0.1, tuned in one step at 3e-4, and pixels about 0.42 under each.
+# 0.423, 0.442 and 0.479 under casts of 0.3 (at 2.7e-4), 0.2 and 0.1 (at 3e-4), tuned in one step; pixels about 0.42.
 CAST = 0.1
 PASSES = 8  # over the identities in an epoch, so that it is not validated after every four steps
 RATE = 1e-2  # of what is not tuned: the plain network's best of 3e-3, 1e-2 and 2e-2 in a pilot
